@@ -1,0 +1,258 @@
+"""The commands of scripts/cluster."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+
+from . import files, layout, netns, process, status
+from .errors import ClusterError, Refused
+
+_READY_TIMEOUT = 30
+_WAIT_POLL = 0.2
+_LOG_LINES = 15
+
+
+def up(directory, options):
+    """Starts a cluster in the new directory; all or nothing."""
+    _refuse_unsupported(options)
+    if options.plugin == "on":
+        files.check_installed(options.prefix)
+    cluster = layout.plan(directory, options)
+    try:
+        files.create(cluster, options.prefix)
+        netns.create(cluster)
+        _start_nodes(cluster, cluster.storages() + cluster.workers())
+    except BaseException:
+        with _undisturbed():
+            _destroy(cluster)
+        raise
+    if cluster.data_dir != cluster.directory:
+        print(f"cluster: mail users may not enter {cluster.directory},"
+              f" so its data are in {cluster.data_dir}", file=sys.stderr)
+
+
+def _refuse_unsupported(options):
+    if options.director:
+        raise Refused("--director is not supported yet")
+    if options.delay:
+        raise Refused("--delay is not supported yet")
+    if options.mail_format != "maildir":
+        raise Refused(f"--mail-format {options.mail_format} is not supported yet; use maildir")
+    if options.dovecot != "2.3":
+        raise Refused(f"--dovecot {options.dovecot} is not supported yet; use 2.3")
+    version = process.dovecot_version()
+    if version is None:
+        raise Refused("there is no Dovecot; run scripts/build --deps-only")
+    if not version.startswith("2.3."):
+        raise Refused(f"this host has Dovecot {version}, the cluster needs 2.3")
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """A second Ctrl-C must not stop the cleaning up after the first."""
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in caught}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show_logs(cluster, nodes):
+    """What the nodes said last; a failed `up` is about to remove it."""
+    for node in nodes:
+        for name in ("start.log", "dovecot.log", "crdt-stored.log"):
+            path = f"{cluster.node_dir(node)}/{name}"
+            with contextlib.suppress(OSError), open(path, encoding="utf-8",
+                                                    errors="replace") as file:
+                lines = file.readlines()[-_LOG_LINES:]
+                sys.stderr.writelines([f"{node.name} {name}: {line}" for line in lines])
+
+
+def down(directory):
+    """Ends a cluster and removes all of it."""
+    if not os.path.lexists(directory):
+        print(f"cluster: there is nothing at {directory}", file=sys.stderr)
+        return
+    with layout.locked(directory) as cluster, _undisturbed():
+        _destroy(cluster)
+
+
+def _destroy(cluster):
+    """Works on any part of a cluster, so that it can be run again."""
+    for node in cluster.nodes:
+        process.kill(node)
+    netns.destroy(cluster)
+    # The directory last: what cluster.json tells is needed until then.
+    for path in (cluster.runtime_dir, cluster.spill_dir, cluster.directory):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+
+def kill(directory, name, kind=None):
+    """SIGKILLs a node, or one kind of its processes."""
+    with layout.locked(directory) as cluster:
+        node = cluster.node(name)
+        if kind is not None and kind not in process.KINDS[node.kind]:
+            raise Refused(f"{name} is a {node.kind}; it has {', '.join(process.KINDS[node.kind])}")
+        if kind in (None, node.main_process):
+            # Said before it is done: a `wait` must not take it for a crash.
+            node.killed = True
+            cluster.save()
+        process.kill(node, kind)
+        process.refresh_pids(node)
+        cluster.save()
+
+
+def start(directory, name):
+    """Starts what does not run on a node."""
+    with layout.locked(directory) as cluster:
+        _start_nodes(cluster, [cluster.node(name)])
+
+
+def _start_nodes(cluster, nodes):
+    try:
+        for node in nodes:
+            process.start(cluster, node)
+        for node in nodes:
+            _await_ready(cluster, node)
+    except ClusterError:
+        _show_logs(cluster, nodes)
+        raise
+    for node in nodes:
+        node.killed = False
+        process.refresh_pids(node)
+    cluster.save()
+
+
+def _await_ready(cluster, node):
+    """Until the node answers clients and tells its status."""
+    deadline = time.monotonic() + _READY_TIMEOUT
+    while True:
+        problem = _not_ready(cluster, node)
+        if problem is None:
+            return
+        if time.monotonic() > deadline:
+            raise ClusterError(f"{node.name} is not ready after {_READY_TIMEOUT} s: {problem}")
+        time.sleep(0.05)
+
+
+def _not_ready(cluster, node):
+    """Why the node is not ready, or None."""
+    for port in (node.imap_port, node.imaps_port, node.lmtp_port, node.pop3_port):
+        if port is None:
+            continue
+        try:
+            with netns.in_netns(cluster.client_netns):
+                socket.create_connection((node.address, port), timeout=5).close()
+        except OSError as error:
+            return f"{node.address}:{port}: {error}"
+    if node.status_socket is not None:
+        try:
+            status.query(node.status_socket)
+        except status.StatusError as error:
+            return str(error)
+    return None
+
+
+def cut(directory, name):
+    """Separates a node from the other nodes."""
+    with layout.locked(directory) as cluster:
+        node = cluster.node(name)
+        netns.cut(cluster, node)
+        node.cut = True
+        cluster.save()
+
+
+def heal(directory, name):
+    """Undoes a cut."""
+    with layout.locked(directory) as cluster:
+        node = cluster.node(name)
+        netns.heal(cluster, node)
+        node.cut = False
+        cluster.save()
+
+
+def wait(directory, timeout):
+    """Until all nodes that can reach each other are equal; False on time-out.
+
+    Equal means twice in a row with the same version vectors: a change that
+    was between two nodes at the first look is seen at the second.
+    """
+    deadline = time.monotonic() + timeout
+    before = None
+    while True:
+        reports, found = _look(layout.load(directory))
+        vvs = [report.vvs() for report in reports.values()]
+        if not found and vvs == before:
+            return True
+        before = None if found else vvs
+        if time.monotonic() > deadline:
+            for line in found or ["still changing"]:
+                print(f"cluster: {line}", file=sys.stderr)
+            return False
+        time.sleep(_WAIT_POLL)
+
+
+def _look(cluster):
+    """(Reports by node name, what keeps the nodes from being equal)."""
+    if not cluster.plugin:
+        raise Refused("this cluster runs with --plugin off: nothing is replicated")
+    nodes = [node for node in cluster.nodes if not node.cut and not node.killed]
+    try:
+        reports = _query_all(nodes, "status")
+        found = status.unfinished(reports)
+        if not found:
+            # Only now: digests are dear.
+            reports = _query_all(nodes, "digest")
+            found = status.unfinished(reports) or status.digest_differences(reports)
+        return reports, found
+    except status.StatusError as error:
+        return {}, [str(error)]
+
+
+def _query_all(nodes, command):
+    return {node.name: status.query(node.status_socket, command) for node in nodes}
+
+
+def show(directory):
+    """Prints a table of the nodes."""
+    cluster = layout.load(directory)
+    rows = [("NODE", "ADDRESS", "STATE", "DIRTY",
+             *[what.upper() for what in status.BACKLOG], "USERS", "PEERS", "PIDS")]
+    for node in cluster.nodes:
+        process.refresh_pids(node)
+        pids = " ".join(f"{kind}={pid}" for kind, pid in node.pids.items())
+        rows.append((node.name, node.address, _state(node), *_counts(node), pids))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def _state(node):
+    words = []
+    if node.main_process in node.pids:
+        words.append("up")
+    else:
+        words.append("killed" if node.killed else "down")
+    if node.cut:
+        words.append("cut")
+    return ",".join(words)
+
+
+def _counts(node):
+    """The columns DIRTY to PEERS of a node's row."""
+    try:
+        report = status.query(node.status_socket) if node.status_socket else None
+    except status.StatusError:
+        report = None
+    if report is None:
+        return ["-"] * (len(status.BACKLOG) + 3)
+    peers = [name if connected else f"({name})" for name, connected in report.peers.items()]
+    return [str(report.dirty), *[str(report.total(what)) for what in status.BACKLOG],
+            str(len(report.users)), ",".join(peers) or "-"]

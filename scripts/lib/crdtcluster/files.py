@@ -1,0 +1,207 @@
+"""Writes all files of a cluster: programs, keys, users, configurations."""
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+
+from . import certs
+from .errors import ClusterError, Refused
+from .layout import FIRST_MAIL_UID, STORAGE_PORT
+
+DOVECOT_MODULES = "/usr/lib/dovecot/modules"
+DOVECOT_USER = "dovecot"        # Debian's default_internal_user
+
+_TEMPLATES = os.path.join(os.path.dirname(__file__), "templates")
+_INSTALLED = ("lib/dovecot/modules/lib90_crdt_plugin.so", "libexec/dovecot/crdt-sync",
+              "libexec/dovecot/crdt-worker", "sbin/crdt-stored", "bin/crdt-keygen")
+_PROGRAM_DIRS = ("lib/dovecot/modules", "libexec/dovecot", "sbin", "bin")
+
+
+def check_installed(prefix):
+    """Refuses a prefix in which scripts/build has not installed everything."""
+    missing = [name for name in _INSTALLED if not os.path.exists(f"{prefix}/{name}")]
+    if missing:
+        raise Refused(f"{prefix} lacks {', '.join(missing)}: run scripts/build,"
+                      " or name the right --prefix, or use --plugin off")
+
+
+def create(cluster, prefix):
+    """Fills the cluster's directory. Nothing runs yet."""
+    certs.create(cluster)
+    _write_users(cluster)
+    if cluster.plugin:
+        _copy_programs(cluster, prefix)
+        _link_modules(cluster)
+        _make_keys(cluster)
+    for node in cluster.nodes:
+        os.makedirs(cluster.node_dir(node), mode=0o755)
+        os.mkdir(cluster.node_runtime_dir(node), 0o755)
+    for node in cluster.workers():
+        _make_mail_root(cluster, node)
+        _configure_worker(cluster, node)
+    if cluster.plugin:
+        for node in cluster.storages():
+            _configure_storage(cluster, node)
+
+
+def programs(cluster):
+    """The cluster's own copy of the installed programs."""
+    return f"{cluster.data_dir}/programs"
+
+
+def _users_file(cluster):
+    return f"{cluster.data_dir}/users"
+
+
+def _modules(cluster):
+    return f"{cluster.data_dir}/modules"
+
+
+def _key_file(cluster, node, suffix):
+    return f"{cluster.data_dir}/keys/{node.name}.{suffix}"
+
+
+def _write_users(cluster):
+    lines = [f"{user['name']}:{{PLAIN}}{user['password']}:{user['uid']}:{user['uid']}::::\n"
+             for user in cluster.users]
+    _write(_users_file(cluster), "".join(lines))
+
+
+def _copy_programs(cluster, prefix):
+    """A copy, so that a new build does not change a cluster that runs.
+
+    It also lets Dovecot's user reach them, whoever owns the source tree.
+    """
+    for name in _PROGRAM_DIRS:
+        shutil.copytree(f"{prefix}/{name}", f"{programs(cluster)}/{name}",
+                        ignore=shutil.ignore_patterns("*.la", "*.a"))
+
+
+def _link_modules(cluster):
+    """One directory with Dovecot's modules and ours; it searches only one."""
+    for source in (DOVECOT_MODULES, f"{programs(cluster)}/lib/dovecot/modules"):
+        for directory, _, names in os.walk(source):
+            target = os.path.join(_modules(cluster), os.path.relpath(directory, source))
+            os.makedirs(target, exist_ok=True)
+            for name in names:
+                os.symlink(os.path.join(directory, name), os.path.join(target, name))
+
+
+def _make_keys(cluster):
+    """A key pair for each node. Workers' secrets belong to Dovecot's user."""
+    directory = f"{cluster.data_dir}/keys"
+    os.mkdir(directory, 0o755)
+    for node in cluster.nodes:
+        _keygen(cluster, node, directory)
+    account = _dovecot_account()
+    for node in cluster.workers():
+        os.chown(_key_file(cluster, node, "key_secret"), account.pw_uid, account.pw_gid)
+
+
+def _keygen(cluster, node, directory):
+    argv = [f"{programs(cluster)}/bin/crdt-keygen", node.name, "--dir", directory]
+    result = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                            check=False)
+    if result.returncode != 0:
+        raise ClusterError(f"crdt-keygen failed ({result.returncode}) for {node.name}:"
+                           f" {result.stderr.strip() or result.stdout.strip()}")
+
+
+def _dovecot_account():
+    try:
+        return pwd.getpwnam(DOVECOT_USER)
+    except KeyError:
+        raise ClusterError("there is no user dovecot; run scripts/build --deps-only") from None
+
+
+def _make_mail_root(cluster, node):
+    os.mkdir(node.mail_root, 0o755)
+    for user in cluster.users:
+        home = f"{node.mail_root}/{user['name']}"
+        os.mkdir(home, 0o700)
+        os.chown(home, user["uid"], user["uid"])
+
+
+def _configure_worker(cluster, node):
+    node_dir = cluster.node_dir(node)
+    os.mkdir(f"{node_dir}/state", 0o755)
+    _render("dovecot.conf.in", node.doveadm_config, {
+        "name": node.name,
+        "base_dir": cluster.node_runtime_dir(node),
+        "node_dir": node_dir,
+        "instance": node.netns,
+        "debug": "yes" if cluster.debug else "no",
+        "cert": certs.certificate_of(cluster, node),
+        "cert_key": certs.key_of(cluster, node),
+        "first_uid": FIRST_MAIL_UID,
+        "users_file": _users_file(cluster),
+        "mail_root": node.mail_root,
+        "imap_port": node.imap_port,
+        "imaps_port": node.imaps_port,
+        "pop3_port": node.pop3_port,
+        "lmtp_port": node.lmtp_port})
+    if cluster.plugin:
+        _configure_plugin(cluster, node)
+
+
+def _configure_plugin(cluster, node):
+    node_dir = cluster.node_dir(node)
+    storages = [f"tcp://{storage.cluster_address}:{STORAGE_PORT}="
+                + _key_file(cluster, storage, "key") for storage in cluster.storages()]
+    _render("90-crdt.conf.in", f"{node_dir}/90-crdt.conf", {
+        "name": node.name,
+        "slot": node.slot,
+        "node_dir": node_dir,
+        "modules": _modules(cluster),
+        "prefix": programs(cluster),
+        "storages": " ".join(storages),
+        "key_file": _key_file(cluster, node, "key_secret")})
+    _make_plugin_state(f"{node_dir}/crdt")
+
+
+def _make_plugin_state(directory):
+    """crdt_state_dir. Mail processes of any user leave their markers in dirty/."""
+    account = _dovecot_account()
+    for path, mode in ((directory, 0o755), (f"{directory}/dirty", 0o1733)):
+        os.mkdir(path)
+        os.chown(path, account.pw_uid, account.pw_gid)
+        os.chmod(path, mode)
+
+
+def _configure_storage(cluster, node):
+    node_dir = cluster.node_dir(node)
+    os.mkdir(f"{node_dir}/data", 0o700)
+    _render("crdt-stored.conf.in", storage_config(cluster, node), {
+        "name": node.name,
+        "cluster_address": node.cluster_address,
+        "storage_port": STORAGE_PORT,
+        "key_file": _key_file(cluster, node, "key_secret"),
+        "node_dir": node_dir,
+        "status_socket": node.status_socket})
+    sections = [_peer_section(cluster, peer) for peer in cluster.nodes if peer is not node]
+    _write(f"{node_dir}/peers.conf", "\n".join(sections))
+
+
+def storage_config(cluster, node):
+    return f"{cluster.node_dir(node)}/crdt-stored.conf"
+
+
+def _peer_section(cluster, peer):
+    slot = f"  slot = {peer.slot}\n" if peer.slot is not None else ""
+    return (f"peer {peer.name} {{\n"
+            f"  key_file = \"{_key_file(cluster, peer, 'key')}\"\n"
+            f"  role = \"{peer.kind}\"\n{slot}}}\n")
+
+
+def _render(template, path, values):
+    """Writes the template with each @name@ replaced; an unknown name is a bug."""
+    with open(os.path.join(_TEMPLATES, template), encoding="ascii") as file:
+        text = file.read()
+    _write(path, re.sub(r"@([a-z0-9_]+)@", lambda match: str(values[match[1]]), text))
+
+
+def _write(path, text):
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)

@@ -1,0 +1,261 @@
+"""A cluster as data: what cluster.json says, and where things lie.
+
+cluster.json is the interface to tests and benchmarks. It is written before
+anything else is made, so that `down` can remove what a killed `up` left.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import secrets
+import stat
+
+from .errors import ClusterError, Refused
+
+MAX_WORKERS = 63        # worker wN has slot N, slots end at 63
+MAX_STORAGES = 63
+STORAGE_PORT = 4590
+FIRST_MAIL_UID = 5000
+
+# Dovecot's and libconfuse's files quote none of these.
+_SAFE_PATH = re.compile(r"^[A-Za-z0-9/._+@-]+$")
+
+
+@dataclasses.dataclass
+class Node:
+    """One machine of the cluster. Ports are null where nothing listens."""
+
+    name: str
+    kind: str
+    netns: str
+    address: str                    # the one that clients use
+    cluster_address: str            # the one that other nodes use
+    slot: int | None = None
+    imap_port: int | None = None
+    imaps_port: int | None = None
+    lmtp_port: int | None = None
+    pop3_port: int | None = None
+    doveadm_config: str | None = None
+    mail_root: str | None = None
+    status_socket: str | None = None
+    cut: bool = False
+    killed: bool = False            # its main process is down on purpose
+    pids: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def main_process(self):
+        """The process that brings up all others of the node."""
+        return "dovecot" if self.kind == "worker" else "crdt-stored"
+
+
+@dataclasses.dataclass
+class Cluster:
+    """A cluster and its directory. Fields are those of cluster.json."""
+
+    directory: str
+    id: str
+    data_dir: str
+    plugin: bool
+    debug: bool
+    client_netns: str
+    client_address: str
+    switch_netns: str
+    ca_file: str
+    nodes: list
+    users: list
+
+    @property
+    def runtime_dir(self):
+        """For sockets, whose paths must be short (108 bytes)."""
+        return runtime_dir(self.id)
+
+    @property
+    def spill_dir(self):
+        """Takes the data when others may not enter `directory`."""
+        return spill_dir(self.id)
+
+    def node_dir(self, node):
+        return f"{self.data_dir}/nodes/{node.name}"
+
+    def node_runtime_dir(self, node):
+        return f"{self.runtime_dir}/{node.name}"
+
+    def workers(self):
+        return [node for node in self.nodes if node.kind == "worker"]
+
+    def storages(self):
+        return [node for node in self.nodes if node.kind == "storage"]
+
+    def node(self, name):
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        names = ", ".join(node.name for node in self.nodes)
+        raise Refused(f"there is no node {name} in {self.directory}; it has {names}")
+
+    def save(self):
+        """Replaces cluster.json at once; a reader never sees half of it."""
+        path = json_path(self.directory)
+        with open(path + ".tmp", "w", encoding="ascii") as file:
+            json.dump(dataclasses.asdict(self), file, indent=1)
+            file.write("\n")
+        os.replace(path + ".tmp", path)
+
+
+def json_path(directory):
+    return os.path.join(directory, "cluster.json")
+
+
+def runtime_dir(cluster_id):
+    return f"/run/crdt-{cluster_id}"
+
+
+def spill_dir(cluster_id):
+    return f"/var/tmp/crdt-{cluster_id}"
+
+
+def load(directory):
+    """The cluster in directory."""
+    directory = os.path.realpath(directory)
+    path = json_path(directory)
+    try:
+        with open(path, encoding="ascii") as file:
+            fields = json.load(file)
+        fields["nodes"] = [Node(**node) for node in fields["nodes"]]
+        cluster = Cluster(**fields)
+    except FileNotFoundError:
+        raise Refused(f"there is no cluster in {directory} (no cluster.json)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{path} is not a description of a cluster: {error}") from None
+    _check_loaded(cluster, directory)
+    return cluster
+
+
+def _check_loaded(cluster, directory):
+    """`down` deletes what the file names, so it must be about this place."""
+    if not re.fullmatch(r"[0-9a-f]{6}", cluster.id):
+        raise Refused(f"{json_path(directory)} names an impossible id: {cluster.id!r}")
+    if cluster.directory != directory:
+        raise Refused(f"{directory} was made as {cluster.directory}; move it back")
+
+
+@contextlib.contextmanager
+def locked(directory):
+    """The cluster in directory, held against other commands that change it."""
+    load(directory)
+    with open(os.path.join(directory, "lock"), "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield load(directory)
+
+
+def plan(directory, options):
+    """Makes the cluster's directory and claims an id that nobody uses.
+
+    Nothing else exists yet, but cluster.json says what will.
+    """
+    directory = os.path.realpath(directory)
+    _check_counts(options)
+    if not _SAFE_PATH.match(directory):
+        raise Refused(f"use a DIR of letters, digits and ._+@- (not {directory})")
+    if os.path.lexists(directory):
+        raise Refused(f"{directory} exists. End the cluster in it with"
+                      f" 'cluster down', or take another DIR")
+    os.makedirs(directory, mode=0o755)
+    cluster_id = _claim_id()
+    data_dir = directory
+    if not _enterable_by_all(directory):
+        data_dir = spill_dir(cluster_id)
+        os.mkdir(data_dir, 0o755)
+        os.symlink(f"{data_dir}/nodes", f"{directory}/nodes")
+    cluster = _describe(directory, cluster_id, data_dir, options)
+    cluster.save()
+    return cluster
+
+
+def _check_counts(options):
+    for what, low, high in (("workers", 1, MAX_WORKERS), ("storages", 0, MAX_STORAGES),
+                            ("users", 1, 10000)):
+        if not low <= getattr(options, what) <= high:
+            raise Refused(f"--{what} must be {low} to {high}")
+    if options.plugin == "on" and options.storages == 0:
+        raise Refused("the plugin needs a storage node: --storages 1 or more,"
+                      " or --plugin off")
+
+
+def _claim_id():
+    """An id of which no namespace exists; its runtime directory is the claim."""
+    for _ in range(100):
+        cluster_id = secrets.token_hex(3)
+        if _netns_of(cluster_id):
+            continue
+        try:
+            os.mkdir(runtime_dir(cluster_id), 0o755)
+        except FileExistsError:
+            continue
+        return cluster_id
+    raise ClusterError("found no free id below /run; are there dead /run/crdt-*?")
+
+
+def _netns_of(cluster_id):
+    with contextlib.suppress(FileNotFoundError):
+        return [name for name in os.listdir("/run/netns")
+                if name.startswith(f"crdt-{cluster_id}-")]
+    return []
+
+
+def _enterable_by_all(directory):
+    """May a mail user, who is neither owner nor group, reach directory?"""
+    while True:
+        if not os.stat(directory).st_mode & stat.S_IXOTH:
+            return False
+        if directory == "/":
+            return True
+        directory = os.path.dirname(directory)
+
+
+def _describe(directory, cluster_id, data_dir, options):
+    prefix = f"crdt-{cluster_id}"
+    # Each cluster has its own namespaces, so these subnets could not clash;
+    # they differ so that a trace or a log tells the clusters apart.
+    subnet = f"10.{int(cluster_id[:2], 16)}"
+    cluster = Cluster(
+        directory=directory, id=cluster_id, data_dir=data_dir,
+        plugin=options.plugin == "on", debug=options.debug,
+        client_netns=f"{prefix}-client", client_address=f"{subnet}.1.1",
+        switch_netns=f"{prefix}-switch", ca_file=f"{data_dir}/tls/ca.pem",
+        nodes=[], users=_users(options))
+    for i in range(1, options.workers + 1):
+        cluster.nodes.append(_worker(cluster, i, subnet))
+    for i in range(1, options.storages + 1):
+        cluster.nodes.append(_storage(cluster, i, subnet))
+    return cluster
+
+
+def _users(options):
+    return [{"name": f"u{i}", "password": f"password-{i}",
+             "uid": FIRST_MAIL_UID + (i if options.uids else 0)}
+            for i in range(1, options.users + 1)]
+
+
+def _worker(cluster, i, subnet):
+    node = Node(
+        name=f"w{i}", kind="worker", slot=i, netns=f"crdt-{cluster.id}-w{i}",
+        address=f"{subnet}.1.{10 + i}", cluster_address=f"{subnet}.2.{10 + i}",
+        imap_port=143, imaps_port=993, lmtp_port=24, pop3_port=110)
+    node.mail_root = f"{cluster.node_dir(node)}/mail"
+    node.doveadm_config = f"{cluster.node_dir(node)}/dovecot.conf"
+    if cluster.plugin:
+        node.status_socket = f"{cluster.node_runtime_dir(node)}/crdt-status"
+    return node
+
+
+def _storage(cluster, i, subnet):
+    node = Node(
+        name=f"s{i}", kind="storage", netns=f"crdt-{cluster.id}-s{i}",
+        address=f"{subnet}.1.{110 + i}", cluster_address=f"{subnet}.2.{110 + i}")
+    if cluster.plugin:
+        node.status_socket = f"{cluster.node_runtime_dir(node)}/status.sock"
+    return node

@@ -1,0 +1,116 @@
+"""The network of a cluster, all of it in namespaces of its own.
+
+The switch namespace holds two bridges. Every node has one link to each:
+"cluster", on which the nodes talk, and "client", on which the client
+namespace reaches every node. A cut takes the node's port off the cluster
+bridge: its packets vanish without a word, as in a real partition, while
+clients still reach it. The client bridge keeps the nodes apart (isolated
+ports), so it is no way round a cut.
+"""
+
+import contextlib
+import ctypes
+import os
+import subprocess
+
+from .errors import ClusterError
+
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def path(name):
+    return f"/run/netns/{name}"
+
+
+def command(name, *argv):
+    """argv as it must be run to be in the namespace.
+
+    Not `ip netns exec`: that would also give it a mount namespace.
+    """
+    return ["nsenter", f"--net={path(name)}", "--", *argv]
+
+
+@contextlib.contextmanager
+def in_netns(name):
+    """The calling thread is in the namespace inside the with statement.
+
+    Sockets stay where they were made: connect inside, use outside. None is
+    the namespace that the thread is in.
+    """
+    if name is None:
+        yield
+        return
+    with open("/proc/thread-self/ns/net", "rb") as home, open(path(name), "rb") as there:
+        _setns(there)
+        try:
+            yield
+        finally:
+            _setns(home)
+
+
+def _setns(file):
+    if _libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"setns {file.name}: {os.strerror(error)}")
+
+
+def _ip(*argv):
+    try:
+        subprocess.run(["ip", *argv], stdin=subprocess.DEVNULL, capture_output=True,
+                       text=True, check=True)
+    except FileNotFoundError:
+        raise ClusterError("there is no 'ip' command; install iproute2") from None
+    except subprocess.CalledProcessError as error:
+        raise ClusterError(f"'ip {' '.join(argv)}' failed: {error.stderr.strip()}") from None
+
+
+def create(cluster):
+    """Makes the namespaces, bridges and links of the cluster."""
+    switch = cluster.switch_netns
+    _add_netns(switch)
+    for bridge in ("cluster", "client"):
+        _ip("-n", switch, "link", "add", bridge, "type", "bridge")
+        _ip("-n", switch, "link", "set", bridge, "up")
+    _add_netns(cluster.client_netns)
+    _link(switch, "client", cluster.client_netns, "c-clients", cluster.client_address)
+    for node in cluster.nodes:
+        _add_netns(node.netns)
+        _link(switch, "cluster", node.netns, _cluster_port(node), node.cluster_address)
+        _link(switch, "client", node.netns, f"{node.name}-client", node.address)
+        _ip("-n", switch, "link", "set", f"{node.name}-client",
+            "type", "bridge_slave", "isolated", "on")
+
+
+def _add_netns(name):
+    _ip("netns", "add", name)
+    _ip("-n", name, "link", "set", "lo", "up")
+
+
+def _link(switch, bridge, netns, port, address):
+    """A cable from the bridge's port to the interface named as the bridge."""
+    _ip("link", "add", port, "netns", switch, "type", "veth",
+        "peer", "name", bridge, "netns", netns)
+    _ip("-n", switch, "link", "set", port, "master", bridge, "up")
+    _ip("-n", netns, "address", "add", f"{address}/24", "dev", bridge)
+    _ip("-n", netns, "link", "set", bridge, "up")
+
+
+def _cluster_port(node):
+    return f"{node.name}-cluster"
+
+
+def cut(cluster, node):
+    _ip("-n", cluster.switch_netns, "link", "set", _cluster_port(node), "nomaster")
+
+
+def heal(cluster, node):
+    _ip("-n", cluster.switch_netns, "link", "set", _cluster_port(node), "master", "cluster")
+
+
+def destroy(cluster):
+    """Removes what there is of the namespaces; links go with them."""
+    names = [node.netns for node in cluster.nodes]
+    for name in [*names, cluster.client_netns, cluster.switch_netns]:
+        if os.path.lexists(path(name)):
+            _ip("netns", "delete", name)

@@ -19,17 +19,19 @@ _LOG_LINES = 15
 def up(directory, options):
     """Starts a cluster in the new directory; all or nothing."""
     _refuse_unsupported(options)
+    layout.check_counts(options)
     if options.plugin == "on":
         files.check_installed(options.prefix)
-    cluster = layout.plan(directory, options)
-    try:
-        files.create(cluster, options.prefix)
-        netns.create(cluster)
-        _start_nodes(cluster, cluster.storages() + cluster.workers())
-    except BaseException:
-        with _undisturbed():
-            _destroy(cluster)
-        raise
+    layout.plan(directory, options)
+    with layout.locked(directory) as cluster:
+        try:
+            files.create(cluster, options.prefix)
+            netns.create(cluster)
+            _start_nodes(cluster, cluster.storages() + cluster.workers())
+        except BaseException:
+            with _undisturbed():
+                _destroy(cluster)
+            raise
     if cluster.data_dir != cluster.directory:
         print(f"cluster: mail users may not enter {cluster.directory},"
               f" so its data are in {cluster.data_dir}", file=sys.stderr)
@@ -76,11 +78,13 @@ def _show_logs(cluster, nodes):
 
 def down(directory):
     """Ends a cluster and removes all of it."""
-    if not os.path.lexists(directory):
-        print(f"cluster: there is nothing at {directory}", file=sys.stderr)
-        return
-    with layout.locked(directory) as cluster, _undisturbed():
-        _destroy(cluster)
+    try:
+        with layout.locked(directory) as cluster, _undisturbed():
+            _destroy(cluster)
+    except Refused:
+        # Not there, or another `down` was faster: nothing is left to do.
+        if os.path.lexists(directory):
+            raise
 
 
 def _destroy(cluster):
@@ -89,7 +93,7 @@ def _destroy(cluster):
         process.kill(node)
     netns.destroy(cluster)
     # The directory last: what cluster.json tells is needed until then.
-    for path in (cluster.runtime_dir, cluster.spill_dir, cluster.directory):
+    for path in (*layout.outside_dirs(cluster.id), cluster.directory):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path)
 
@@ -99,7 +103,7 @@ def kill(directory, name, kind=None):
     with layout.locked(directory) as cluster:
         node = cluster.node(name)
         if kind is not None and kind not in process.KINDS[node.kind]:
-            raise Refused(f"{name} is a {node.kind}; it has {', '.join(process.KINDS[node.kind])}")
+            raise Refused(f"{name} is a {node.kind} node; it has {', '.join(process.KINDS[node.kind])}")
         if kind in (None, node.main_process):
             # Said before it is done: a `wait` must not take it for a crash.
             node.killed = True
@@ -228,18 +232,20 @@ def show(directory):
     for node in cluster.nodes:
         process.refresh_pids(node)
         pids = " ".join(f"{kind}={pid}" for kind, pid in node.pids.items())
-        rows.append((node.name, node.address, _state(node), *_counts(node), pids))
+        rows.append((node.name, node.address, _state(cluster, node), *_counts(node), pids))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def _state(node):
+def _state(cluster, node):
     words = []
     if node.main_process in node.pids:
         words.append("up")
+    elif node.killed:
+        words.append("killed")
     else:
-        words.append("killed" if node.killed else "down")
+        words.append("down" if node.kind == "worker" or cluster.plugin else "idle")
     if node.cut:
         words.append("cut")
     return ",".join(words)

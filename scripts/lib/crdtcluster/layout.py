@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 
 from .errors import ClusterError, Refused
@@ -67,21 +68,11 @@ class Cluster:
     nodes: list
     users: list
 
-    @property
-    def runtime_dir(self):
-        """For sockets, whose paths must be short (108 bytes)."""
-        return runtime_dir(self.id)
-
-    @property
-    def spill_dir(self):
-        """Takes the data when others may not enter `directory`."""
-        return spill_dir(self.id)
-
     def node_dir(self, node):
         return f"{self.data_dir}/nodes/{node.name}"
 
     def node_runtime_dir(self, node):
-        return f"{self.runtime_dir}/{node.name}"
+        return f"{_runtime_dir(self.id)}/{node.name}"
 
     def workers(self):
         return [node for node in self.nodes if node.kind == "worker"]
@@ -109,12 +100,19 @@ def json_path(directory):
     return os.path.join(directory, "cluster.json")
 
 
-def runtime_dir(cluster_id):
+def _runtime_dir(cluster_id):
+    """For sockets, whose paths must be short (108 bytes)."""
     return f"/run/crdt-{cluster_id}"
 
 
-def spill_dir(cluster_id):
+def _spill_dir(cluster_id):
+    """For the data of a cluster whose directory others may not enter."""
     return f"/var/tmp/crdt-{cluster_id}"
+
+
+def outside_dirs(cluster_id):
+    """What a cluster may have outside its directory."""
+    return _runtime_dir(cluster_id), _spill_dir(cluster_id)
 
 
 def load(directory):
@@ -146,28 +144,43 @@ def _check_loaded(cluster, directory):
 def locked(directory):
     """The cluster in directory, held against other commands that change it."""
     load(directory)
-    with open(os.path.join(directory, "lock"), "w", encoding="ascii") as lock:
+    # The directory itself, so that `down` can remove all that is in it.
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield load(directory)
+    finally:
+        os.close(lock)
 
 
 def plan(directory, options):
-    """Makes the cluster's directory and claims an id that nobody uses.
+    """The cluster that is to be, under an id that nobody uses.
 
-    Nothing else exists yet, but cluster.json says what will.
+    Makes the cluster's directory with cluster.json in it, and the runtime
+    and spill directories; nothing else exists yet.
     """
     directory = os.path.realpath(directory)
-    _check_counts(options)
     if not _SAFE_PATH.match(directory):
         raise Refused(f"use a DIR of letters, digits and ._+@- (not {directory})")
-    if os.path.lexists(directory):
+    try:
+        os.makedirs(directory, mode=0o755)
+    except FileExistsError:
         raise Refused(f"{directory} exists. End the cluster in it with"
-                      f" 'cluster down', or take another DIR")
-    os.makedirs(directory, mode=0o755)
-    cluster_id = _claim_id()
+                      f" 'cluster down', or take another DIR") from None
+    cluster_id = None
+    try:
+        cluster_id = _claim_id()
+        return _plan(directory, cluster_id, options)
+    except BaseException:
+        for path in [directory, *(outside_dirs(cluster_id) if cluster_id else ())]:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _plan(directory, cluster_id, options):
     data_dir = directory
     if not _enterable_by_all(directory):
-        data_dir = spill_dir(cluster_id)
+        data_dir = _spill_dir(cluster_id)
         os.mkdir(data_dir, 0o755)
         os.symlink(f"{data_dir}/nodes", f"{directory}/nodes")
     cluster = _describe(directory, cluster_id, data_dir, options)
@@ -175,7 +188,8 @@ def plan(directory, options):
     return cluster
 
 
-def _check_counts(options):
+def check_counts(options):
+    """Refuses numbers of nodes and users that cannot be."""
     for what, low, high in (("workers", 1, MAX_WORKERS), ("storages", 0, MAX_STORAGES),
                             ("users", 1, 10000)):
         if not low <= getattr(options, what) <= high:
@@ -192,7 +206,7 @@ def _claim_id():
         if _netns_of(cluster_id):
             continue
         try:
-            os.mkdir(runtime_dir(cluster_id), 0o755)
+            os.mkdir(_runtime_dir(cluster_id), 0o755)
         except FileExistsError:
             continue
         return cluster_id

@@ -166,6 +166,9 @@ def _start_dovecot(cluster, node):
     binary = _dovecot_binary()
     if binary is None:
         raise ClusterError("there is no Dovecot; run scripts/build --deps-only")
+    # A killed master leaves it, and its pid may be another process's by now.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{cluster.node_runtime_dir(node)}/master.pid")
     with open(f"{cluster.node_dir(node)}/start.log", "ab") as log:
         result = subprocess.run(netns.command(node.netns, binary, "-c", node.doveadm_config),
                                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,

@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_STATE_H
+#define CRDT_STATE_H
+/*
+ * The replicated state of one user and its merge.  Pure: rows and op in, rows
+ * and effects out (doc/DESIGN.md has the semantics table; doc/FORMATS.md the
+ * rows).  First key byte of a row:
+ *
+ *  'V'                       the version vector of what was merged
+ *  'F' id[16]                folder
+ *  'P' path 0x00 id[16]      live folder of that path (no value)
+ *  'M' id[16] guid-len guid copy(be64)    message
+ *  'G' id[16] guid-len guid copy(be64)    removed message kept for late STOREs (no value)
+ *  'S' name                  subscription
+ *  'C' sha256[32]            number of message rows with this body (varint)
+ *  'B' origin(be64) seq(be64)  op bytes that wait for their context
+ *
+ * Other first bytes are free for the owner of the rows (local rows of the
+ * sync service are lower-case letters).
+ */
+#include "op.h"
+#include "rows.h"
+
+/* ---- what a row says ---- */
+
+/* The dots of one fact, the newest of each origin: any context that covers it
+ * covers the older ones too.  Small: usually 1. */
+#define CRDT_DOTS_MAX CRDT_VV_MAX
+
+struct crdt_folder_delete {
+	struct crdt_dot dot;		/* of the DELETE */
+	struct crdt_vv ctx;		/* what it takes away */
+	bool void_by_rename;		/* a concurrent RENAME protects the mails */
+};
+
+struct crdt_folder {
+	struct crdt_id id;
+	struct crdt_vv presence;	/* newest add of each origin: CREATE, RENAME, ADD, STORE */
+	struct crdt_vv renames;		/* newest RENAME of each origin */
+	uint8_t *path; uint16_t path_len;	/* owned */
+	uint64_t path_counter; struct crdt_dot path_dot;
+	uint32_t validity;		/* highest UIDVALIDITY */
+	struct crdt_numberer numberer;	/* under that validity */
+	uint32_t numberer_uidnext;	/* UIDNEXT that its TAKEOVER stated; 0 unknown */
+	bool released;			/* the numberer handed over cleanly; its op's context in release_vv */
+	uint32_t release_uidnext;
+	struct crdt_vv release_vv;
+	uint16_t deletes_n;
+	struct crdt_folder_delete *deletes;	/* owned; kept until stable */
+};
+static inline bool crdt_folder_live(const struct crdt_folder *f) { return f->presence.n > 0; }
+
+struct crdt_mail_key {
+	struct crdt_id folder;
+	uint8_t guid[CRDT_GUID_MAX]; uint8_t guid_len;	/* 1..255 */
+	uint64_t copy;
+};
+
+struct crdt_mail_keyword {
+	uint8_t name_len; uint8_t name[CRDT_KEYWORD_MAX];
+	struct crdt_vv dots;		/* non-empty */
+};
+
+struct crdt_mail {
+	struct crdt_mail_key key;
+	struct crdt_content content;
+	uint64_t size;
+	int64_t received;
+	struct crdt_vv presence;	/* as stored: dots that a folder DELETE takes are still in it */
+	struct crdt_vv removed_by;	/* newest EXPUNGE of each origin, for collection */
+	struct crdt_vv flag_dots[5];	/* per system flag, bit order of CRDT_FLAG_* */
+	uint16_t keywords_n;
+	struct crdt_mail_keyword *keywords;	/* owned; ascending by name */
+	struct crdt_uid_state uid;
+	bool live;			/* presence beyond what the folder's DELETEs take */
+};
+uint8_t crdt_mail_flags(const struct crdt_mail *m);	/* mask of set system flags */
+
+struct crdt_subscription { struct crdt_vv dots; };	/* subscribed iff non-empty */
+
+/* ---- reading ---- */
+
+/* Each returns true when the row exists.  Free with the _free of the same name
+ * (also fine after false). */
+bool crdt_folder_get(struct crdt_rows *rows, const struct crdt_id *id, struct crdt_folder *f_r);
+void crdt_folder_free(struct crdt_folder *f);
+/* folder may be NULL: it is then read to decide `live`. */
+bool crdt_mail_get(struct crdt_rows *rows, const struct crdt_mail_key *key,
+		   const struct crdt_folder *folder, struct crdt_mail *m_r);
+void crdt_mail_free(struct crdt_mail *m);
+bool crdt_subscribed(struct crdt_rows *rows, const void *name, size_t len);
+void crdt_vv_get_merged(struct crdt_rows *rows, struct crdt_vv *vv_r);	/* row 'V' */
+
+/* Live folders that share a path, ascending by id; at most max; returns how
+ * many there are. */
+size_t crdt_path_folders(struct crdt_rows *rows, const void *path, size_t len,
+			 struct crdt_id *ids_r, size_t max);
+/*
+ * The folder whose UIDVALIDITY and numberer count for the mailbox that these
+ * live folders make: highest (validity, id).  Index into ids.
+ */
+size_t crdt_path_primary(struct crdt_rows *rows, const struct crdt_id *ids, size_t n);
+
+/* Scans; cb returns false to stop.  from: continue at this key (NULL: start).
+ * Mail rows that are not live are passed too (m->live says). */
+void crdt_scan_folders(struct crdt_rows *rows, bool (*cb)(void *ctx, const struct crdt_folder *f), void *ctx);
+void crdt_scan_mails(struct crdt_rows *rows, const struct crdt_id *folder, const struct crdt_mail_key *from,
+		     bool (*cb)(void *ctx, const struct crdt_mail *m), void *ctx);
+void crdt_scan_subscriptions(struct crdt_rows *rows,
+			     bool (*cb)(void *ctx, const uint8_t *name, size_t len), void *ctx);
+bool crdt_content_referenced(struct crdt_rows *rows, const struct crdt_content *c);
+
+/* Key codec, for owners that index by message. */
+void crdt_mail_key_encode(struct crdt_buf *b, char first, const struct crdt_mail_key *key);
+bool crdt_mail_key_decode(const void *p, size_t n, struct crdt_mail_key *key_r);	/* p after the first byte */
+
+/* ---- merging ---- */
+
+enum crdt_effect_kind {
+	CRDT_EFFECT_FOLDER,	/* folder appeared, went, moved, or its validity/numberer changed */
+	CRDT_EFFECT_FOLDER_MAILS,	/* all its mails may have changed (a DELETE took effect or became void) */
+	CRDT_EFFECT_MAIL,	/* mail appeared, went, or its flags/keywords/claim/floor changed */
+	CRDT_EFFECT_SUBSCRIPTION,
+	CRDT_EFFECT_BODY_UNREFERENCED,	/* last row with this content id went */
+};
+struct crdt_effect {
+	enum crdt_effect_kind kind;
+	const struct crdt_id *folder;		/* FOLDER, FOLDER_MAILS */
+	const struct crdt_mail_key *mail;	/* MAIL */
+	struct crdt_str name;			/* SUBSCRIPTION */
+	const struct crdt_content *content;	/* BODY_UNREFERENCED */
+};
+struct crdt_sink {
+	/* What changed.  Called during the merge: the callee must not touch rows
+	 * of the core from inside, only note the effect. */
+	void (*effect)(struct crdt_sink *sink, const struct crdt_effect *e);
+	/* An op took effect now: either the one passed in, or one that had waited
+	 * for it.  Called once per op, in the order of effect.  bytes as received. */
+	void (*applied)(struct crdt_sink *sink, const struct crdt_op *op, const uint8_t *bytes, size_t n);
+};
+
+enum crdt_merge_result {
+	CRDT_MERGED,		/* took effect (and perhaps others that waited) */
+	CRDT_MERGE_DUPLICATE,	/* seen before; nothing changed */
+	CRDT_MERGE_BUFFERED,	/* kept in a 'B' row until its context arrives */
+	CRDT_MERGE_INVALID,	/* contradicts itself or exceeds a limit; nothing changed */
+};
+/*
+ * Delivers one op: bytes are the encoding, op its decoded form.  Any order
+ * between origins, any repetition.  A gap inside an origin, a context that is
+ * not merged yet, or an unknown kind buffers the op.  Touches only the rows
+ * that the op names (and O(1) more): DELETE and RENAME of a folder cost the
+ * same whatever its size.  error_r: static text for INVALID.
+ */
+enum crdt_merge_result
+crdt_merge(struct crdt_rows *rows, const struct crdt_op *op, const uint8_t *bytes, size_t n,
+	   struct crdt_sink *sink, const char **error_r);
+
+/*
+ * Drops what removed things left behind.  stable: every member has durably
+ * *applied* these ops and whatever a member issued before doing so has been
+ * merged here.  Visits at most `budget` rows; returns true when more is left.
+ */
+bool crdt_collect(struct crdt_rows *rows, const struct crdt_vv *stable, unsigned budget,
+		  struct crdt_sink *sink);
+
+/* Feeds the canonical form of all that users can see (live folders, mails with
+ * flags, keywords, claims, subscriptions; no dots, no garbage) to update(), in
+ * key order: equal states, equal digests. */
+void crdt_digest(struct crdt_rows *rows, void (*update)(void *ctx, const void *p, size_t n), void *ctx);
+
+/* Walks all rows and tests what must hold of any state (indexes agree, counts
+ * agree, ...).  Returns NULL, or a malloc'ed text naming the first fault. */
+char *crdt_check(struct crdt_rows *rows);
+#endif

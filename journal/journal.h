@@ -1,0 +1,159 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_JOURNAL_H
+#define CRDT_JOURNAL_H
+/*
+ * The journal of one user on one replica: what happened to his mail store, in
+ * order.  One file, `dovecot.crdt.journal`, in the user's CONTROL root.  Mail
+ * processes append (plugin/), crdt-worker reads and trims.  Plain C, no
+ * Dovecot header; doc/FORMATS.md has the bytes.
+ *
+ * Truth is the mail store (file, uidlist, index log): the journal is an
+ * ordered note of it and is as durable as they are: not synced by default.
+ *
+ * Locking: flock(2) on the file, a leaf lock: taken last, held for one write,
+ * never while waiting for anything.  A file that was replaced (link count 0)
+ * is reopened under the lock.  A torn tail (a writer killed inside write(2))
+ * is cut off by the next locker: its change had not been committed.
+ *
+ * Both authors write here: mail processes what users did, crdt-worker what it
+ * applied (`applier`), each while holding the mailbox's index-log lock.  So the
+ * order of the records of a mailbox is the order of its changes, and the sync
+ * engine (sync/replica.h) can follow exactly what the mailbox holds.
+ *
+ * A record's seq counts the records of this journal (the engine numbers ops
+ * itself).  A journal that was made under another boot, replica or user is set
+ * aside as `dovecot.crdt.journal.<origin hex>` and drained from there; a new
+ * one with a new random origin (journal id) and seq 1 begins.
+ */
+#include "../crdt/op.h"
+
+#define CRDT_JOURNAL_NAME "dovecot.crdt.journal"
+#define CRDT_JOURNAL_VERSION 1
+#define CRDT_JOURNAL_HEADER_SIZE 8192	/* bytes, fixed */
+#define CRDT_JOURNAL_RECORD_MAX (1024 * 1024)
+
+enum crdt_jrec_kind {
+	CRDT_JREC_CREATE = 1,	/* mailbox, path, uidvalidity */
+	CRDT_JREC_DELETE = 2,	/* mailbox, path, seen */
+	CRDT_JREC_RENAME = 3,	/* path -> new_path; children go along */
+	CRDT_JREC_SUBSCRIBE = 4,	/* path */
+	CRDT_JREC_UNSUBSCRIBE = 5,	/* path */
+	CRDT_JREC_APPEND = 6,	/* mailbox, uidvalidity, seen, mails[] with uid, flags, keywords */
+	CRDT_JREC_FLAGS = 7,	/* mailbox, uidvalidity, seen, uids, add/remove */
+	CRDT_JREC_EXPUNGE = 8,	/* mailbox, uidvalidity, seen, uids */
+	CRDT_JREC_TAKEOVER = 9,	/* mailbox, uidvalidity, seen, numberer, uidnext */
+	CRDT_JREC_ABORT = 10,	/* abort_seq: the change of that earlier record did not happen */
+	CRDT_JREC_RELEASE = 11,	/* mailbox, uidvalidity, seen, numberer, uidnext */
+	CRDT_JREC_REVALIDATE = 12,	/* applier only: mailbox, uidvalidity (the new one); all its
+				 * mails follow as applier APPENDs with their new UIDs */
+};
+
+struct crdt_uid_range { uint32_t first, last; };	/* inclusive */
+
+struct crdt_jrec_mail {			/* APPEND */
+	uint32_t uid;
+	uint8_t flags;
+	uint16_t keywords_n;
+	const struct crdt_str *keywords;
+	struct crdt_str key;		/* applier only: which mail of the state this is
+					 * (crdt_mail_key_encode() without first byte); else empty */
+};
+
+struct crdt_jrec {
+	uint64_t seq;			/* set by crdt_journal_append() */
+	uint8_t kind;
+	bool applier;			/* written by crdt-worker for its own change: order and UIDs
+					 * for the sync engine, never an op (I6) */
+	struct crdt_id mailbox;		/* Dovecot's mailbox GUID; zero where unused */
+	uint32_t uidvalidity;
+	/* What the applier had applied to this mailbox (index header extension,
+	 * read under the index-log lock; uids.md); for CREATE, RENAME and
+	 * subscriptions, the journal header's.  Without own earlier seqs. */
+	struct crdt_vv seen;
+	struct crdt_str path, new_path;	/* '/'-separated, UTF-8, without namespace prefix */
+	uint16_t mails_n; struct crdt_jrec_mail *mails;
+	uint16_t uids_n; struct crdt_uid_range *uids;
+	uint8_t flags_add, flags_remove;
+	uint16_t kw_add_n, kw_remove_n;
+	const struct crdt_str *kw_add, *kw_remove;
+	struct crdt_numberer numberer;
+	uint32_t uidnext;
+	uint64_t abort_seq;
+};
+void crdt_jrec_encode(struct crdt_buf *b, const struct crdt_jrec *rec);
+/* As crdt_op_decode(). */
+int crdt_jrec_decode(const void *p, size_t n, struct crdt_jrec *rec_r, const char **error_r);
+void crdt_jrec_free(struct crdt_jrec *rec);
+
+struct crdt_journal_ident {
+	unsigned slot;			/* 0..63 */
+	const char *replica;		/* crdt_replica */
+	const char *user;
+};
+
+struct crdt_journal_info {
+	crdt_origin origin;
+	uint64_t base_seq;		/* records start at this seq; earlier ones are acknowledged */
+	uint64_t next_seq;		/* seq of the next record */
+	uint32_t uidvalidity_high;	/* highest UIDVALIDITY known for this user */
+	struct crdt_vv seen;		/* applied to the whole user (all mailboxes, subscriptions) */
+	struct crdt_vv closed;		/* own earlier origins with their last seq: always part of a context */
+	bool closed_file;		/* a set-aside journal: nothing is added any more */
+};
+
+struct crdt_journal;
+
+/*
+ * Opens (creating if needed, mode 0600) the journal in directory dir.  Returns
+ * NULL with *error_r (static or in the handle-independent buffer: valid until
+ * the next call in this thread).  Creating a new origin draws random bits.
+ */
+struct crdt_journal *crdt_journal_open(const char *dir, const struct crdt_journal_ident *ident,
+				       const char **error_r);
+/* Opens only for reading and trimming a set-aside file or the current one. */
+struct crdt_journal *crdt_journal_open_file(const char *path, const char **error_r);
+void crdt_journal_close(struct crdt_journal **j);
+
+/* Exclusive lock; refreshes info.  0 or -1 (errno text in *error_r).  All
+ * functions below that change the file need it. */
+int crdt_journal_lock(struct crdt_journal *j, const char **error_r);
+void crdt_journal_unlock(struct crdt_journal *j);
+const struct crdt_journal_info *crdt_journal_info(const struct crdt_journal *j);	/* as of the last lock */
+
+/*
+ * Appends n records with one write(2), giving them consecutive seqs (set in
+ * recs).  0; -1: nothing was appended (disk full: the file was cut back).
+ * Returns before anything is synced; crdt_journal_sync() is fdatasync(2).
+ */
+int crdt_journal_append(struct crdt_journal *j, struct crdt_jrec *recs, size_t n, const char **error_r);
+int crdt_journal_sync(struct crdt_journal *j, const char **error_r);
+/* Header updates, under the lock: written before return, not synced. */
+int crdt_journal_set_seen(struct crdt_journal *j, const struct crdt_vv *seen, const char **error_r);
+int crdt_journal_raise_uidvalidity(struct crdt_journal *j, uint32_t value, const char **error_r);
+
+/*
+ * Calls cb for each record with seq >= from_seq, in order, without the lock
+ * (records that are complete at the time), until cb returns false.  A damaged
+ * record ends the reading with -1 and *error_r naming seq and offset; what is
+ * before it was delivered.  0 otherwise.
+ */
+int crdt_journal_read(struct crdt_journal *j, uint64_t from_seq,
+		      bool (*cb)(void *ctx, const struct crdt_jrec *rec), void *ctx, const char **error_r);
+/*
+ * Forgets records with seq <= upto (takes the lock itself).  All of them: the
+ * file shrinks to its header.  Some: the tail is copied to a new file that
+ * replaces it, but only when that frees at least half of it and 64 KiB.
+ */
+int crdt_journal_trim(struct crdt_journal *j, uint64_t upto, const char **error_r);
+
+/*
+ * Marker "this user has records": a file in STATE_DIR/dirty named after the
+ * user (percent-encoded; a SHA-256 name if too long), holding the name.  The
+ * mail process makes it before the first record goes into an empty journal,
+ * the worker removes it under the journal's lock when the journal is empty, so
+ * the service finds unsent records without walking homes.
+ */
+int crdt_dirty_mark(const char *state_dir, const char *user, const char **error_r);
+int crdt_dirty_clear(const char *state_dir, const char *user, const char **error_r);
+int crdt_dirty_list(const char *state_dir, void (*cb)(void *ctx, const char *user), void *ctx, const char **error_r);
+#endif

@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_MAILBOX_EXT_H
+#define CRDT_MAILBOX_EXT_H
+/*
+ * What we keep in the header extension "crdt" of a mailbox's Dovecot index:
+ * written by the applier (crdt-worker) in its own index transactions, read by
+ * the recorder (plugin) under the index-log lock, so that what a local change
+ * had seen is exact.  The plugin writes numberer on a takeover and stamp with
+ * every recorded change.  Fixed size; doc/FORMATS.md has the bytes.
+ */
+#include "../crdt/clock.h"
+#include "../crdt/uid.h"
+
+#define CRDT_MAILBOX_EXT_NAME "crdt"
+#define CRDT_MAILBOX_EXT_VV_MAX 60
+#define CRDT_MAILBOX_EXT_SIZE 1024
+
+struct crdt_mailbox_ext {
+	uint8_t version;		/* 1; 0: never written */
+	struct crdt_numberer numberer;	/* term 0: made here and never taken over: ours */
+	struct crdt_dot stamp;		/* last journal record of this mailbox (crash compare) */
+	struct crdt_vv seen;		/* ops applied to this mailbox */
+};
+/* Layout: the stamp comes first and is written alone by the recorder
+ * (CRDT_MAILBOX_EXT_STAMP_SIZE bytes at offset 0). */
+#define CRDT_MAILBOX_EXT_STAMP_SIZE 16
+/* false: seen has more than CRDT_MAILBOX_EXT_VV_MAX entries. */
+bool crdt_mailbox_ext_encode(uint8_t out[CRDT_MAILBOX_EXT_SIZE], size_t *used_r, const struct crdt_mailbox_ext *ext);
+/* A header that is absent, short or of another version decodes to version 0. */
+void crdt_mailbox_ext_decode(const void *p, size_t n, struct crdt_mailbox_ext *ext_r);
+#endif

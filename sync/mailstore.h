@@ -1,0 +1,134 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_MAILSTORE_H
+#define CRDT_MAILSTORE_H
+/*
+ * One user's mail store and journal, as the engine (replica.h) sees them.
+ * Calls are synchronous.  Implemented by worker-client.c, which asks a
+ * crdt-worker process over a socket, and by the simulation's virtual mailbox.
+ *
+ * Changes made through here are written to the journal as `applier` records
+ * by the one who makes them, under the mailbox's index-log lock; the engine
+ * learns the outcome from there, in order, also after a kill in between.
+ *
+ * Results: 0 done; MS_RETRY: the mail store changed since `known_seq`, read
+ * the journal first and decide anew; MS_GONE: no such mailbox or mail;
+ * MS_TEMP: temporary failure, text in error, try later; MS_FAIL: it will not
+ * work (text); the engine sets the thing aside and reports it.
+ */
+#include "../journal/journal.h"
+#include "../crdt/state.h"
+
+enum ms_result { MS_OK = 0, MS_RETRY = 1, MS_GONE = 2, MS_TEMP = -1, MS_FAIL = -2 };
+
+/* A mailbox as known here.  The path is a hint: the GUID decides. */
+struct ms_mailbox {
+	struct crdt_id guid;
+	struct crdt_str path;
+	uint32_t uidvalidity;
+};
+
+/* What a journal APPEND's mail turned out to be; order of rec->mails. */
+struct ms_mail {
+	bool gone;			/* expunged meanwhile: nothing is known of it */
+	struct crdt_str guid;
+	struct crdt_content content;
+	uint64_t size;			/* bytes with CRLF */
+	int64_t received;
+	const uint8_t *text;		/* whole text with CRLF if size <= CRDT_BODY_RIDE, else NULL */
+};
+
+struct ms_record {
+	crdt_origin journal;		/* journal id that rec.seq counts in */
+	const struct crdt_jrec *rec;
+	const struct ms_mail *mails;	/* native APPEND only, rec->mails_n of them */
+};
+
+struct ms_position { crdt_origin journal; uint64_t seq; };	/* translated up to here */
+#define MS_JOURNALS_MAX 16
+
+enum ms_cmd_kind { MS_SAVE, MS_MOVE, MS_FLAGS, MS_EXPUNGE };
+/* What to do when `uid` is below the mailbox's UIDNEXT (UID rules 4-6). */
+enum ms_uid_policy {
+	MS_UID_HOLD,			/* follower: do nothing, report held and UIDNEXT */
+	MS_UID_OWN,			/* numberer: own UID at or above UIDNEXT and floor */
+};
+struct ms_cmd {
+	enum ms_cmd_kind kind;
+	struct crdt_dot dots[4]; unsigned dots_n;	/* what this makes seen (0: nothing) */
+	uint32_t uid;			/* MOVE, FLAGS, EXPUNGE: the mail's UID here */
+	/* SAVE, MOVE */
+	uint32_t want_uid;		/* claim, or 0: none (then by policy) */
+	uint32_t floor;
+	enum ms_uid_policy policy;
+	struct crdt_str key;		/* mail key, copied into the applier record */
+	/* SAVE */
+	struct crdt_str guid;
+	struct crdt_content content;
+	uint64_t size;
+	int64_t received;
+	/* Text: in memory, or in a file, or (text == NULL, file == NULL) a mail of this
+	 * user's store to copy from. */
+	const uint8_t *text;
+	const char *file;
+	struct ms_mailbox source; uint32_t source_uid;
+	/* SAVE: all flags and keywords; FLAGS: what to add and remove */
+	uint8_t flags_add, flags_remove;
+	uint16_t kw_add_n, kw_remove_n;
+	const struct crdt_str *kw_add, *kw_remove;
+	/* out */
+	enum { MS_DONE = 1, MS_HELD, MS_CMD_GONE, MS_CMD_FAILED } outcome;
+	char error[120];		/* MS_CMD_FAILED */
+};
+
+struct ms_apply {
+	struct ms_mailbox box;
+	/* Target of the index header extension.  After each of its commits the
+	 * implementation writes `seen` lowered below the dots of all commands that
+	 * are not done yet (or held, or failed), never lowering what is there. */
+	struct crdt_vv seen;
+	struct crdt_numberer numberer;	/* highest known; the mailbox keeps the higher */
+	size_t n; struct ms_cmd *cmds;	/* at most 256; SAVEs ascending by want_uid */
+	bool verify;			/* outcome of an earlier apply is unknown: look for GUIDs first */
+	uint32_t uidnext_r;		/* out: UIDNEXT after it */
+};
+
+struct ms_found { struct crdt_id mailbox; uint32_t uid; struct crdt_str guid; uint8_t flags; };
+
+struct mailstore {
+	/* Reads the set-aside journals and the current one from after pos[] (a
+	 * journal not in pos: from its start), oldest first; calls cb for each
+	 * record until it returns false.  ids_r gets the journals that exist, in
+	 * order, the current one last. */
+	int (*read)(struct mailstore *ms, const struct ms_position *pos, size_t pos_n,
+		    bool (*cb)(void *ctx, const struct ms_record *rec), void *ctx,
+		    struct ms_position *ids_r, size_t *ids_n_r);
+	/* Forget journal records up to here; a set-aside journal that is fully
+	 * forgotten is unlinked, and the user's dirty marker removed when nothing
+	 * is left. */
+	int (*trim)(struct mailstore *ms, const struct ms_position *pos);
+	/* Header field `seen` of the journal: applied to the whole user. */
+	int (*set_seen)(struct mailstore *ms, const struct crdt_vv *seen, uint32_t uidvalidity_high);
+
+	int (*apply)(struct mailstore *ms, struct ms_apply *a);
+	/* Makes box->path with this UIDVALIDITY and, if free, GUID; guid_r and
+	 * uidvalidity_r say what is there now (also when it existed already:
+	 * existed_r).  Missing parents are made as Dovecot makes them. */
+	int (*create)(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidnext,
+		      const struct crdt_numberer *numberer, struct ms_mailbox *made_r, bool *existed_r);
+	/* MS_RETRY if the journal has native records of this mailbox beyond known. */
+	int (*remove)(struct mailstore *ms, const struct ms_mailbox *box, const struct ms_position *known);
+	int (*rename)(struct mailstore *ms, const struct ms_mailbox *box, const char *new_path);	/* without children */
+	/* Gives a mailbox a new (higher) UIDVALIDITY; mails keep order, get the UIDs
+	 * asked for by key where given, else own ones above. */
+	int (*revalidate)(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidvalidity,
+			  const struct crdt_numberer *numberer);
+	int (*subscribe)(struct mailstore *ms, const char *path, bool on);
+	/* Reads [offset, offset + len) of the text with CRLF. buf is appended to. */
+	int (*body)(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uid,
+		    uint64_t offset, size_t len, struct crdt_buf *buf);
+	/* All mails of a mailbox with their GUIDs (after an unknown outcome). */
+	int (*list)(struct mailstore *ms, const struct ms_mailbox *box,
+		    bool (*cb)(void *ctx, const struct ms_found *f), void *ctx);
+	char error[256];		/* of the last call that did not return MS_OK */
+};
+#endif

@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_REPLICA_H
+#define CRDT_REPLICA_H
+/*
+ * The engine of one user on one worker: outbound [3] (journal records become
+ * ops), inbound [8] (ops of others are merged), apply [9] (the mail store is
+ * brought to the merged state).  No sockets, threads, clock or Dovecot: driven
+ * by crdt-sync and by the simulation.
+ *
+ * Next to the rows of the core it keeps a *shadow*: what the mail store holds,
+ * as told by the journal, in local rows (lower-case first byte, doc/FORMATS.md).
+ * Applying is: where a merged row and its shadow differ, tell the mail store.
+ * What differs is noted in `dirty` rows in the same transaction as the merge,
+ * so a kill at any time loses no work and repeats none.
+ *
+ * One user is handled by one thread at a time; different users in parallel.
+ */
+#include "mailstore.h"
+#include "../storage-daemon/store.h"
+#include "../wire/frame.h"
+
+struct replica_config {
+	unsigned slot;
+	const char *name;
+	/* Random 56 bits for a new origin.  (Simulation: seeded.) */
+	uint64_t (*random)(void *ctx);
+	void (*log)(void *ctx, int level, const char *text);	/* 0 error, 1 warning, 2 info, 3 debug */
+	/* A text that was read on the way (size <= CRDT_BODY_RIDE): may be kept for
+	 * sending soon.  May be NULL. */
+	void (*text_seen)(void *ctx, const char *user, const struct crdt_content *c, const void *p, size_t n);
+	void *ctx;
+};
+
+struct replica;
+/* ms may be NULL (then only merging and reading).  The user's rows are made on
+ * first use.  Does not read the journal. */
+struct replica *replica_open(struct store *s, const struct replica_config *cfg, const char *user,
+			     uint32_t gen, struct mailstore *ms, char **error_r);
+void replica_close(struct replica **r);
+void replica_set_mailstore(struct replica *r, struct mailstore *ms);
+
+/* [8] Merges n encoded ops; durable against the end of the process, not of
+ * power, when it returns.  Malformed ones are logged and skipped.  0 or -1. */
+int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, char **error_r);
+
+/* [3] Reads the journal to its end; ops appear in replica_unsent().  Returns
+ * the number of records read, or -1. */
+int replica_outbound(struct replica *r, char **error_r);
+
+enum replica_progress {
+	REPLICA_DONE,		/* the mail store shows the merged state */
+	REPLICA_WANTS_BODIES,	/* all but mails whose text is missing: see replica_wants() */
+	REPLICA_AGAIN,		/* more to do: call again (slices stay short) */
+	REPLICA_LATER,		/* temporary failure: try again later; text in *error_r */
+	REPLICA_FAILED,		/* database error: stop */
+};
+/* [9] One slice: outbound first, then up to 256 mails.  body(): where the text
+ * of a content id is (a file, or memory valid until the next call); false:
+ * not here. */
+typedef bool replica_body_cb(void *ctx, const struct crdt_content *c, uint64_t size,
+			     const uint8_t **text_r, const char **file_r);
+enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r);
+/* Texts that apply waits for. */
+void replica_wants(struct replica *r, bool (*cb)(void *ctx, const struct crdt_content *c, uint64_t size), void *ctx);
+
+/* Own ops with seq > after, in order, until cb returns false. */
+void replica_unsent(struct replica *r, uint64_t after,
+		    bool (*cb)(void *ctx, uint64_t seq, const uint8_t *op, size_t n), void *ctx);
+uint64_t replica_last_seq(struct replica *r);	/* of own ops; 0 none */
+crdt_origin replica_own_origin(struct replica *r);
+/* Every storage has own ops up to seq durably: forget them, trim the journal. */
+int replica_acknowledged(struct replica *r, uint64_t seq, char **error_r);
+/* Where a text that a peer asks for is in this user's mail store; reads a piece. */
+int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,
+		      struct crdt_buf *out, uint64_t *size_r);
+
+/* What of the merged ops has been applied to the mail store, with own entries
+ * as of when the journal was last read to its end (for stability). */
+void replica_applied_vv(struct replica *r, struct crdt_vv *vv_r);
+/* Every member has applied these: drop leftovers, a slice; true: more is left. */
+bool replica_collect(struct replica *r, const struct crdt_vv *stable);
+
+struct replica_status {
+	struct crdt_vv vv;		/* merged */
+	uint64_t pending, held, buffered;	/* dirty rows; of them held by the UID rule; ops that wait */
+	uint64_t last_seq;
+};
+void replica_status(struct replica *r, struct replica_status *st_r);
+void replica_digest(struct replica *r, uint8_t digest_r[32]);
+#endif

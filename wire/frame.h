@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_FRAME_H
+#define CRDT_FRAME_H
+/*
+ * Frames: one ZeroMQ message part each, between a node (crdt-sync, or another
+ * daemon) and crdt-stored.  doc/FORMATS.md has the bytes: u8 protocol version,
+ * u8 type, fields.  Every decoder checks the limits below before it allocates.
+ *
+ * Who says what (W worker, D daemon; both directions where none is given):
+ *  HELLO   W>D  first on each connection; names itself (checked against its key)
+ *  WELCOME D>W  daemon's name and id
+ *  OPS     W>D  ops of one user, in the order of their origin; answered by ACK
+ *  ACK     D>W  durable: everything of these origins up to these seqs
+ *  FEED    D>W  committed ops of one user, numbered by the daemon's commit log
+ *  FEED_ACK W>D everything of the feed up to gsn is in the worker's database
+ *  BODY         a piece of a message text; may come unasked ahead of its op
+ *  BODY_WANT    asks for pieces: from offset, at most credit bytes
+ *  BODY_NONE    the sender does not have that text (any more)
+ *  APPLIED W>D  what this worker has applied to a user's mailboxes (stability)
+ *  STABLE  D>W  what every member has applied: leftovers of it can be dropped
+ *  ERROR        code and text for the log; the sender drops the connection's state
+ */
+#include "../crdt/op.h"
+
+#define CRDT_WIRE_VERSION 1
+#define CRDT_FRAME_MAX (1280 * 1024)		/* bytes; ZMQ_MAXMSGSIZE is this plus CURVE's 64 */
+#define CRDT_FRAME_OPS_MAX 1024			/* ops in one OPS or FEED frame */
+#define CRDT_FRAME_FILL (256 * 1024)		/* senders start a new frame beyond this */
+#define CRDT_BODY_CHUNK (256 * 1024)		/* bytes of text in one BODY */
+#define CRDT_BODY_RIDE (64 * 1024)		/* texts up to this may ride ahead of their op */
+#define CRDT_BODY_SIZE_MAX (UINT64_C(1) << 31)	/* bytes of one text */
+#define CRDT_BODY_CREDIT (4 * CRDT_BODY_CHUNK)
+#define CRDT_USER_MAX 255			/* bytes of a user name */
+#define CRDT_NODE_NAME_MAX 63
+#define CRDT_FEED_WINDOW (4 * 1024 * 1024)	/* bytes of FEED/OPS sent and not acknowledged */
+
+enum crdt_frame_type {
+	CRDT_FRAME_HELLO = 1, CRDT_FRAME_WELCOME, CRDT_FRAME_OPS, CRDT_FRAME_ACK,
+	CRDT_FRAME_FEED, CRDT_FRAME_FEED_ACK, CRDT_FRAME_BODY, CRDT_FRAME_BODY_WANT,
+	CRDT_FRAME_BODY_NONE, CRDT_FRAME_APPLIED, CRDT_FRAME_STABLE, CRDT_FRAME_ERROR,
+};
+enum crdt_frame_error {
+	CRDT_ERR_VERSION = 1, CRDT_ERR_IDENTITY, CRDT_ERR_ROLE, CRDT_ERR_MALFORMED,
+	CRDT_ERR_LIMIT, CRDT_ERR_RESET /* cursor unknown: start again */, CRDT_ERR_INTERNAL,
+};
+
+struct crdt_bytes { const uint8_t *p; size_t n; };	/* borrowed */
+
+struct crdt_frame {
+	uint8_t type;
+	struct crdt_str user; uint32_t gen;	/* OPS ACK FEED BODY* APPLIED STABLE */
+	struct crdt_str name;			/* HELLO, WELCOME: node name; ERROR: text */
+	uint8_t role, slot;			/* HELLO: 1 worker, 2 storage; slot of a worker */
+	uint64_t daemon_id;			/* WELCOME; HELLO: daemon that `gsn` is of (0: none) */
+	uint64_t gsn;				/* HELLO: last fed and durable; FEED: of the last op in it; FEED_ACK */
+	uint64_t gsn_prev;			/* FEED: gsn of the frame before it (a gap shows) */
+	size_t ops_n; struct crdt_bytes *ops;	/* OPS, FEED: encoded ops; array owned */
+	struct crdt_vv vv;			/* ACK, APPLIED, STABLE */
+	struct crdt_content content;		/* BODY* */
+	uint64_t size, offset, credit;		/* BODY: whole size, offset; BODY_WANT: offset, credit */
+	struct crdt_bytes data;			/* BODY */
+	uint8_t code;				/* ERROR */
+};
+void crdt_frame_encode(struct crdt_buf *b, const struct crdt_frame *f);
+/* 0; -1 and *error_r (static).  Pointers go into p; free the array with crdt_frame_free(). */
+int crdt_frame_decode(const void *p, size_t n, struct crdt_frame *f_r, const char **error_r);
+void crdt_frame_free(struct crdt_frame *f);
+#endif

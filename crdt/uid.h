@@ -1,0 +1,223 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_UID_H
+#define CRDT_UID_H
+
+/*
+ * UIDs of one folder that several replicas number at once.
+ *
+ * Pure arithmetic: no I/O, no clock, no allocation. The mail plugin, the sync
+ * engine and the model (tests/uid-model.c) call the same functions, so that
+ * what is model-checked is what runs. Nothing here asserts on its arguments:
+ * they may come from a peer. A value outside its range gives 0 or false.
+ *
+ * The rules (cited below and in uid.c by number)
+ *  1. Every replica has a slot 0..63. Block k, the UIDs 64*k .. 64*k+63,
+ *     belongs to slot k mod 64. A replica gives only UIDs of its own blocks,
+ *     at or above UIDNEXT, under the lock that makes them stick. So no UID can
+ *     be given by two replicas, and none is given twice by one.
+ *  2. A folder has a numberer, the highest (term, slot) heard; a mail has a
+ *     claim and a floor. All are joins: maxima, whatever the order they come in.
+ *     They belong to one UIDVALIDITY; a higher UIDVALIDITY starts them anew
+ *     (the numberer too: it has numbered nothing under the new one). Every op on
+ *     the folder carries the sender's struct crdt_uid_folder.
+ *  3. A replica that opens a client's session and is not the numberer takes
+ *     over: UIDNEXT first raised past a gap and made durable, then the op.
+ *  4. A claim at or above both floor and UIDNEXT: show the mail there.
+ *  5. Otherwise the numberer claims a UID of its own.
+ *  6. Otherwise a follower holds, and says once from where on it can show.
+ *  7. A claim is recorded after the UID was given and read back, never before.
+ *     After a crash UIDs are compared with claims, and what was given but not
+ *     recorded is recorded. Of two records of one mail the higher UID stays.
+ *  8. Claims name their UIDVALIDITY; those of another one are ignored.
+ *  9. No state beyond "shown differs from claim" is needed to go on after a kill.
+ * 10. A new incarnation fetches what peers hold of its own ops, then takes over
+ *     with the gap, before it gives any UID.
+ */
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* UIDs per block, and number of slots. A cluster has at most CRDT_SLOTS
+ * replicas that give UIDs. Both are part of the replicated state: changing
+ * either gives a UID to two owners. */
+#define CRDT_UID_BLOCK 64u
+#define CRDT_SLOTS 64u
+
+/* How far a takeover that follows no clean release raises UIDNEXT: room for
+ * the UIDs that the old numberer gave and that were not heard of. One replica
+ * that appends uses one block in 64, so the gap covers 4096 of its mails. */
+#define CRDT_UID_GAP (1u << 18)
+
+/* Highest UID that is ever given. The last block of the 32-bit space stays
+ * unused, so that UIDNEXT = UID + 1 cannot wrap. UIDNEXT and floors reach
+ * CRDT_UID_MAX + 1. A folder that gets there needs a new UIDVALIDITY. */
+#define CRDT_UID_MAX (UINT32_MAX - CRDT_UID_BLOCK)
+
+/*
+ * Blocks (rule 1)
+ */
+
+/* True if uid is 1..CRDT_UID_MAX and in a block of slot. The check to make on
+ * each claim that a peer sends: it may claim only UIDs of its own slot. */
+bool crdt_uid_is_own(unsigned int slot, uint32_t uid);
+
+/* The smallest UID of slot that is at or above next (0 counts as 1).
+ * Returns 0 if slot is not 0..63 or the UID space is used up. */
+uint32_t crdt_uid_own_next(unsigned int slot, uint32_t next);
+
+/* How many UIDs of slot follow one another without a hole from
+ * crdt_uid_own_next(slot, next) on: 1..64, or 0 if there is none. */
+uint32_t crdt_uid_own_run(unsigned int slot, uint32_t next);
+
+/* UIDVALIDITY of a new mailbox: the smallest 64*k + slot, k >= 1, above
+ * highest_known, the highest UIDVALIDITY that this replica knows in any folder
+ * of the user, removed ones included. So two replicas never choose the same.
+ * Returns 0 if slot is not 0..63 or nothing is left. */
+uint32_t crdt_uidvalidity_next(unsigned int slot, uint32_t highest_known);
+
+/*
+ * Numberer (rule 2)
+ */
+
+/* The replica that decides late UIDs of a folder. term 0: none is known. */
+struct crdt_numberer {
+	uint32_t term;
+	uint8_t slot;
+};
+
+/* Total order by term, then slot: < 0, 0, > 0. Terms of two replicas can be
+ * equal (takeovers that did not know of each other), hence the slot. */
+int crdt_numberer_cmp(const struct crdt_numberer *a,
+		      const struct crdt_numberer *b);
+
+/* Numbering of one folder, as heard. */
+struct crdt_uid_folder {
+	uint32_t validity; /* UIDVALIDITY that the rest belongs to; 0: none yet */
+	struct crdt_numberer numberer;
+	/* Highest UIDNEXT stated by a takeover. 0 if none. See
+	 * crdt_uid_base() for its use. */
+	uint32_t next;
+};
+
+/* *dest becomes the least upper bound of both: the higher validity replaces,
+ * under equal ones each part becomes the maximum. Commutative, associative,
+ * idempotent. Returns true if *dest changed. */
+bool crdt_uid_folder_join(struct crdt_uid_folder *dest,
+			  const struct crdt_uid_folder *src);
+
+/* True if slot is the numberer of the folder. A new incarnation must not rely
+ * on it before its own takeover: the numberer meant may be the one before it
+ * (rule 10). */
+bool crdt_uid_is_numberer(const struct crdt_uid_folder *folder,
+			  unsigned int slot);
+
+/* The UIDNEXT from which own UIDs are taken: the mailbox's, raised to the
+ * UIDNEXT that takeovers stated. Only UIDs that this replica gives itself
+ * (native ones, and rule 5) start there. The mailbox's own UIDNEXT is not
+ * raised when a takeover is heard, and rule 4 compares with the mailbox's.
+ * So what a follower delivers lies above what the numberer had at its takeover
+ * and is accepted as is, while older claims still on their way fit too. */
+uint32_t crdt_uid_base(const struct crdt_uid_folder *folder, uint32_t uidnext);
+
+/*
+ * Takeover (rules 3 and 10)
+ */
+
+/* UIDNEXT of a replica that takes over: the smallest UID of slot at or above
+ * uidnext + CRDT_UID_GAP, without the gap if clean_release. uidnext is
+ * crdt_uid_base() of the mailbox, and after a clean release the larger of that
+ * and the UIDNEXT that the release states. Returns 0 when exhausted. */
+uint32_t crdt_uid_takeover_next(unsigned int slot, uint32_t uidnext,
+				bool clean_release);
+
+/* What a numberer states when it lets go of a folder. It may do so only with
+ * no session open and every UID it gave recorded as a claim; from then on it
+ * opens no session either without taking over anew. The version vector that
+ * belongs to it (everything it had applied, its own ops included) is kept by
+ * the caller. The releaser goes on answering late claims (rule 5) until someone
+ * takes over. */
+struct crdt_uid_release {
+	struct crdt_numberer numberer; /* as whom it numbered */
+	uint32_t next;                 /* its UIDNEXT */
+};
+
+/* True if a takeover may leave the gap out: the release is by the numberer
+ * that is still the highest one heard, and this replica has applied everything
+ * up to the release's version vector (applied_all). */
+bool crdt_uid_release_is_clean(const struct crdt_uid_folder *folder,
+			       const struct crdt_uid_release *release,
+			       bool applied_all);
+
+/* Takes over: fills *next_r with the folder state to record. The caller first
+ * raises the mailbox's UIDNEXT to next_r->next, makes that durable and reads it
+ * back, and only then records next_r as an op. release may be NULL.
+ * folder->validity must be the mailbox's UIDVALIDITY.
+ * Returns 0, or -1 if UIDs or terms are used up: renew the UIDVALIDITY. */
+int crdt_uid_takeover(const struct crdt_uid_folder *folder, unsigned int slot,
+		      uint32_t uidnext, const struct crdt_uid_release *release,
+		      bool applied_all, struct crdt_uid_folder *next_r);
+
+/*
+ * One mail (rules 2 and 4-9)
+ */
+
+/* What was heard about the UID of one mail. */
+struct crdt_uid_state {
+	uint32_t validity; /* UIDVALIDITY that the rest belongs to */
+	uint32_t claim;    /* highest UID claimed; 0: none */
+	uint32_t floor;    /* highest UIDNEXT below which someone cannot show it */
+};
+
+/* As crdt_uid_folder_join(). */
+bool crdt_uid_state_join(struct crdt_uid_state *dest,
+			 const struct crdt_uid_state *src);
+
+/* *dest joined with claim(uid) or floor(value) under a UIDVALIDITY. Values
+ * outside 1..CRDT_UID_MAX (floor: CRDT_UID_MAX + 1) change nothing. Returns true
+ * if *dest changed. */
+bool crdt_uid_state_claim(struct crdt_uid_state *dest, uint32_t validity,
+			  uint32_t uid);
+bool crdt_uid_state_floor(struct crdt_uid_state *dest, uint32_t validity,
+			  uint32_t value);
+
+/* What to do with one mail now. Each verdict is one step, to be done under the
+ * mailbox's lock with the UIDNEXT it was asked with; then ask again. */
+enum crdt_uid_verdict {
+	/* Nothing to do: shown at its claim. */
+	CRDT_UID_KEEP,
+	/* Show the mail at *uid_r, its claim, or move it there. */
+	CRDT_UID_SHOW_AT_CLAIM,
+	/* Show the mail at, or move it to, *uid_r, a new UID of our own. Then
+	 * read it back; the next verdict is CRDT_UID_RECORD_CLAIM. */
+	CRDT_UID_CLAIM_OWN,
+	/* The mail is shown at *uid_r, which we gave and never recorded, just
+	 * now or before a crash: record claim(mail, *uid_r). */
+	CRDT_UID_RECORD_CLAIM,
+	/* Leave the mail as it is: the numberer will claim a UID. */
+	CRDT_UID_HOLD,
+	/* The same, and record floor(mail, *uid_r). */
+	CRDT_UID_HOLD_AND_FLOOR,
+	/* A UID of our own is due and there is none: renew the UIDVALIDITY. */
+	CRDT_UID_EXHAUSTED
+};
+
+/* Decides about one live mail (one that is in the merged state, or is shown
+ * and not recorded yet).
+ *   folder    numbering as heard; its validity is the mailbox's UIDVALIDITY
+ *   slot      our own
+ *   numberer  whether we are the numberer: crdt_uid_is_numberer(), but false in
+ *             a new incarnation before its takeover
+ *   uidnext   the mailbox's UIDNEXT
+ *   shown     UID of the mail here, 0 if it is not shown. If a crash left two
+ *             records of the mail, the higher UID (rule 7).
+ *   mail      what was heard; of another validity: nothing (rule 8)
+ * *uid_r is set as the verdict says, else to 0.
+ * A mail without a claim and not shown is for the numberer to claim; a follower
+ * holds it and need not ask. A mail without a claim at a UID that is not ours
+ * (another program dropped the file in) gets a UID of our own from anyone. */
+enum crdt_uid_verdict
+crdt_uid_decide(const struct crdt_uid_folder *folder, unsigned int slot,
+		bool numberer, uint32_t uidnext, uint32_t shown,
+		const struct crdt_uid_state *mail, uint32_t *uid_r);
+
+#endif

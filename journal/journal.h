@@ -11,9 +11,10 @@
  * ordered note of it and is as durable as they are: not synced by default.
  *
  * Locking: flock(2) on the file, a leaf lock: taken last, held for one write,
- * never while waiting for anything.  A file that was replaced (link count 0)
- * is reopened under the lock.  A torn tail (a writer killed inside write(2))
- * is cut off by the next locker: its change had not been committed.
+ * never while waiting for anything.  A file that was replaced is reopened under
+ * the lock.  A torn tail (a writer killed inside write(2)) is cut off by the
+ * next locker, back to the last whole batch (what one append brought): its
+ * change had not been committed.
  *
  * Both authors write here: mail processes what users did, crdt-worker what it
  * applied (`applier`), each while holding the mailbox's index-log lock.  So the
@@ -23,14 +24,24 @@
  * A record's seq counts the records of this journal (the engine numbers ops
  * itself).  A journal that was made under another boot, replica or user is set
  * aside as `dovecot.crdt.journal.<origin hex>` and drained from there; a new
- * one with a new random origin (journal id) and seq 1 begins.
+ * one with a new random origin (journal id) and seq 1 begins.  So is one with a
+ * damaged record at its end, and one that is a copy (its header has another
+ * inode number than the file).
  */
 #include "../crdt/op.h"
 
 #define CRDT_JOURNAL_NAME "dovecot.crdt.journal"
 #define CRDT_JOURNAL_VERSION 1
 #define CRDT_JOURNAL_HEADER_SIZE 8192	/* bytes, fixed */
-#define CRDT_JOURNAL_RECORD_MAX (1024 * 1024)
+#define CRDT_JOURNAL_RECORD_MAX (1024 * 1024)	/* bytes of one encoded record */
+/* Keywords that all mails of one APPEND may have together, so that it fits. */
+#define CRDT_JREC_KEYWORDS_MAX 2048
+#define CRDT_JREC_KEY_MAX 300			/* bytes of a mail's key in an applier's APPEND */
+#define CRDT_JOURNAL_REPLICA_MAX 64		/* bytes of a replica's name */
+#define CRDT_JOURNAL_USER_MAX 512		/* bytes of a user name */
+#define CRDT_JOURNAL_BOOT_SIZE 36		/* the kernel's boot id, as text */
+/* Name of a file that is about to replace the journal: prefix and its name. */
+#define CRDT_JOURNAL_TEMP_PREFIX "temp."
 
 enum crdt_jrec_kind {
 	CRDT_JREC_CREATE = 1,	/* mailbox, path, uidvalidity */
@@ -80,8 +91,10 @@ struct crdt_jrec {
 	uint32_t uidnext;
 	uint64_t abort_seq;
 };
+bool crdt_jrec_kind_known(uint8_t kind);
+/* Asserts the limits of op.h: 1..CRDT_OP_MAILS_MAX mails, UIDs ascending. */
 void crdt_jrec_encode(struct crdt_buf *b, const struct crdt_jrec *rec);
-/* As crdt_op_decode(). */
+/* As crdt_op_decode(): strings point into p, an unknown kind is no error. */
 int crdt_jrec_decode(const void *p, size_t n, struct crdt_jrec *rec_r, const char **error_r);
 void crdt_jrec_free(struct crdt_jrec *rec);
 
@@ -115,7 +128,8 @@ struct crdt_journal *crdt_journal_open_file(const char *path, const char **error
 void crdt_journal_close(struct crdt_journal **j);
 
 /* Exclusive lock; refreshes info.  0 or -1 (errno text in *error_r).  All
- * functions below that change the file need it. */
+ * functions below that change the file need it.  Look at info->origin after
+ * it: a journal that another process set aside is followed by its successor. */
 int crdt_journal_lock(struct crdt_journal *j, const char **error_r);
 void crdt_journal_unlock(struct crdt_journal *j);
 const struct crdt_journal_info *crdt_journal_info(const struct crdt_journal *j);	/* as of the last lock */
@@ -132,8 +146,10 @@ int crdt_journal_set_seen(struct crdt_journal *j, const struct crdt_vv *seen, co
 int crdt_journal_raise_uidvalidity(struct crdt_journal *j, uint32_t value, const char **error_r);
 
 /*
- * Calls cb for each record with seq >= from_seq, in order, without the lock
- * (records that are complete at the time), until cb returns false.  A damaged
+ * Calls cb for each record with seq >= from_seq and >= base_seq, in order,
+ * without the lock (records that are complete at the time), until cb returns
+ * false.  It reads the file that the last crdt_journal_lock() had, so lock and
+ * unlock first to follow a replaced one.  Records passed to cb end with cb.  A damaged
  * record ends the reading with -1 and *error_r naming seq and offset; what is
  * before it was delivered.  0 otherwise.
  */
@@ -141,10 +157,19 @@ int crdt_journal_read(struct crdt_journal *j, uint64_t from_seq,
 		      bool (*cb)(void *ctx, const struct crdt_jrec *rec), void *ctx, const char **error_r);
 /*
  * Forgets records with seq <= upto (takes the lock itself).  All of them: the
- * file shrinks to its header.  Some: the tail is copied to a new file that
+ * file shrinks to its header (a set-aside one is unlinked).  Some: the tail is copied to a new file that
  * replaces it, but only when that frees at least half of it and 64 KiB.
  */
 int crdt_journal_trim(struct crdt_journal *j, uint64_t upto, const char **error_r);
+
+/*
+ * UIDVALIDITY of a new user's INBOX: a fixed function of the user's name, so
+ * that two replicas that both autocreate it agree.  A multiple of 64 in
+ * CRDT_INBOX_UIDVALIDITY_MIN .. 2 * MIN - 64: as a time, 1987 to 2004, so it is
+ * below what Dovecot gives and below what every later mailbox gets.
+ */
+#define CRDT_INBOX_UIDVALIDITY_MIN UINT32_C(0x20000000)
+uint32_t crdt_inbox_uidvalidity(const char *user);
 
 /*
  * Marker "this user has records": a file in STATE_DIR/dirty named after the

@@ -92,6 +92,7 @@ struct ms_apply {
 	uint32_t uidnext_r;		/* out: UIDNEXT after it */
 };
 
+struct ms_reuid { uint32_t uid, new_uid; };
 struct ms_found { struct crdt_id mailbox; uint32_t uid; struct crdt_str guid; uint8_t flags; };
 
 struct mailstore {
@@ -118,10 +119,18 @@ struct mailstore {
 	/* MS_RETRY if the journal has native records of this mailbox beyond known. */
 	int (*remove)(struct mailstore *ms, const struct ms_mailbox *box, const struct ms_position *known);
 	int (*rename)(struct mailstore *ms, const struct ms_mailbox *box, const char *new_path);	/* without children */
-	/* Gives a mailbox a new (higher) UIDVALIDITY; mails keep order, get the UIDs
-	 * asked for by key where given, else own ones above. */
+	/*
+	 * Gives a mailbox a new (higher) UIDVALIDITY in one step.  A mail in map gets
+	 * the UID asked for (map ascending by uid; new_uids distinct), the others own
+	 * UIDs above those, in their order.  MS_RETRY if the journal has native records of
+	 * this mailbox beyond known.  The journal gets REVALIDATE and, as applier
+	 * APPENDs in order of the new UID, all mails; each one's key is here u32 LE
+	 * old UID, then the GUID.  A mailbox that has this UIDVALIDITY already (killed
+	 * on the way) gets the records only, with old UIDs 0.
+	 */
 	int (*revalidate)(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidvalidity,
-			  const struct crdt_numberer *numberer);
+			  const struct crdt_numberer *numberer, const struct ms_reuid *map, size_t map_n,
+			  const struct ms_position *known);
 	int (*subscribe)(struct mailstore *ms, const char *path, bool on);
 	/* Reads [offset, offset + len) of the text with CRLF. buf is appended to. */
 	int (*body)(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uid,

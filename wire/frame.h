@@ -31,7 +31,8 @@
 #define CRDT_BODY_SIZE_MAX (UINT64_C(1) << 31)	/* bytes of one text */
 #define CRDT_BODY_CREDIT (4 * CRDT_BODY_CHUNK)
 #define CRDT_USER_MAX 255			/* bytes of a user name */
-#define CRDT_NODE_NAME_MAX 63
+#define CRDT_NODE_NAME_MAX 63			/* [A-Za-z0-9._-] */
+#define CRDT_FRAME_TEXT_MAX 512			/* bytes of an ERROR's text */
 #define CRDT_FEED_WINDOW (4 * 1024 * 1024)	/* bytes of FEED/OPS sent and not acknowledged */
 
 enum crdt_frame_type {

@@ -1,0 +1,276 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Frame codec; bytes in doc/FORMATS.md ("Frames").
+ *
+ * The decoder trusts nothing: each length is held against its limit and
+ * against what is left before anything is allocated or pointed at.  Bytes
+ * behind the fields that this version knows are a newer minor version's and
+ * are skipped; a higher protocol version is refused.
+ */
+#include "frame.h"
+
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void put_user(struct crdt_buf *b, const struct crdt_frame *f)
+{
+	crdt_buf_bytes(b, f->user.p, f->user.n);
+	crdt_buf_varint(b, f->gen);
+}
+
+static void put_ops(struct crdt_buf *b, const struct crdt_frame *f)
+{
+	size_t i;
+
+	assert(f->ops_n <= CRDT_FRAME_OPS_MAX);
+	crdt_buf_varint(b, f->ops_n);
+	for (i = 0; i < f->ops_n; i++)
+		crdt_buf_bytes(b, f->ops[i].p, f->ops[i].n);
+}
+
+void crdt_frame_encode(struct crdt_buf *b, const struct crdt_frame *f)
+{
+	crdt_buf_u8(b, CRDT_WIRE_VERSION);
+	crdt_buf_u8(b, f->type);
+	switch ((enum crdt_frame_type)f->type) {
+	case CRDT_FRAME_HELLO:
+		crdt_buf_u8(b, f->role);
+		crdt_buf_u8(b, f->slot);
+		crdt_buf_bytes(b, f->name.p, f->name.n);
+		crdt_buf_u64(b, f->daemon_id);
+		crdt_buf_varint(b, f->gsn);
+		break;
+	case CRDT_FRAME_WELCOME:
+		crdt_buf_bytes(b, f->name.p, f->name.n);
+		crdt_buf_u64(b, f->daemon_id);
+		break;
+	case CRDT_FRAME_OPS:
+		put_user(b, f);
+		put_ops(b, f);
+		break;
+	case CRDT_FRAME_FEED:
+		put_user(b, f);
+		crdt_buf_varint(b, f->gsn);
+		crdt_buf_varint(b, f->gsn_prev);
+		put_ops(b, f);
+		break;
+	case CRDT_FRAME_FEED_ACK:
+		crdt_buf_varint(b, f->gsn);
+		break;
+	case CRDT_FRAME_ACK:
+	case CRDT_FRAME_APPLIED:
+	case CRDT_FRAME_STABLE:
+		put_user(b, f);
+		crdt_vv_encode(b, &f->vv);
+		break;
+	case CRDT_FRAME_BODY:
+		put_user(b, f);
+		crdt_buf_raw(b, f->content.b, sizeof(f->content.b));
+		crdt_buf_varint(b, f->size);
+		crdt_buf_varint(b, f->offset);
+		crdt_buf_bytes(b, f->data.p, f->data.n);
+		break;
+	case CRDT_FRAME_BODY_WANT:
+		put_user(b, f);
+		crdt_buf_raw(b, f->content.b, sizeof(f->content.b));
+		crdt_buf_varint(b, f->offset);
+		crdt_buf_varint(b, f->credit);
+		break;
+	case CRDT_FRAME_BODY_NONE:
+		put_user(b, f);
+		crdt_buf_raw(b, f->content.b, sizeof(f->content.b));
+		break;
+	case CRDT_FRAME_ERROR:
+		crdt_buf_u8(b, f->code);
+		crdt_buf_bytes(b, f->name.p, f->name.n);
+		break;
+	}
+}
+
+/* Names go into logs, keys and TAB-separated answers. */
+static bool text_valid(const uint8_t *p, size_t n)
+{
+	size_t i;
+
+	for (i = 0; i < n; i++) {
+		if (p[i] < 0x20 || p[i] == 0x7f)
+			return false;
+	}
+	return true;
+}
+
+static bool node_name_valid(const uint8_t *p, size_t n)
+{
+	size_t i;
+
+	for (i = 0; i < n; i++) {
+		if (!(p[i] >= '0' && p[i] <= '9') && !(p[i] >= 'a' && p[i] <= 'z') &&
+		    !(p[i] >= 'A' && p[i] <= 'Z') && p[i] != '.' && p[i] != '-' && p[i] != '_')
+			return false;
+	}
+	return n > 0;
+}
+
+static void get_str(struct crdt_reader *r, size_t max, struct crdt_str *s)
+{
+	size_t n;
+
+	s->p = crdt_get_bytes(r, max, &n);
+	s->n = (uint16_t)n;
+}
+
+static void get_node_name(struct crdt_reader *r, struct crdt_str *s)
+{
+	get_str(r, CRDT_NODE_NAME_MAX, s);
+	if (!r->bad && !node_name_valid(s->p, s->n))
+		r->bad = true;
+}
+
+static void get_user(struct crdt_reader *r, struct crdt_frame *f)
+{
+	get_str(r, CRDT_USER_MAX, &f->user);
+	f->gen = (uint32_t)crdt_get_varint_max(r, UINT32_MAX);
+	if (!r->bad && (f->user.n == 0 || !text_valid(f->user.p, f->user.n)))
+		r->bad = true;
+}
+
+static void get_content(struct crdt_reader *r, struct crdt_frame *f)
+{
+	const uint8_t *p = crdt_get_raw(r, sizeof(f->content.b));
+
+	if (p != NULL)
+		memcpy(f->content.b, p, sizeof(f->content.b));
+}
+
+static void get_ops(struct crdt_reader *r, struct crdt_frame *f)
+{
+	size_t i, n = crdt_get_varint_max(r, CRDT_FRAME_OPS_MAX);
+
+	/* each op has a length byte and at least one of its own */
+	if (r->bad || n > crdt_reader_left(r) / 2) {
+		r->bad = true;
+		return;
+	}
+	if (n == 0)
+		return;
+	f->ops = calloc(n, sizeof(*f->ops));
+	if (f->ops == NULL) {
+		r->bad = true;
+		return;
+	}
+	f->ops_n = n;
+	for (i = 0; i < n && !r->bad; i++) {
+		f->ops[i].p = crdt_get_bytes(r, CRDT_OP_SIZE_MAX, &f->ops[i].n);
+		if (f->ops[i].n == 0)
+			r->bad = true;
+	}
+}
+
+static void get_body(struct crdt_reader *r, struct crdt_frame *f)
+{
+	f->size = crdt_get_varint_max(r, CRDT_BODY_SIZE_MAX);
+	f->offset = crdt_get_varint_max(r, f->size);
+	f->data.p = crdt_get_bytes(r, CRDT_BODY_CHUNK, &f->data.n);
+	/* an empty piece only for an empty text */
+	if (f->data.n > f->size - f->offset || (f->data.n == 0 && f->size > 0))
+		r->bad = true;
+}
+
+static void get_fields(struct crdt_reader *r, struct crdt_frame *f)
+{
+	switch ((enum crdt_frame_type)f->type) {
+	case CRDT_FRAME_HELLO:
+		f->role = crdt_get_u8(r);
+		f->slot = crdt_get_u8(r);
+		get_node_name(r, &f->name);
+		f->daemon_id = crdt_get_u64(r);
+		f->gsn = crdt_get_varint(r);
+		break;
+	case CRDT_FRAME_WELCOME:
+		get_node_name(r, &f->name);
+		f->daemon_id = crdt_get_u64(r);
+		break;
+	case CRDT_FRAME_OPS:
+		get_user(r, f);
+		get_ops(r, f);
+		break;
+	case CRDT_FRAME_FEED:
+		get_user(r, f);
+		f->gsn = crdt_get_varint(r);
+		f->gsn_prev = crdt_get_varint_max(r, f->gsn);
+		get_ops(r, f);
+		break;
+	case CRDT_FRAME_FEED_ACK:
+		f->gsn = crdt_get_varint(r);
+		break;
+	case CRDT_FRAME_ACK:
+	case CRDT_FRAME_APPLIED:
+	case CRDT_FRAME_STABLE:
+		get_user(r, f);
+		if (!r->bad)
+			(void)crdt_vv_decode(r, &f->vv);
+		break;
+	case CRDT_FRAME_BODY:
+		get_user(r, f);
+		get_content(r, f);
+		get_body(r, f);
+		break;
+	case CRDT_FRAME_BODY_WANT:
+		get_user(r, f);
+		get_content(r, f);
+		f->offset = crdt_get_varint_max(r, CRDT_BODY_SIZE_MAX);
+		f->credit = crdt_get_varint_max(r, CRDT_BODY_SIZE_MAX);
+		break;
+	case CRDT_FRAME_BODY_NONE:
+		get_user(r, f);
+		get_content(r, f);
+		break;
+	case CRDT_FRAME_ERROR:
+		f->code = crdt_get_u8(r);
+		get_str(r, CRDT_FRAME_TEXT_MAX, &f->name);
+		if (!r->bad && !text_valid(f->name.p, f->name.n))
+			r->bad = true;
+		break;
+	}
+}
+
+int crdt_frame_decode(const void *p, size_t n, struct crdt_frame *f_r, const char **error_r)
+{
+	struct crdt_reader r = crdt_reader(p, n);
+	uint8_t version;
+
+	memset(f_r, 0, sizeof(*f_r));
+	if (n > CRDT_FRAME_MAX) {
+		*error_r = "frame is too large";
+		return -1;
+	}
+	version = crdt_get_u8(&r);
+	f_r->type = crdt_get_u8(&r);
+	if (r.bad) {
+		*error_r = "frame is too short";
+		return -1;
+	}
+	if (version != CRDT_WIRE_VERSION) {
+		*error_r = "frame is of another protocol version";
+		return -1;
+	}
+	if (f_r->type < CRDT_FRAME_HELLO || f_r->type > CRDT_FRAME_ERROR) {
+		*error_r = "frame is of an unknown type";
+		return -1;
+	}
+	get_fields(&r, f_r);
+	if (r.bad) {
+		crdt_frame_free(f_r);
+		*error_r = "frame is malformed or beyond a limit";
+		return -1;
+	}
+	return 0;
+}
+
+void crdt_frame_free(struct crdt_frame *f)
+{
+	free(f->ops);
+	f->ops = NULL;
+	f->ops_n = 0;
+}

@@ -102,15 +102,18 @@ uint32_t crdt_uid_base(const struct crdt_uid_folder *folder, uint32_t uidnext)
 	return max32(folder->next, uidnext);
 }
 
+/* The smallest UID of slot at or above uidnext + gap, or 0. */
+static uint32_t own_after(unsigned int slot, uint32_t uidnext, uint32_t gap)
+{
+	if (uidnext > CRDT_UID_MAX || gap > CRDT_UID_MAX - uidnext)
+		return 0;
+	return crdt_uid_own_next(slot, uidnext + gap);
+}
+
 uint32_t crdt_uid_takeover_next(unsigned int slot, uint32_t uidnext,
 				bool clean_release)
 {
-	uint64_t next = uidnext;
-
-	if (!clean_release)
-		next += CRDT_UID_GAP;
-	return next <= CRDT_UID_MAX ?
-		crdt_uid_own_next(slot, (uint32_t)next) : 0;
+	return own_after(slot, uidnext, clean_release ? 0 : CRDT_UID_GAP);
 }
 
 bool crdt_uid_release_is_clean(const struct crdt_uid_folder *folder,
@@ -126,10 +129,9 @@ int crdt_uid_takeover(const struct crdt_uid_folder *folder, unsigned int slot,
 		      bool applied_all, struct crdt_uid_folder *next_r)
 {
 	uint32_t base = crdt_uid_base(folder, uidnext);
-	bool clean;
-
 	/* the first numberer of a UIDVALIDITY has nobody to keep away from */
-	clean = folder->numberer.term == 0;
+	bool clean = folder->numberer.term == 0;
+
 	if (release != NULL &&
 	    crdt_uid_release_is_clean(folder, release, applied_all)) {
 		clean = true;
@@ -142,6 +144,13 @@ int crdt_uid_takeover(const struct crdt_uid_folder *folder, unsigned int slot,
 	next_r->numberer.term = folder->numberer.term + 1;
 	next_r->numberer.slot = (uint8_t)slot;
 	return 0;
+}
+
+uint32_t crdt_uid_restart_next(unsigned int slot, uint32_t heard,
+			       bool restored)
+{
+	return own_after(slot, heard,
+			 restored ? CRDT_UID_GAP_RESTORED : CRDT_UID_GAP);
 }
 
 bool crdt_uid_state_join(struct crdt_uid_state *dest,

@@ -30,8 +30,9 @@
  *     recorded is recorded. Of two records of one mail the higher UID stays.
  *  8. Claims name their UIDVALIDITY; those of another one are ignored.
  *  9. No state beyond "shown differs from claim" is needed to go on after a kill.
- * 10. A new incarnation fetches what peers hold of its own ops, then takes over
- *     with the gap, before it gives any UID.
+ * 10. A new incarnation that may have lost something first fetches what others
+ *     hold, and gives UIDs only past a gap. It is no numberer before it takes
+ *     over.
  */
 
 #include <stdbool.h>
@@ -47,6 +48,13 @@
  * the UIDs that the old numberer gave and that were not heard of. One replica
  * that appends uses one block in 64, so the gap covers 4096 of its mails. */
 #define CRDT_UID_GAP (1u << 18)
+
+/* The same for a replica that may have lost takeovers of its own (rule 10). Each
+ * that no peer heard of had raised UIDNEXT by a gap; this covers 15. */
+#define CRDT_UID_GAP_RESTORED (1u << 22)
+
+/* How far such a replica raises what it calls the highest UIDVALIDITY known. */
+#define CRDT_UIDVALIDITY_GAP (1u << 16)
 
 /* Highest UID that is ever given. The last block of the 32-bit space stays
  * unused, so that UIDNEXT = UID + 1 cannot wrap. UIDNEXT and floors reach
@@ -71,7 +79,8 @@ uint32_t crdt_uid_own_run(unsigned int slot, uint32_t next);
 
 /* UIDVALIDITY of a new mailbox: the smallest 64*k + slot, k >= 1, above
  * highest_known, the highest UIDVALIDITY that this replica knows in any folder
- * of the user, removed ones included. So two replicas never choose the same.
+ * of the user, removed ones included (plus CRDT_UIDVALIDITY_GAP, in an
+ * incarnation restored from a backup). So no value is chosen twice.
  * Returns 0 if slot is not 0..63 or nothing is left. */
 uint32_t crdt_uidvalidity_next(unsigned int slot, uint32_t highest_known);
 
@@ -94,8 +103,8 @@ int crdt_numberer_cmp(const struct crdt_numberer *a,
 struct crdt_uid_folder {
 	uint32_t validity; /* UIDVALIDITY that the rest belongs to; 0: none yet */
 	struct crdt_numberer numberer;
-	/* Highest UIDNEXT stated by a takeover. 0 if none. See
-	 * crdt_uid_base() for its use. */
+	/* Highest UIDNEXT stated by a takeover (or, rule 10, by a new
+	 * incarnation). 0 if none. See crdt_uid_base() for its use. */
 	uint32_t next;
 };
 
@@ -105,9 +114,8 @@ struct crdt_uid_folder {
 bool crdt_uid_folder_join(struct crdt_uid_folder *dest,
 			  const struct crdt_uid_folder *src);
 
-/* True if slot is the numberer of the folder. A new incarnation must not rely
- * on it before its own takeover: the numberer meant may be the one before it
- * (rule 10). */
+/* True if slot is the numberer of the folder. Under rule 10 not to be relied on
+ * before the incarnation's own takeover: it may mean the one before. */
 bool crdt_uid_is_numberer(const struct crdt_uid_folder *folder,
 			  unsigned int slot);
 
@@ -157,6 +165,21 @@ int crdt_uid_takeover(const struct crdt_uid_folder *folder, unsigned int slot,
 		      uint32_t uidnext, const struct crdt_uid_release *release,
 		      bool applied_all, struct crdt_uid_folder *next_r);
 
+/* Where own UIDs start in an incarnation that may have lost what the one before
+ * it gave (rule 10). First it fetches all ops that others hold; what a replica
+ * has heard moves its UIDs up as well as what it did itself. Then, and before it
+ * gives any UID or decides about any mail, it raises folder->next to this value,
+ * durably; and it does not count as the numberer until it takes over. heard is
+ * the highest of UIDNEXT, folder->next and, of all that was heard from anyone,
+ * claims + 1 and floors.
+ *   restored  false after a crash of the host: UIDs can be lost, but no takeover
+ *             (made durable first). True if takeovers can be lost: a backup, a
+ *             copied home, a lost journal.
+ * A mere restart of the service loses nothing and needs none of this.
+ * Returns 0 when exhausted: renew the UIDVALIDITY. */
+uint32_t crdt_uid_restart_next(unsigned int slot, uint32_t heard,
+			       bool restored);
+
 /*
  * One mail (rules 2 and 4-9)
  */
@@ -205,8 +228,8 @@ enum crdt_uid_verdict {
  * and not recorded yet).
  *   folder    numbering as heard; its validity is the mailbox's UIDVALIDITY
  *   slot      our own
- *   numberer  whether we are the numberer: crdt_uid_is_numberer(), but false in
- *             a new incarnation before its takeover
+ *   numberer  whether we are the numberer: crdt_uid_is_numberer(), but false
+ *             between a loss (rule 10) and our next takeover
  *   uidnext   the mailbox's UIDNEXT
  *   shown     UID of the mail here, 0 if it is not shown. If a crash left two
  *             records of the mail, the higher UID (rule 7).

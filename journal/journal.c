@@ -40,6 +40,7 @@ static_assert(COPY_OFFSET(2) == CRDT_JOURNAL_HEADER_SIZE, "the header is full");
 
 #define READ_CHUNK (64 * 1024)
 #define TRIM_COPY_MIN (64 * 1024)
+#define RESERVE_UNIT 16384
 #define LOCK_RETRIES 100
 
 /* What changes in the header; the copy with the higher generation counts. */
@@ -48,8 +49,10 @@ struct copy {
 	uint64_t truncations;		/* raised when records went from the file in place */
 	uint64_t base_seq;
 	uint32_t uidvalidity_high;
+	uint8_t flags;			/* COPY_* */
 	struct crdt_vv seen;
 };
+#define COPY_INBOX_MADE 0x01
 
 struct crdt_journal {
 	char *path;			/* of the file */
@@ -69,6 +72,8 @@ struct crdt_journal {
 	off_t end;
 	uint64_t end_truncations;
 	bool end_known;
+	/* crdt_journal_reserve(): blocks up to here, as of this file size */
+	off_t reserved, reserved_from;
 	/* Where crdt_journal_read() stopped, a hint that is checked. */
 	uint64_t read_seq;
 	off_t read_offset;
@@ -160,6 +165,7 @@ static bool copy_encode(uint8_t out[COPY_SIZE], const struct copy *c)
 	crdt_buf_u64(&b, c->truncations);
 	crdt_buf_u64(&b, c->base_seq);
 	crdt_buf_u32(&b, c->uidvalidity_high);
+	crdt_buf_u8(&b, c->flags);
 	crdt_vv_encode(&b, &c->seen);
 	ok = block_encode(out, COPY_SIZE, &b);
 	crdt_buf_free(&b);
@@ -176,13 +182,21 @@ static bool copy_decode(const uint8_t *p, struct copy *c_r)
 	c_r->truncations = crdt_get_u64(&r);
 	c_r->base_seq = crdt_get_u64(&r);
 	c_r->uidvalidity_high = crdt_get_u32(&r);
+	c_r->flags = crdt_get_u8(&r);
 	return crdt_vv_decode(&r, &c_r->seen) && !r.bad && c_r->base_seq > 0;
 }
+
+/*
+ * Which file this is: a copy (a restored backup, a copied home) has others.
+ * Inode numbers are used again at once, so the time of birth is part of it,
+ * only ever compared for equality; 0 where the file system has none.
+ */
+struct file_id { uint64_t inode, born; };
 
 struct ident {
 	crdt_origin origin;
 	char boot[CRDT_JOURNAL_BOOT_SIZE];
-	uint64_t inode;
+	struct file_id file;
 	struct crdt_str replica, user;
 	struct crdt_vv closed;
 };
@@ -195,7 +209,8 @@ static bool ident_encode(uint8_t out[IDENT_MAX], const struct ident *id)
 	crdt_buf_u32(&b, CRDT_JOURNAL_HEADER_SIZE);
 	crdt_buf_u64(&b, id->origin);
 	crdt_buf_raw(&b, id->boot, sizeof(id->boot));
-	crdt_buf_u64(&b, id->inode);
+	crdt_buf_u64(&b, id->file.inode);
+	crdt_buf_u64(&b, id->file.born);
 	crdt_buf_bytes(&b, id->replica.p, id->replica.n);
 	crdt_buf_bytes(&b, id->user.p, id->user.n);
 	crdt_vv_encode(&b, &id->closed);
@@ -227,7 +242,8 @@ static int ident_decode(const uint8_t *p, struct ident *id_r)
 	id_r->origin = crdt_get_u64(&r);
 	if ((boot = crdt_get_raw(&r, sizeof(id_r->boot))) != NULL)
 		memcpy(id_r->boot, boot, sizeof(id_r->boot));
-	id_r->inode = crdt_get_u64(&r);
+	id_r->file.inode = crdt_get_u64(&r);
+	id_r->file.born = crdt_get_u64(&r);
 	id_r->replica.p = crdt_get_bytes(&r, CRDT_JOURNAL_REPLICA_MAX, &n);
 	id_r->replica.n = (uint16_t)n;
 	id_r->user.p = crdt_get_bytes(&r, CRDT_JOURNAL_USER_MAX, &n);
@@ -380,6 +396,7 @@ static void close_fd(struct crdt_journal *j)
 	j->fd = -1;
 	j->end_known = false;
 	j->read_seq = 0;
+	j->reserved = 0;
 }
 
 static int read_boot_id(char out[CRDT_JOURNAL_BOOT_SIZE], const char **error_r)
@@ -418,6 +435,15 @@ static bool write_header(int fd, const struct ident *id, const struct copy *c)
 	return pwrite_all(fd, header, sizeof(header), 0) == 0 && fdatasync(fd) == 0;
 }
 
+static void use_copy(struct crdt_journal *j, const struct copy *c)
+{
+	j->copy = *c;
+	j->info.base_seq = c->base_seq;
+	j->info.uidvalidity_high = c->uidvalidity_high;
+	j->info.inbox_made = (c->flags & COPY_INBOX_MADE) != 0;
+	j->info.seen = c->seen;
+}
+
 /* Writes the copy that does not count; then it counts. */
 static int write_copy(struct crdt_journal *j, const struct copy *c, const char **error_r)
 {
@@ -429,14 +455,23 @@ static int write_copy(struct crdt_journal *j, const struct copy *c, const char *
 		return fail(error_r, "%s: header is full", j->path);
 	if (pwrite_all(j->fd, bytes, sizeof(bytes), COPY_OFFSET((off_t)(next.generation & 1))) < 0)
 		return fail_errno(error_r, "write", j->path);
-	j->copy = next;
-	j->info.base_seq = next.base_seq;
-	j->info.uidvalidity_high = next.uidvalidity_high;
-	j->info.seen = next.seen;
+	use_copy(j, &next);
 	return 0;
 }
 
-static void new_ident(struct crdt_journal *j, struct ident *id_r, uint64_t inode)
+static int get_file_id(int fd, struct file_id *id_r)
+{
+	struct statx stx;
+
+	if (statx(fd, "", AT_EMPTY_PATH, STATX_INO | STATX_BTIME, &stx) < 0)
+		return -1;
+	id_r->inode = stx.stx_ino;
+	id_r->born = (stx.stx_mask & STATX_BTIME) == 0 ? 0 :
+		(uint64_t)stx.stx_btime.tv_sec * 1000000000u + stx.stx_btime.tv_nsec;
+	return 0;
+}
+
+static void new_ident(struct crdt_journal *j, struct ident *id_r, const struct file_id *file)
 {
 	uint64_t incarnation;
 
@@ -446,7 +481,7 @@ static void new_ident(struct crdt_journal *j, struct ident *id_r, uint64_t inode
 		id_r->origin = CRDT_ORIGIN(j->slot, incarnation);
 	} while ((incarnation & ((UINT64_C(1) << 56) - 1)) == 0);
 	memcpy(id_r->boot, j->boot, sizeof(id_r->boot));
-	id_r->inode = inode;
+	id_r->file = *file;
 	id_r->replica.p = (const uint8_t *)j->replica;
 	id_r->replica.n = (uint16_t)strlen(j->replica);
 	id_r->user.p = (const uint8_t *)j->user;
@@ -455,12 +490,9 @@ static void new_ident(struct crdt_journal *j, struct ident *id_r, uint64_t inode
 
 static void use_header(struct crdt_journal *j, const struct ident *id, const struct copy *c)
 {
-	j->copy = *c;
 	j->info.origin = id->origin;
 	j->info.closed = id->closed;
-	j->info.base_seq = c->base_seq;
-	j->info.uidvalidity_high = c->uidvalidity_high;
-	j->info.seen = c->seen;
+	use_copy(j, c);
 }
 
 /* 1: read; 0: no valid header (or not all of it there); -1 error */
@@ -564,7 +596,7 @@ static int begin_origin(struct crdt_journal *j, const struct ident *id, const st
 {
 	struct ident next;
 	struct copy copy = { .base_seq = 1 };
-	struct stat new_st;
+	struct file_id file;
 	char aside[4096 + 64], temp[4096 + 64];
 	uint64_t number = id != NULL ? id->origin : 0;
 	int fd, ret = -1;
@@ -585,11 +617,11 @@ static int begin_origin(struct crdt_journal *j, const struct ident *id, const st
 	fd = open(temp, O_CREAT | O_RDWR | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
 	if (fd < 0)
 		return fail_errno(error_r, "open", temp);
-	if (fstat(fd, &new_st) < 0) {
-		(void)fail_errno(error_r, "fstat", temp);
+	if (get_file_id(fd, &file) < 0) {
+		(void)fail_errno(error_r, "statx", temp);
 		goto out;
 	}
-	new_ident(j, &next, (uint64_t)new_st.st_ino);
+	new_ident(j, &next, &file);
 	if (id != NULL && str_is(&id->user, j->user)) {
 		/* Same mail store: what it holds, a change here has seen. */
 		next.closed = id->closed;
@@ -600,6 +632,7 @@ static int begin_origin(struct crdt_journal *j, const struct ident *id, const st
 		}
 		copy.seen = c->seen;
 		copy.uidvalidity_high = c->uidvalidity_high;
+		copy.flags = c->flags;
 	}
 	if (!write_header(fd, &next, &copy)) {
 		(void)fail_errno(error_r, "write", temp);
@@ -637,8 +670,10 @@ static int try_lock(struct crdt_journal *j, bool first, const char **error_r)
 {
 	uint8_t header[CRDT_JOURNAL_HEADER_SIZE];
 	struct stat st, path_st;
+	struct file_id file;
 	struct ident id;
 	struct copy c;
+	bool is_copy;
 	int ret;
 
 	if (j->fd == -1) {
@@ -653,7 +688,9 @@ static int try_lock(struct crdt_journal *j, bool first, const char **error_r)
 		close_fd(j);
 		return -1;
 	}
-	if (fstat(j->fd, &st) < 0) {
+	if (fstat(j->fd, &st) < 0 ||
+	    ((j->inode == 0 || st.st_size < CRDT_JOURNAL_HEADER_SIZE) &&
+	     get_file_id(j->fd, &file) < 0)) {
 		(void)fail_errno(error_r, "fstat", j->path);
 		close_fd(j);
 		return -1;
@@ -674,7 +711,7 @@ static int try_lock(struct crdt_journal *j, bool first, const char **error_r)
 	if (st.st_size < CRDT_JOURNAL_HEADER_SIZE && j->dir != NULL) {
 		/* New, or its maker was killed before the header was in it: no
 		 * record was ever behind it. */
-		new_ident(j, &id, (uint64_t)st.st_ino);
+		new_ident(j, &id, &file);
 		memset(&c, 0, sizeof(c));
 		c.base_seq = 1;
 		if (!write_header(j->fd, &id, &c)) {
@@ -698,6 +735,7 @@ static int try_lock(struct crdt_journal *j, bool first, const char **error_r)
 		return ret;
 	}
 	use_header(j, &id, &c);
+	is_copy = j->inode == 0 && memcmp(&id.file, &file, sizeof(file)) != 0;
 	j->inode = st.st_ino;
 	if (!j->end_known || j->end != st.st_size || j->end_truncations != c.truncations) {
 		if ((ret = find_tail(j, st.st_size, error_r)) < 0) {
@@ -709,7 +747,7 @@ static int try_lock(struct crdt_journal *j, bool first, const char **error_r)
 	}
 	if (j->dir == NULL)
 		return 1;
-	if (ret > 0 || id.inode != (uint64_t)st.st_ino ||
+	if (ret > 0 || is_copy ||
 	    memcmp(id.boot, j->boot, sizeof(j->boot)) != 0 || !str_is(&id.user, j->user) ||
 	    (first && (!str_is(&id.replica, j->replica) || crdt_origin_slot(id.origin) != j->slot))) {
 		ret = begin_origin(j, &id, &c, &st, error_r);
@@ -891,6 +929,63 @@ int crdt_journal_raise_uidvalidity(struct crdt_journal *j, uint32_t value, const
 	return write_copy(j, &c, error_r);
 }
 
+int crdt_journal_set_inbox_made(struct crdt_journal *j, const char **error_r)
+{
+	struct copy c = j->copy;
+
+	assert(j->locked);
+	if ((c.flags & COPY_INBOX_MADE) != 0)
+		return 0;
+	c.flags |= COPY_INBOX_MADE;
+	return write_copy(j, &c, error_r);
+}
+
+int crdt_journal_reserve(struct crdt_journal *j, size_t bytes, const char **error_r)
+{
+	struct stat st;
+	off_t end;
+
+	if (fstat(j->fd, &st) < 0)
+		return fail_errno(error_r, "fstat", j->path);
+	end = st.st_size + (off_t)bytes;
+	/* What is reserved is lost when somebody shortens the file: sizes tell. */
+	if (end <= j->reserved && st.st_size >= j->reserved_from)
+		return 0;
+	end = (end + RESERVE_UNIT - 1) / RESERVE_UNIT * RESERVE_UNIT;
+	while (fallocate(j->fd, FALLOC_FL_KEEP_SIZE, st.st_size, end - st.st_size) < 0) {
+		if (errno == EINTR)
+			continue;
+		if (errno == EOPNOTSUPP || errno == ENOSYS)
+			break;	/* NFS: the append will tell */
+		return fail_errno(error_r, "fallocate", j->path);
+	}
+	j->reserved = end;
+	j->reserved_from = st.st_size;
+	return 0;
+}
+
+bool crdt_journal_generation(struct crdt_journal *j, uint64_t *generation_r)
+{
+	struct stat st;
+	uint8_t bytes[8];
+	uint64_t max = 0;
+
+	if (j->fd == -1 || stat(j->path, &st) < 0 || st.st_ino != j->inode)
+		return false;
+	for (int i = 0; i < 2; i++) {
+		struct crdt_reader r = crdt_reader(bytes, sizeof(bytes));
+		uint64_t generation;
+
+		if (pread_all(j->fd, bytes, sizeof(bytes), COPY_OFFSET(i) + 2) <= 0)
+			return false;
+		generation = crdt_get_u64(&r);
+		if (generation > max)
+			max = generation;
+	}
+	*generation_r = max;
+	return true;
+}
+
 /* ---- reading ---- */
 
 enum read_result { READ_DONE, READ_ERROR, READ_DAMAGED };
@@ -1004,7 +1099,6 @@ static int trim_copy(struct crdt_journal *j, off_t offset, const struct copy *c,
 	uint8_t header[CRDT_JOURNAL_HEADER_SIZE];
 	struct ident id;
 	struct copy unused;
-	struct stat st;
 	char temp[4096 + 64];
 	int fd, ret = -1;
 
@@ -1015,10 +1109,9 @@ static int trim_copy(struct crdt_journal *j, off_t offset, const struct copy *c,
 	fd = open(temp, O_CREAT | O_RDWR | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
 	if (fd < 0)
 		return fail_errno(error_r, "open", temp);
-	if (fstat(fd, &st) < 0) {
-		(void)fail_errno(error_r, "fstat", temp);
+	if (get_file_id(fd, &id.file) < 0) {
+		(void)fail_errno(error_r, "statx", temp);
 	} else {
-		id.inode = (uint64_t)st.st_ino;
 		if (copy_bytes(j->fd, offset, j->end, fd, CRDT_JOURNAL_HEADER_SIZE) < 0 ||
 		    !write_header(fd, &id, c))
 			(void)fail_errno(error_r, "write", temp);

@@ -25,8 +25,8 @@
  * itself).  A journal that was made under another boot, replica or user is set
  * aside as `dovecot.crdt.journal.<origin hex>` and drained from there; a new
  * one with a new random origin (journal id) and seq 1 begins.  So is one with a
- * damaged record at its end, and one that is a copy (its header has another
- * inode number than the file).
+ * damaged record at its end, and one that is a copy (its header names
+ * another inode number or time of birth than the file has).
  */
 #include "../crdt/op.h"
 
@@ -109,6 +109,7 @@ struct crdt_journal_info {
 	uint64_t base_seq;		/* records start at this seq; earlier ones are acknowledged */
 	uint64_t next_seq;		/* seq of the next record */
 	uint32_t uidvalidity_high;	/* highest UIDVALIDITY known for this user */
+	bool inbox_made;		/* INBOX was made once: crdt_inbox_uidvalidity() is used up */
 	struct crdt_vv seen;		/* applied to the whole user (all mailboxes, subscriptions) */
 	struct crdt_vv closed;		/* own earlier origins with their last seq: always part of a context */
 	bool closed_file;		/* a set-aside journal: nothing is added any more */
@@ -144,6 +145,21 @@ int crdt_journal_sync(struct crdt_journal *j, const char **error_r);
 /* Header updates, under the lock: written before return, not synced. */
 int crdt_journal_set_seen(struct crdt_journal *j, const struct crdt_vv *seen, const char **error_r);
 int crdt_journal_raise_uidvalidity(struct crdt_journal *j, uint32_t value, const char **error_r);
+int crdt_journal_set_inbox_made(struct crdt_journal *j, const char **error_r);
+
+/*
+ * Before a change that must not happen if it cannot be recorded: makes sure that
+ * there is room for `bytes` more, without the lock.  -1: there is none (or the
+ * file system is read-only).  Others may use up the room; nearly always they
+ * do not, and crdt_journal_append() has the last word.
+ */
+int crdt_journal_reserve(struct crdt_journal *j, size_t bytes, const char **error_r);
+/*
+ * A number that grows with each header update, by whatever process: so a cheap
+ * test whether the applier was here (crdt_journal_set_seen()).  Without the
+ * lock; false: the file was replaced, lock to follow.
+ */
+bool crdt_journal_generation(struct crdt_journal *j, uint64_t *generation_r);
 
 /*
  * Calls cb for each record with seq >= from_seq and >= base_seq, in order,

@@ -191,7 +191,8 @@ def wait(directory, timeout):
     deadline = time.monotonic() + timeout
     before = None
     while True:
-        reports, found = _look(layout.load(directory))
+        left = max(1, min(deadline - time.monotonic(), status.TIMEOUT))
+        reports, found = _look(layout.load(directory), left)
         vvs = [report.vvs() for report in reports.values()]
         if not found and vvs == before:
             return True
@@ -203,25 +204,31 @@ def wait(directory, timeout):
         time.sleep(_WAIT_POLL)
 
 
-def _look(cluster):
+def _look(cluster, timeout):
     """(Reports by node name, what keeps the nodes from being equal)."""
     if not cluster.plugin:
         raise Refused("this cluster runs with --plugin off: nothing is replicated")
     nodes = [node for node in cluster.nodes if not node.cut and not node.killed]
     try:
-        reports = _query_all(nodes, "status")
+        reports = _query_all(nodes, "status", timeout)
         found = status.unfinished(reports)
         if not found:
             # Only now: digests are dear.
-            reports = _query_all(nodes, "digest")
+            reports = _query_all(nodes, "digest", timeout)
             found = status.unfinished(reports) or status.digest_differences(reports)
         return reports, found
     except status.StatusError as error:
         return {}, [str(error)]
 
 
-def _query_all(nodes, command):
-    return {node.name: status.query(node.status_socket, command) for node in nodes}
+def _query_all(nodes, command, timeout):
+    reports = {}
+    for node in nodes:
+        try:
+            reports[node.name] = status.query(node.status_socket, command, timeout)
+        except status.StatusError as error:
+            raise status.StatusError(f"{node.name}: {error}") from None
+    return reports
 
 
 def show(directory):

@@ -16,7 +16,7 @@ import urllib.parse
 
 # What a user's replica still has to send, receive, apply or show.
 BACKLOG = ("unsent", "pending", "held", "buffered")
-_TIMEOUT = 10
+TIMEOUT = 10        # seconds, for an answer
 
 
 class StatusError(Exception):
@@ -51,20 +51,24 @@ class Report:
         return {key: user.vv for key, user in self.users.items() if user.vv}
 
 
-def query(path, command="status"):
+def query(path, command="status", timeout=TIMEOUT):
     """The Report of the replica whose status socket is at path.
 
     The command "digest" makes it compute every user's digest.
     """
     try:
-        return _parse(_exchange(path, command))
-    except (OSError, KeyError, ValueError) as error:
-        raise StatusError(f"{path}: {error!r}") from None
+        return _parse(_exchange(path, command, timeout))
+    except OSError as error:
+        raise StatusError(f"no answer at {path}: {error}") from None
+    except KeyError as error:
+        raise StatusError(f"the answer at {path} lacks {error}") from None
+    except ValueError as error:
+        raise StatusError(f"bad answer at {path}: {error}") from None
 
 
-def _exchange(path, command):
+def _exchange(path, command, timeout):
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
-        sock.settimeout(_TIMEOUT)
+        sock.settimeout(timeout)
         sock.connect(path)
         sock.sendall(command.encode("ascii") + b"\n")
         with sock.makefile("r", encoding="ascii") as file:
@@ -73,8 +77,10 @@ def _exchange(path, command):
 
 def _parse(text):
     lines = text.splitlines()
-    if not lines or lines[-1] != "end":
-        raise ValueError(f"the answer has no end: {text[-80:]!r}")
+    if not lines or not lines[0].startswith("node\t"):
+        raise ValueError("it does not begin with the node")
+    if lines[-1] != "end":
+        raise ValueError(f"it has no end: {text[-80:]!r}")
     report = Report()
     for line in lines[:-1]:
         kind, fields = _fields(line)

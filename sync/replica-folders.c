@@ -1,0 +1,472 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Apply [9] of folders and subscriptions: mailboxes are made, removed, renamed
+ * and renumbered until each live folder is shown at its path.
+ *
+ * Folders and mailboxes are not one to one: folders that share a path are
+ * shown as one mailbox.  A mailbox here lists the folders it shows.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "replica-private.h"
+
+enum step {
+	STEP_SETTLED,		/* nothing is left to do for this folder */
+	STEP_PROGRESS,		/* something was done: look again */
+	STEP_WAIT,		/* its turn comes when others are done */
+	STEP_LATER,		/* temporary failure */
+	STEP_FAILED,		/* database error */
+};
+
+enum { SLICE = 64, GROUP_MAX = 64 };
+
+/* Around a call of the mail store: what was written so far first, and what the
+ * journal tells afterwards. */
+static int call_begin(struct replica *r, char **error_r)
+{
+	return replica_txn_commit(r, false, error_r);
+}
+
+static enum step call_end(struct replica *r, int res, char **error_r)
+{
+	if (replica_outbound(r, error_r) < 0)
+		return STEP_FAILED;
+	(void)replica_txn_begin(r);
+	switch (res) {
+	case MS_OK:
+	case MS_RETRY:
+	case MS_GONE:
+		return STEP_PROGRESS;
+	default:
+		*error_r = strdup(r->ms->error);
+		return STEP_LATER;
+	}
+}
+
+/* ---- what is wanted ---- */
+
+/* Where a folder belongs: the live folders of its path, and the numbering. */
+struct group {
+	struct crdt_id ids[GROUP_MAX];
+	size_t n;
+	uint32_t validity;
+	struct crdt_numberer numberer;
+};
+
+static void group_of(struct replica *r, const uint8_t *path, size_t len, struct group *g)
+{
+	struct crdt_folder f;
+
+	memset(g, 0, sizeof(*g));
+	g->n = crdt_path_folders(rrows(r), path, len, g->ids, GROUP_MAX);
+	if (g->n > GROUP_MAX)
+		g->n = GROUP_MAX;
+	if (g->n == 0)
+		return;
+	if (crdt_folder_get(rrows(r), &g->ids[crdt_path_primary(rrows(r), g->ids, g->n)], &f)) {
+		g->validity = f.validity;
+		g->numberer = f.numberer;
+	}
+	crdt_folder_free(&f);
+}
+
+/* Does every folder that b shows belong to this path now? */
+static bool box_all_at(struct replica *r, const struct box *b, const uint8_t *path, size_t len)
+{
+	for (unsigned i = 0; i < b->folders_n; i++) {
+		struct crdt_folder f;
+		bool at = crdt_folder_get(rrows(r), &b->folders[i], &f) && crdt_folder_live(&f) &&
+			  f.path_len == len && memcmp(f.path, path, len) == 0;
+
+		crdt_folder_free(&f);
+		if (!at)
+			return false;
+	}
+	return true;
+}
+
+static bool box_any_at(struct replica *r, const struct box *b, const uint8_t *path, size_t len)
+{
+	for (unsigned i = 0; i < b->folders_n; i++) {
+		struct crdt_folder f;
+		bool at = crdt_folder_get(rrows(r), &b->folders[i], &f) && crdt_folder_live(&f) &&
+			  f.path_len == len && memcmp(f.path, path, len) == 0;
+
+		crdt_folder_free(&f);
+		if (at)
+			return true;
+	}
+	return false;
+}
+
+/* ---- steps ---- */
+
+static enum step do_create(struct replica *r, const struct crdt_folder *f, char **error_r)
+{
+	struct ms_mailbox want, made;
+	struct group g;
+	enum step step;
+	struct box b;
+	bool existed = false;
+	int res;
+
+	group_of(r, f->path, f->path_len, &g);
+	memset(&want, 0, sizeof(want));
+	want.guid = f->id;
+	want.path = (struct crdt_str){ f->path, f->path_len };
+	want.uidvalidity = g.validity;
+	if (call_begin(r, error_r) < 0)
+		return STEP_FAILED;
+	memset(&made, 0, sizeof(made));
+	res = r->ms->create(r->ms, &want, 1, &g.numberer, &made, &existed);
+	step = call_end(r, res, error_r);
+	if (step != STEP_PROGRESS || res != MS_OK || box_get(r, &made.guid, &b)) {
+		if (step == STEP_PROGRESS && res == MS_OK)
+			box_free(&b);
+		return step;
+	}
+	/* It was there already, without our knowing. */
+	memset(&b, 0, sizeof(b));
+	b.guid = made.guid;
+	b.uidvalidity = made.uidvalidity;
+	box_set_path(r, &b, f->path, f->path_len);
+	box_free(&b);
+	return STEP_PROGRESS;
+}
+
+static enum step do_rename(struct replica *r, struct box *b, const char *to, char **error_r)
+{
+	struct ms_mailbox m = box_ms(b);
+
+	if (call_begin(r, error_r) < 0)
+		return STEP_FAILED;
+	return call_end(r, r->ms->rename(r->ms, &m, to), error_r);
+}
+
+static enum step do_remove(struct replica *r, struct box *b, char **error_r)
+{
+	struct ms_mailbox m = box_ms(b);
+	struct ms_position known = replica_known(r);
+	enum step step;
+	struct box left;
+	int res;
+
+	if (call_begin(r, error_r) < 0)
+		return STEP_FAILED;
+	res = r->ms->remove(r->ms, &m, &known);
+	step = call_end(r, res, error_r);
+	/* Gone already, and no record tells so. */
+	if (res == MS_GONE && step == STEP_PROGRESS && box_get(r, &b->guid, &left)) {
+		box_delete(r, &left);
+		box_free(&left);
+	}
+	return step;
+}
+
+static enum step do_revalidate(struct replica *r, struct box *b, const struct group *g, char **error_r)
+{
+	struct ms_mailbox m = box_ms(b);
+	struct ms_position known = replica_known(r);
+
+	/* UIDs that others claimed under the new validity are taken afterwards,
+	 * by the UID rule. */
+	if (call_begin(r, error_r) < 0)
+		return STEP_FAILED;
+	return call_end(r, r->ms->revalidate(r->ms, &m, g->validity, &g->numberer, NULL, 0, &known), error_r);
+}
+
+/* Tells the mailbox who its numberer is, and gives held mails another chance. */
+static enum step do_numberer(struct replica *r, struct box *b, const struct group *g, char **error_r)
+{
+	struct ms_apply a;
+	struct box now;
+	enum step step;
+	int res;
+
+	memset(&a, 0, sizeof(a));
+	a.box = box_ms(b);
+	a.numberer = g->numberer;
+	if (call_begin(r, error_r) < 0)
+		return STEP_FAILED;
+	res = r->ms->apply(r->ms, &a);
+	step = call_end(r, res, error_r);
+	if (step == STEP_PROGRESS && res == MS_OK && box_get(r, &b->guid, &now)) {
+		now.pushed = g->numberer;
+		if (a.uidnext_r > now.uidnext)
+			now.uidnext = a.uidnext_r;
+		box_put(r, &now);
+		replica_unhold(r, &now);
+		box_free(&now);
+	}
+	return step;
+}
+
+static void attach(struct replica *r, struct box *b, const struct crdt_id *id)
+{
+	struct box old;
+
+	if (box_of(r, id, &old)) {
+		if (!crdt_id_equal(&old.guid, &b->guid))
+			box_detach(r, &old, id);
+		box_free(&old);
+	}
+	box_attach(r, b, id);
+	replica_mark_folder_mails(r, id);
+}
+
+/* The mailbox at the wanted path belongs to other folders, which have to leave
+ * it first.  They may wait for us in turn (a and b swap): then it steps aside
+ * to a name of its own. */
+static enum step make_room(struct replica *r, struct box *there, char **error_r)
+{
+	struct crdt_folder f;
+	struct box occupant;
+	char aside[80];
+	enum step step;
+
+	if (there->folders_n == 0)
+		return STEP_WAIT;
+	if (!crdt_folder_get(rrows(r), &there->folders[0], &f) || !crdt_folder_live(&f)) {
+		crdt_folder_free(&f);
+		/* To be removed: its own turn does it. */
+		replica_mark_folder(r, &there->folders[0]);
+		return STEP_WAIT;
+	}
+	replica_mark_folder(r, &there->folders[0]);
+	if (!box_at(r, f.path, f.path_len, &occupant)) {
+		step = do_rename(r, there, (const char *)f.path, error_r);
+	} else {
+		box_free(&occupant);
+		(void)snprintf(aside, sizeof(aside), "crdt-moving-%02x%02x%02x%02x%02x%02x%02x%02x",
+			       there->guid.b[0], there->guid.b[1], there->guid.b[2], there->guid.b[3],
+			       there->guid.b[4], there->guid.b[5], there->guid.b[6], there->guid.b[7]);
+		step = do_rename(r, there, aside, error_r);
+	}
+	crdt_folder_free(&f);
+	return step;
+}
+
+/* f is live and shown at b, or (b == NULL) nowhere. */
+static enum step folder_place(struct replica *r, const struct crdt_folder *f, struct box *b, char **error_r)
+{
+	struct box there;
+	enum step step;
+
+	if (!box_at(r, f->path, f->path_len, &there)) {
+		if (b != NULL && !crdt_id_equal(&f->id, &crdt_inbox_id) && box_all_at(r, b, f->path, f->path_len))
+			return do_rename(r, b, (const char *)f->path, error_r);
+		return do_create(r, f, error_r);
+	}
+	if (there.folders_n > 0 && !box_any_at(r, &there, f->path, f->path_len)) {
+		step = make_room(r, &there, error_r);
+	} else {
+		attach(r, &there, &f->id);
+		if (b != NULL && !crdt_id_equal(&there.guid, &b->guid))
+			replica_mark_folder(r, &f->id);
+		step = STEP_PROGRESS;
+	}
+	box_free(&there);
+	return step;
+}
+
+static enum step folder_live(struct replica *r, const struct crdt_folder *f, char **error_r)
+{
+	enum step step = STEP_SETTLED;
+	struct group g;
+	struct box b;
+
+	if (!box_of(r, &f->id, &b))
+		return folder_place(r, f, NULL, error_r);
+	if (b.path_len != f->path_len || memcmp(b.path, f->path, b.path_len) != 0) {
+		step = folder_place(r, f, &b, error_r);
+	} else {
+		group_of(r, f->path, f->path_len, &g);
+		if (g.validity > b.uidvalidity)
+			step = do_revalidate(r, &b, &g, error_r);
+		else if (g.numberer.term > 0 && crdt_numberer_cmp(&g.numberer, &b.pushed) != 0 &&
+			 g.validity == b.uidvalidity)
+			step = do_numberer(r, &b, &g, error_r);
+	}
+	box_free(&b);
+	return step;
+}
+
+/* A mailbox that shows no folder any more goes when its last mail has left. */
+static enum step box_drop(struct replica *r, struct box *b, char **error_r)
+{
+	uint32_t uid;
+
+	if (b->path_len == 5 && memcmp(b->path, "INBOX", 5) == 0)
+		return STEP_SETTLED;
+	if (shadow_uids(r, &b->guid, 1, UINT32_MAX, &uid, 1) > 0) {
+		/* Mails that moved to another mailbox are still to be taken out. */
+		return STEP_WAIT;
+	}
+	return do_remove(r, b, error_r);
+}
+
+static enum step folder_dead(struct replica *r, const struct crdt_id *id, char **error_r)
+{
+	struct box b;
+	enum step step;
+
+	if (!box_of(r, id, &b))
+		return STEP_SETTLED;
+	if (b.folders_n == 1 && !crdt_id_equal(id, &crdt_inbox_id)) {
+		step = do_remove(r, &b, error_r);
+	} else {
+		box_detach(r, &b, id);
+		replica_mark_folder_mails(r, id);
+		step = STEP_PROGRESS;
+	}
+	box_free(&b);
+	return step;
+}
+
+static enum step folder_step(struct replica *r, const struct crdt_id *id, char **error_r)
+{
+	struct crdt_folder f;
+	enum step step;
+
+	if (crdt_folder_get(rrows(r), id, &f) && crdt_folder_live(&f))
+		step = folder_live(r, &f, error_r);
+	else
+		step = folder_dead(r, id, error_r);
+	crdt_folder_free(&f);
+	return step;
+}
+
+/* ---- mailboxes without a folder ---- */
+
+struct orphans { struct crdt_id guids[SLICE]; size_t n; struct replica *r; };
+
+static bool orphan_note(void *vctx, const struct crdt_id *guid, const uint8_t *path, size_t len)
+{
+	struct orphans *o = vctx;
+	struct box b;
+
+	(void)path;
+	(void)len;
+	if (box_get(o->r, guid, &b)) {
+		if (b.folders_n == 0)
+			o->guids[o->n++] = *guid;
+		box_free(&b);
+	}
+	return o->n < SLICE;
+}
+
+static enum step drop_orphans(struct replica *r, char **error_r)
+{
+	struct orphans o = { .n = 0, .r = r };
+	enum step step = STEP_SETTLED, one;
+
+	box_scan(r, orphan_note, &o);
+	for (size_t i = 0; i < o.n; i++) {
+		struct box b;
+
+		if (!box_get(r, &o.guids[i], &b))
+			continue;
+		one = box_drop(r, &b, error_r);
+		box_free(&b);
+		if (one == STEP_LATER || one == STEP_FAILED)
+			return one;
+		if (one == STEP_PROGRESS)
+			step = one;
+	}
+	return step;
+}
+
+/* ---- all of them ---- */
+
+int replica_apply_folders(struct replica *r, bool *more_r, char **error_r)
+{
+	struct row_key keys[SLICE];
+	const char first = ROW_DIRTY_FOLDER;
+	enum step step = STEP_SETTLED;
+	bool later = false, progress = false;
+	size_t n;
+
+	(void)replica_txn_begin(r);
+	n = row_keys(r, &first, 1, NULL, 0, keys, SLICE);
+	for (size_t i = 0; i < n; i++) {
+		struct crdt_id id;
+
+		if (keys[i].n == 17) {
+			memcpy(id.b, keys[i].p + 1, 16);
+			step = folder_step(r, &id, error_r);
+		}
+		if (step == STEP_FAILED)
+			break;
+		if (step == STEP_SETTLED)
+			rrows(r)->del(rrows(r), keys[i].p, keys[i].n);
+		if (step == STEP_SETTLED || step == STEP_PROGRESS)
+			progress = true;
+		if (step == STEP_LATER)
+			later = true;
+	}
+	row_keys_free(keys, n);
+	if (step != STEP_FAILED && (step = drop_orphans(r, error_r)) == STEP_PROGRESS)
+		progress = true;
+	if (step == STEP_FAILED) {
+		if (r->txn != NULL)
+			store_abort(&r->txn);
+		return REPLICA_FAILED;
+	}
+	later = later || step == STEP_LATER;
+	if (replica_txn_commit(r, false, error_r) < 0)
+		return REPLICA_FAILED;
+	*more_r = progress;
+	return later && !progress ? REPLICA_LATER : REPLICA_DONE;
+}
+
+/* ---- subscriptions ---- */
+
+int replica_apply_subscriptions(struct replica *r, char **error_r)
+{
+	struct row_key keys[SLICE];
+	const char first = ROW_DIRTY_SUBSCRIPTION;
+	int ret = REPLICA_DONE;
+	size_t n;
+
+	(void)replica_txn_begin(r);
+	n = row_keys(r, &first, 1, NULL, 0, keys, SLICE);
+	if (replica_txn_commit(r, false, error_r) < 0)
+		ret = REPLICA_FAILED;
+	for (size_t i = 0; i < n && ret == REPLICA_DONE; i++) {
+		struct crdt_buf v = CRDT_BUF_INIT;
+		char *name = strndup((const char *)keys[i].p + 1, keys[i].n - 1);
+		bool want, have;
+		int res = MS_OK;
+
+		(void)replica_txn_begin(r);
+		want = crdt_subscribed(rrows(r), keys[i].p + 1, keys[i].n - 1);
+		keys[i].p[0] = ROW_SUBSCRIBED;
+		have = rrows(r)->get(rrows(r), keys[i].p, keys[i].n, &v);
+		store_abort(&r->txn);
+		if (want != have) {
+			res = r->ms->subscribe(r->ms, name, want);
+			if (replica_outbound(r, error_r) < 0)
+				ret = REPLICA_FAILED;
+		}
+		if (res == MS_OK || res == MS_FAIL) {
+			/* The shadow may have changed in between: then the row comes
+			 * back at the next record. */
+			(void)replica_txn_begin(r);
+			if (res == MS_FAIL)
+				replica_log(r, 0, "cannot %s %s: %s", want ? "subscribe" : "unsubscribe", name, r->ms->error);
+			keys[i].p[0] = ROW_DIRTY_SUBSCRIPTION;
+			if (crdt_subscribed(rrows(r), keys[i].p + 1, keys[i].n - 1) == want)
+				rrows(r)->del(rrows(r), keys[i].p, keys[i].n);
+			if (replica_txn_commit(r, false, error_r) < 0)
+				ret = REPLICA_FAILED;
+		} else if (ret == REPLICA_DONE) {
+			*error_r = strdup(r->ms->error);
+			ret = REPLICA_LATER;
+		}
+		crdt_buf_free(&v);
+		free(name);
+	}
+	row_keys_free(keys, n);
+	return ret;
+}

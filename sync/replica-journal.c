@@ -1,0 +1,919 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What a journal record means.  A native record (a user's doing) changes the
+ * shadow and becomes ops; an applier record changes the shadow only (I6).
+ * Records of one mailbox come in the order of its changes, so at each record
+ * the shadow is exactly what the mailbox held.
+ */
+#include <stdlib.h>
+#include <string.h>
+#include "replica-private.h"
+
+enum { UIDS_SLICE = CRDT_OP_MAILS_MAX };
+
+/* ---- small things ---- */
+
+static bool str_equal(struct crdt_str a, struct crdt_str b)
+{
+	return a.n == b.n && memcmp(a.p, b.p, a.n) == 0;
+}
+
+static int str_cmp(const void *va, const void *vb)
+{
+	const struct crdt_str *a = va, *b = vb;
+	size_t n = a->n < b->n ? a->n : b->n;
+	int c = n == 0 ? 0 : memcmp(a->p, b->p, n);
+
+	return c != 0 ? c : (int)a->n - (int)b->n;
+}
+
+static bool str_in(const struct crdt_str *list, size_t n, struct crdt_str s)
+{
+	for (size_t i = 0; i < n; i++) {
+		if (str_equal(list[i], s))
+			return true;
+	}
+	return false;
+}
+
+static void key_to_op(const struct crdt_mail_key *key, struct crdt_op_mail *m)
+{
+	m->guid = (struct crdt_str){ key->guid, key->guid_len };
+	m->copy = key->copy;
+}
+
+/* folders[0] of an op on the mails of b under folder id. */
+static struct crdt_op_folder op_folder(struct replica *r, const struct box *b, const struct crdt_id *id)
+{
+	struct crdt_op_folder of;
+	struct crdt_folder primary;
+
+	memset(&of, 0, sizeof(of));
+	of.id = *id;
+	of.validity = b->uidvalidity;
+	/* The numbering of the mailbox is that of its primary folder; another
+	 * folder of the mailbox must not take that numberer for its own. */
+	if (box_primary(r, b, &primary)) {
+		if (crdt_id_equal(&primary.id, id) && primary.validity == b->uidvalidity)
+			of.numberer = primary.numberer;
+	}
+	crdt_folder_free(&primary);
+	return of;
+}
+
+/*
+ * The mailbox of a record.  One that is not known yet is recorded here: it was
+ * made while the plugin was off, or Dovecot made it without telling anyone.
+ */
+static int record_create(struct replica *r, const struct crdt_jrec *rec);
+
+static bool record_box(struct replica *r, const struct crdt_jrec *rec, struct box *b_r)
+{
+	if (box_get(r, &rec->mailbox, b_r))
+		return true;
+	if (rec->path.n > 0 && !rec->applier && record_create(r, rec) == 0 && box_get(r, &rec->mailbox, b_r))
+		return true;
+	replica_log(r, 1, "journal record %llu (kind %u) is of a mailbox that is not known: skipped",
+		    (unsigned long long)rec->seq, rec->kind);
+	return false;
+}
+
+/* ---- APPEND ---- */
+
+/* Unique for a second mail of one GUID in a folder: our origin and the op. */
+static uint64_t copy_number(const struct replica *r, unsigned index)
+{
+	uint64_t x = r->origin ^ ((r->last_seq + 1) * UINT64_C(0x9e3779b97f4a7c15)) ^ (index + 1u);
+
+	x ^= x >> 31;
+	return x == 0 ? 1 : x;
+}
+
+static void append_key(struct replica *r, const struct crdt_id *folder, const struct box *b,
+		       const struct ms_mail *m, unsigned index, struct crdt_mail_key *key_r)
+{
+	struct place p;
+
+	memset(key_r, 0, sizeof(*key_r));
+	key_r->folder = *folder;
+	key_r->guid_len = (uint8_t)m->guid.n;
+	memcpy(key_r->guid, m->guid.p, m->guid.n);
+	/* Another record of that mail here: a copy inside the folder. */
+	if (place_get(r, key_r, &p) && crdt_id_equal(&p.box, &b->guid))
+		key_r->copy = copy_number(r, index);
+}
+
+static void text_note(struct replica *r, const struct place *p, const struct ms_mail *m)
+{
+	text_place_put(r, &m->content, p, m->size);
+	if (m->text != NULL && r->cfg->text_seen != NULL)
+		r->cfg->text_seen(r->cfg->ctx, r->user, &m->content, m->text, (size_t)m->size);
+}
+
+static struct crdt_str *sorted(const struct crdt_str *list, unsigned n)
+{
+	struct crdt_str *copy = calloc(n + 1u, sizeof(*copy));
+
+	if (copy == NULL)
+		abort();
+	if (n > 0)
+		memcpy(copy, list, n * sizeof(*copy));
+	qsort(copy, n, sizeof(*copy), str_cmp);
+	return copy;
+}
+
+static int record_append(struct replica *r, const struct ms_record *mrec)
+{
+	const struct crdt_jrec *rec = mrec->rec;
+	struct crdt_op_mail mails[CRDT_OP_MAILS_MAX];
+	struct crdt_mail_key *keys;
+	struct crdt_folder primary;
+	struct crdt_op_folder folder;
+	struct crdt_op op;
+	struct crdt_vv ctx;
+	struct box b;
+	unsigned n = 0;
+	int ret = 0;
+
+	if (!record_box(r, rec, &b))
+		return 0;
+	if (!box_primary(r, &b, &primary)) {
+		/* Its folder is gone from the state (a DELETE that is not applied
+		 * yet): the mail brings the folder back. */
+		crdt_folder_free(&primary);
+		memset(&primary, 0, sizeof(primary));
+		if (b.folders_n > 0)
+			primary.id = b.folders[0];
+		else
+			primary.id = b.guid;
+	}
+	folder = op_folder(r, &b, &primary.id);
+	keys = calloc(CRDT_OP_MAILS_MAX, sizeof(*keys));
+	if (keys == NULL)
+		abort();
+	replica_context(r, &ctx);
+	for (unsigned i = 0; i < rec->mails_n && i < CRDT_OP_MAILS_MAX; i++) {
+		const struct crdt_jrec_mail *jm = &rec->mails[i];
+		const struct ms_mail *m = &mrec->mails[i];
+		struct crdt_op_mail *om = &mails[n];
+		struct shadow s;
+		struct place p;
+
+		if (m->gone || m->guid.n == 0 || m->guid.n > CRDT_GUID_MAX)
+			continue;
+		if (shadow_get(r, &b.guid, jm->uid, &s)) {
+			/* Known: found once more by another process, or after an
+			 * index rebuild. */
+			shadow_free(&s);
+			continue;
+		}
+		append_key(r, &primary.id, &b, m, i, &keys[n]);
+		replica_context_cap_mail(r, &ctx, &keys[n]);
+		memset(om, 0, sizeof(*om));
+		key_to_op(&keys[n], om);
+		om->uid = jm->uid;
+		om->content = m->content;
+		om->size = m->size;
+		om->received = m->received;
+		om->flags = jm->flags & CRDT_FLAGS_ALL;
+		om->keywords_n = jm->keywords_n;
+		om->keywords = sorted(jm->keywords, jm->keywords_n);
+		p.box = b.guid;
+		p.uid = jm->uid;
+		place_put(r, &keys[n], &p);
+		shadow_put(r, &b.guid, jm->uid, &keys[n], om->flags, om->keywords, om->keywords_n);
+		text_note(r, &p, m);
+		n++;
+	}
+	if (n > 0) {
+		memset(&op, 0, sizeof(op));
+		op.kind = CRDT_OP_ADD;
+		op.folders_n = 1;
+		op.folders = &folder;
+		op.mails_n = (uint16_t)n;
+		op.mails = mails;
+		ret = replica_own_op(r, &op, &ctx);
+	}
+	for (unsigned i = 0; i < n; i++)
+		free((void *)mails[i].keywords);
+	free(keys);
+	crdt_folder_free(&primary);
+	box_free(&b);
+	return ret;
+}
+
+/* ---- FLAGS ---- */
+
+struct change {			/* what a STORE really changed on one mail */
+	struct crdt_mail_key key;
+	uint8_t add, remove;
+	struct crdt_str *kw_add, *kw_remove;
+	unsigned kw_add_n, kw_remove_n;
+};
+
+static bool change_alike(const struct change *a, const struct change *b)
+{
+	if (a->add != b->add || a->remove != b->remove || a->kw_add_n != b->kw_add_n ||
+	    a->kw_remove_n != b->kw_remove_n || !crdt_id_equal(&a->key.folder, &b->key.folder))
+		return false;
+	for (unsigned i = 0; i < a->kw_add_n; i++) {
+		if (!str_equal(a->kw_add[i], b->kw_add[i]))
+			return false;
+	}
+	for (unsigned i = 0; i < a->kw_remove_n; i++) {
+		if (!str_equal(a->kw_remove[i], b->kw_remove[i]))
+			return false;
+	}
+	return true;
+}
+
+/* Compares the record with the shadow, updates the shadow, says what changed. */
+static bool change_of(struct replica *r, const struct box *b, uint32_t uid, const struct crdt_jrec *rec,
+		      struct change *c_r)
+{
+	struct crdt_str *kw;
+	struct shadow s;
+	unsigned n = 0;
+
+	memset(c_r, 0, sizeof(*c_r));
+	if (!shadow_get(r, &b->guid, uid, &s))
+		return false;
+	c_r->key = s.key;
+	c_r->add = rec->flags_add & CRDT_FLAGS_ALL & (uint8_t)~s.flags;
+	c_r->remove = rec->flags_remove & s.flags & (uint8_t)~rec->flags_add;
+	c_r->kw_add = calloc(rec->kw_add_n + 1u, sizeof(struct crdt_str));
+	c_r->kw_remove = calloc(rec->kw_remove_n + 1u, sizeof(struct crdt_str));
+	kw = calloc((size_t)s.keywords_n + rec->kw_add_n + 1u, sizeof(*kw));
+	if (c_r->kw_add == NULL || c_r->kw_remove == NULL || kw == NULL)
+		abort();
+	for (unsigned i = 0; i < s.keywords_n; i++) {
+		if (!str_in(rec->kw_remove, rec->kw_remove_n, s.keywords[i]))
+			kw[n++] = s.keywords[i];
+	}
+	for (unsigned i = 0; i < rec->kw_add_n; i++) {
+		if (!str_in(s.keywords, s.keywords_n, rec->kw_add[i])) {
+			c_r->kw_add[c_r->kw_add_n++] = rec->kw_add[i];
+			kw[n++] = rec->kw_add[i];
+		}
+	}
+	for (unsigned i = 0; i < rec->kw_remove_n; i++) {
+		if (str_in(s.keywords, s.keywords_n, rec->kw_remove[i]))
+			c_r->kw_remove[c_r->kw_remove_n++] = rec->kw_remove[i];
+	}
+	qsort(c_r->kw_add, c_r->kw_add_n, sizeof(struct crdt_str), str_cmp);
+	qsort(c_r->kw_remove, c_r->kw_remove_n, sizeof(struct crdt_str), str_cmp);
+	qsort(kw, n, sizeof(*kw), str_cmp);
+	if ((c_r->add | c_r->remove) != 0 || c_r->kw_add_n + c_r->kw_remove_n > 0) {
+		shadow_put(r, &b->guid, uid, &s.key,
+			   (uint8_t)((s.flags & ~c_r->remove) | c_r->add), kw, n);
+	}
+	free(kw);
+	shadow_free(&s);
+	return (c_r->add | c_r->remove) != 0 || c_r->kw_add_n + c_r->kw_remove_n > 0;
+}
+
+static void change_free(struct change *c)
+{
+	free(c->kw_add);
+	free(c->kw_remove);
+}
+
+/* Whether something of a mail is merged and not applied: the context of an op
+ * has to leave that out. */
+static bool mail_has_news(struct replica *r, const struct crdt_mail_key *key)
+{
+	struct crdt_vv all, capped;
+
+	replica_context(r, &all);
+	capped = all;
+	replica_context_cap_mail(r, &capped, key);
+	return crdt_vv_compare(&all, &capped) != CRDT_EQUAL;
+}
+
+/* One op for the mails of changes[first..] that changed alike; marks them done. */
+static int flags_op(struct replica *r, const struct box *b, const struct change *changes, bool *done,
+		    unsigned first, unsigned n)
+{
+	struct crdt_op_mail mails[CRDT_OP_MAILS_MAX];
+	struct crdt_op_folder folder = op_folder(r, b, &changes[first].key.folder);
+	struct crdt_op op;
+	struct crdt_vv ctx;
+	bool alone = mail_has_news(r, &changes[first].key);
+	unsigned mails_n = 0;
+
+	replica_context(r, &ctx);
+	for (unsigned i = first; i < n; i++) {
+		/* An op has one context: mails with news get ops of their own. */
+		if (done[i] || !change_alike(&changes[first], &changes[i]) ||
+		    (i > first && (alone || mail_has_news(r, &changes[i].key))))
+			continue;
+		done[i] = true;
+		memset(&mails[mails_n], 0, sizeof(mails[0]));
+		key_to_op(&changes[i].key, &mails[mails_n++]);
+		replica_context_cap_mail(r, &ctx, &changes[i].key);
+	}
+	memset(&op, 0, sizeof(op));
+	op.kind = CRDT_OP_FLAGS;
+	op.folders_n = 1;
+	op.folders = &folder;
+	op.mails_n = (uint16_t)mails_n;
+	op.mails = mails;
+	op.flags_add = changes[first].add;
+	op.flags_remove = changes[first].remove;
+	op.kw_add = changes[first].kw_add;
+	op.kw_add_n = (uint16_t)changes[first].kw_add_n;
+	op.kw_remove = changes[first].kw_remove;
+	op.kw_remove_n = (uint16_t)changes[first].kw_remove_n;
+	return replica_own_op(r, &op, &ctx);
+}
+
+static int flags_slice(struct replica *r, const struct box *b, const struct crdt_jrec *rec,
+		       const uint32_t *uids, unsigned n)
+{
+	struct change *changes = calloc(n + 1u, sizeof(*changes));
+	bool done[UIDS_SLICE] = { false };
+	unsigned count = 0;
+	int ret = 0;
+
+	if (changes == NULL)
+		abort();
+	for (unsigned i = 0; i < n; i++) {
+		if (change_of(r, b, uids[i], rec, &changes[count]))
+			count++;
+		else
+			change_free(&changes[count]);
+	}
+	for (unsigned i = 0; i < count && ret == 0; i++) {
+		if (!done[i])
+			ret = flags_op(r, b, changes, done, i, count);
+	}
+	for (unsigned i = 0; i < count; i++)
+		change_free(&changes[i]);
+	free(changes);
+	return ret;
+}
+
+/* ---- EXPUNGE ---- */
+
+/*
+ * Each mail's context leaves out what of it is not applied, and the op has one
+ * context: mails with something unapplied get ops of their own.
+ */
+static int expunge_op(struct replica *r, const struct box *b, const struct crdt_mail_key *keys, unsigned n)
+{
+	struct crdt_op_mail mails[CRDT_OP_MAILS_MAX];
+	struct crdt_op_folder folder = op_folder(r, b, &keys[0].folder);
+	struct crdt_op op;
+	struct crdt_vv ctx;
+
+	replica_context(r, &ctx);
+	for (unsigned i = 0; i < n; i++) {
+		memset(&mails[i], 0, sizeof(mails[i]));
+		key_to_op(&keys[i], &mails[i]);
+		replica_context_cap_mail(r, &ctx, &keys[i]);
+	}
+	memset(&op, 0, sizeof(op));
+	op.kind = CRDT_OP_EXPUNGE;
+	op.folders_n = 1;
+	op.folders = &folder;
+	op.mails_n = (uint16_t)n;
+	op.mails = mails;
+	return replica_own_op(r, &op, &ctx);
+}
+
+static int expunge_keys(struct replica *r, const struct box *b, struct crdt_mail_key *keys, unsigned n)
+{
+	unsigned start = 0, plain = 0;
+	int ret = 0;
+
+	/* Those with news go alone; the others together, by folder. */
+	for (unsigned i = 0; i < n && ret == 0; i++) {
+		if (mail_has_news(r, &keys[i]))
+			ret = expunge_op(r, b, &keys[i], 1);
+		else
+			keys[plain++] = keys[i];
+	}
+	for (unsigned i = 1; i <= plain && ret == 0; i++) {
+		if (i < plain && crdt_id_equal(&keys[i].folder, &keys[start].folder))
+			continue;
+		ret = expunge_op(r, b, &keys[start], i - start);
+		start = i;
+	}
+	return ret;
+}
+
+static int expunge_slice(struct replica *r, const struct box *b, const struct crdt_jrec *rec,
+			 const uint32_t *uids, unsigned n)
+{
+	struct crdt_mail_key *keys = calloc(n + 1u, sizeof(*keys));
+	unsigned count = 0;
+	int ret = 0;
+
+	if (keys == NULL)
+		abort();
+	for (unsigned i = 0; i < n; i++) {
+		struct shadow s;
+		struct place p;
+
+		if (!shadow_get(r, &b->guid, uids[i], &s))
+			continue;
+		/* A second record of a mail that lives on elsewhere: no removal. */
+		if (place_get(r, &s.key, &p) && p.uid == uids[i] && crdt_id_equal(&p.box, &b->guid))
+			keys[count++] = s.key;
+		shadow_delete(r, &b->guid, uids[i], &s.key);
+		if (rec->applier && !replica_mail_settled(r, &s.key))
+			replica_mark_mail(r, &s.key);
+		shadow_free(&s);
+	}
+	if (!rec->applier && count > 0)
+		ret = expunge_keys(r, b, keys, count);
+	free(keys);
+	return ret;
+}
+
+/* ---- records on ranges of UIDs ---- */
+
+typedef int uids_fn(struct replica *r, const struct box *b, const struct crdt_jrec *rec, const uint32_t *uids,
+		    unsigned n);
+
+static int record_uids(struct replica *r, const struct crdt_jrec *rec, uids_fn *fn)
+{
+	uint32_t uids[UIDS_SLICE];
+	struct box b;
+	int ret = 0;
+
+	if (!record_box(r, rec, &b))
+		return 0;
+	for (unsigned i = 0; i < rec->uids_n && ret == 0; i++) {
+		uint32_t first = rec->uids[i].first;
+		size_t n;
+
+		do {
+			n = shadow_uids(r, &b.guid, first, rec->uids[i].last, uids, UIDS_SLICE);
+			if (n > 0) {
+				ret = fn(r, &b, rec, uids, (unsigned)n);
+				first = uids[n - 1] + 1;
+			}
+		} while (n == UIDS_SLICE && ret == 0 && first <= rec->uids[i].last);
+	}
+	box_free(&b);
+	return ret;
+}
+
+/* ---- the applier's own records: shadow only ---- */
+
+/* A saved mail: its key says which. */
+static void applied_save(struct replica *r, const struct box *b, const struct crdt_jrec_mail *jm,
+			 const struct crdt_mail *m)
+{
+	struct crdt_str *kw = sorted(jm->keywords, jm->keywords_n);
+	struct place p = { b->guid, jm->uid };
+
+	place_put(r, &m->key, &p);
+	shadow_put(r, &b->guid, jm->uid, &m->key, jm->flags & CRDT_FLAGS_ALL, kw, jm->keywords_n);
+	text_place_put(r, &m->content, &p, m->size);
+	if (replica_mail_settled(r, &m->key))
+		mail_rows_clear(r, &m->key);
+	else
+		replica_mark_mail(r, &m->key);
+	free(kw);
+}
+
+/* A mail after REVALIDATE: old UID (u32; 0: not known any more) and GUID. */
+static bool applied_reuid(struct replica *r, const struct box *b, const struct crdt_jrec_mail *jm)
+{
+	struct crdt_reader rd = crdt_reader(jm->key.p, jm->key.n);
+	uint32_t old = crdt_get_u32(&rd);
+	size_t guid_len = crdt_reader_left(&rd);
+
+	if (rd.bad || guid_len == 0 || guid_len > CRDT_GUID_MAX)
+		return false;
+	for (unsigned i = 0; i < b->folders_n && old == 0; i++) {
+		struct crdt_mail_key key;
+		struct place p;
+
+		memset(&key, 0, sizeof(key));
+		key.folder = b->folders[i];
+		key.guid_len = (uint8_t)guid_len;
+		memcpy(key.guid, rd.p, guid_len);
+		if (place_get(r, &key, &p) && crdt_id_equal(&p.box, &b->guid))
+			old = p.uid;
+	}
+	return old != 0 && shadow_take_up(r, &b->guid, old, jm->uid);
+}
+
+static int applier_append(struct replica *r, const struct crdt_jrec *rec)
+{
+	struct box b;
+
+	if (!record_box(r, rec, &b))
+		return 0;
+	for (unsigned i = 0; i < rec->mails_n; i++) {
+		const struct crdt_jrec_mail *jm = &rec->mails[i];
+		struct crdt_mail_key key;
+		struct crdt_mail m;
+
+		memset(&m, 0, sizeof(m));
+		if (crdt_mail_key_decode(jm->key.p, jm->key.n, &key) && crdt_mail_get(rrows(r), &key, NULL, &m))
+			applied_save(r, &b, jm, &m);
+		else if (!applied_reuid(r, &b, jm))
+			replica_log(r, 1, "an applied mail (UID %u) in the journal is not known: ignored", jm->uid);
+		crdt_mail_free(&m);
+	}
+	box_free(&b);
+	return 0;
+}
+
+static int applier_flags(struct replica *r, const struct box *b, const struct crdt_jrec *rec,
+			 const uint32_t *uids, unsigned n)
+{
+	for (unsigned i = 0; i < n; i++) {
+		struct change c;
+
+		(void)change_of(r, b, uids[i], rec, &c);
+		if (c.key.guid_len > 0) {
+			if (replica_mail_settled(r, &c.key))
+				mail_rows_clear(r, &c.key);
+			else
+				replica_mark_mail(r, &c.key);
+		}
+		change_free(&c);
+	}
+	return 0;
+}
+
+static int applier_revalidate(struct replica *r, const struct crdt_jrec *rec)
+{
+	struct box b;
+
+	if (!record_box(r, rec, &b))
+		return 0;
+	if (b.uidvalidity != rec->uidvalidity) {
+		shadows_put_by(r, &b.guid);
+		b.uidvalidity = rec->uidvalidity;
+		b.uidnext = 0;
+		box_put(r, &b);
+	}
+	box_free(&b);
+	return 0;
+}
+
+/* ---- folders ---- */
+
+static bool is_inbox(struct crdt_str path)
+{
+	return path.n == 5 && memcmp(path.p, "INBOX", 5) == 0;
+}
+
+static void box_new(struct replica *r, const struct crdt_jrec *rec, struct box *b)
+{
+	memset(b, 0, sizeof(*b));
+	b->guid = rec->mailbox;
+	b->uidvalidity = rec->uidvalidity;
+	box_set_path(r, b, rec->path.p, rec->path.n);
+}
+
+/* The applier made a mailbox: it shows the live folders of that path. */
+static int applier_create(struct replica *r, const struct crdt_jrec *rec)
+{
+	struct crdt_id ids[64];
+	struct box b;
+	size_t n;
+
+	if (box_get(r, &rec->mailbox, &b)) {
+		box_free(&b);
+		return 0;
+	}
+	box_new(r, rec, &b);
+	n = crdt_path_folders(rrows(r), rec->path.p, rec->path.n, ids, 64);
+	for (size_t i = 0; i < n && i < 64; i++) {
+		box_attach(r, &b, &ids[i]);
+		replica_mark_folder(r, &ids[i]);
+		replica_mark_folder_mails(r, &ids[i]);
+	}
+	box_free(&b);
+	return 0;
+}
+
+static int record_create(struct replica *r, const struct crdt_jrec *rec)
+{
+	struct crdt_op_folder folder;
+	struct crdt_folder known;
+	struct crdt_op op;
+	struct crdt_vv ctx;
+	struct box b;
+
+	if (box_get(r, &rec->mailbox, &b)) {
+		box_free(&b);
+		return 0;
+	}
+	box_new(r, rec, &b);
+	memset(&folder, 0, sizeof(folder));
+	folder.id = is_inbox(rec->path) ? crdt_inbox_id : rec->mailbox;
+	folder.path = rec->path;
+	folder.counter = 1;
+	folder.validity = rec->uidvalidity;
+	folder.numberer = (struct crdt_numberer){ 1, (uint8_t)r->cfg->slot };
+	if (crdt_folder_get(rrows(r), &folder.id, &known) && known.path_counter >= folder.counter)
+		folder.counter = known.path_counter + 1;
+	crdt_folder_free(&known);
+	box_attach(r, &b, &folder.id);
+	replica_context(r, &ctx);
+	replica_context_cap_folder(r, &ctx, &folder.id, false);
+	memset(&op, 0, sizeof(op));
+	op.kind = CRDT_OP_CREATE;
+	op.folders_n = 1;
+	op.folders = &folder;
+	box_free(&b);
+	return replica_own_op(r, &op, &ctx);
+}
+
+/* Mails that the user saw, but whose adds the folder's context cannot cover
+ * because older ops of their origin are not applied yet: removed by name. */
+static int delete_uncovered(struct replica *r, const struct box *b, const struct crdt_vv *ctx)
+{
+	struct crdt_mail_key *keys = calloc(UIDS_SLICE, sizeof(*keys));
+	uint32_t uids[UIDS_SLICE], first = 1;
+	size_t n;
+	int ret = 0;
+
+	if (keys == NULL)
+		abort();
+	while (ret == 0 && (n = shadow_uids(r, &b->guid, first, UINT32_MAX, uids, UIDS_SLICE)) > 0) {
+		unsigned count = 0;
+
+		for (size_t i = 0; i < n; i++) {
+			struct crdt_mail m;
+			struct shadow s;
+
+			if (!shadow_get(r, &b->guid, uids[i], &s))
+				continue;
+			if (crdt_mail_get(rrows(r), &s.key, NULL, &m) && m.live) {
+				crdt_vv_drop(&m.presence, r->origin);
+				if (!crdt_vv_covers_all(ctx, &m.presence))
+					keys[count++] = s.key;
+			}
+			crdt_mail_free(&m);
+			shadow_free(&s);
+		}
+		if (count > 0)
+			ret = expunge_keys(r, b, keys, count);
+		first = uids[n - 1] + 1;
+	}
+	free(keys);
+	return ret;
+}
+
+static int record_delete(struct replica *r, const struct crdt_jrec *rec)
+{
+	struct crdt_op_folder *folders;
+	struct crdt_op op;
+	struct crdt_vv ctx, all;
+	struct box b;
+	int ret = 0;
+
+	if (!box_get(r, &rec->mailbox, &b))
+		return 0;
+	if (rec->applier) {
+		box_delete(r, &b);
+		box_free(&b);
+		return 0;
+	}
+	folders = calloc(b.folders_n + 1u, sizeof(*folders));
+	if (folders == NULL)
+		abort();
+	replica_context(r, &all);
+	ctx = all;
+	memset(&op, 0, sizeof(op));
+	op.kind = CRDT_OP_DELETE;
+	op.folders = folders;
+	for (unsigned i = 0; i < b.folders_n; i++) {
+		if (crdt_id_equal(&b.folders[i], &crdt_inbox_id))
+			continue;
+		folders[op.folders_n++].id = b.folders[i];
+		replica_context_cap_folder(r, &ctx, &b.folders[i], true);
+	}
+	if (crdt_vv_compare(&all, &ctx) != CRDT_EQUAL)
+		ret = delete_uncovered(r, &b, &ctx);
+	box_delete(r, &b);
+	if (ret == 0 && op.folders_n > 0)
+		ret = replica_own_op(r, &op, &ctx);
+	/* What lives on of it (a concurrent change) has to come back here. */
+	for (unsigned i = 0; i < op.folders_n; i++)
+		replica_mark_folder(r, &folders[i].id);
+	free(folders);
+	box_free(&b);
+	return ret;
+}
+
+struct rename_ctx {
+	struct crdt_str from;
+	struct { struct crdt_id guid; uint8_t *rest; size_t rest_n; } *hits;
+	size_t n, cap;
+};
+
+static bool rename_match(void *vctx, const struct crdt_id *guid, const uint8_t *path, size_t len)
+{
+	struct rename_ctx *c = vctx;
+
+	if (len < c->from.n || memcmp(path, c->from.p, c->from.n) != 0 ||
+	    (len > c->from.n && path[c->from.n] != '/'))
+		return true;
+	if (c->n == c->cap) {
+		c->cap = c->cap == 0 ? 16 : c->cap * 2;
+		c->hits = realloc(c->hits, c->cap * sizeof(*c->hits));
+		if (c->hits == NULL)
+			abort();
+	}
+	c->hits[c->n].guid = *guid;
+	c->hits[c->n].rest_n = len - c->from.n;
+	c->hits[c->n].rest = malloc(len - c->from.n + 1);
+	if (c->hits[c->n].rest == NULL)
+		abort();
+	memcpy(c->hits[c->n].rest, path + c->from.n, len - c->from.n);
+	c->n++;
+	return true;
+}
+
+static int rename_op(struct replica *r, struct crdt_op_folder *folders, unsigned n)
+{
+	struct crdt_op op;
+	struct crdt_vv ctx;
+
+	memset(&op, 0, sizeof(op));
+	op.kind = CRDT_OP_RENAME;
+	op.folders = folders;
+	op.folders_n = (uint16_t)n;
+	replica_context(r, &ctx);
+	for (unsigned i = 0; i < n; i++)
+		replica_context_cap_folder(r, &ctx, &folders[i].id, false);
+	return replica_own_op(r, &op, &ctx);
+}
+
+static int rename_box_folders(struct replica *r, struct box *b, struct crdt_op_folder *folders, unsigned *n)
+{
+	int ret = 0;
+
+	for (unsigned i = 0; i < b->folders_n && ret == 0; i++) {
+		struct crdt_folder f;
+		uint64_t counter = 1;
+
+		if (crdt_folder_get(rrows(r), &b->folders[i], &f))
+			counter = f.path_counter + 1;
+		crdt_folder_free(&f);
+		memset(&folders[*n], 0, sizeof(folders[0]));
+		folders[*n].id = b->folders[i];
+		folders[*n].counter = counter;
+		folders[*n].path = (struct crdt_str){ (const uint8_t *)strdup((const char *)b->path), (uint16_t)b->path_len };
+		if (++*n == CRDT_OP_FOLDERS_MAX) {
+			ret = rename_op(r, folders, *n);
+			while (*n > 0)
+				free((void *)folders[--*n].path.p);
+		}
+	}
+	return ret;
+}
+
+static int record_rename(struct replica *r, const struct crdt_jrec *rec)
+{
+	struct rename_ctx c = { .from = rec->path };
+	struct crdt_op_folder *folders = calloc(CRDT_OP_FOLDERS_MAX, sizeof(*folders));
+	struct crdt_buf path = CRDT_BUF_INIT;
+	unsigned n = 0;
+	int ret = 0;
+
+	if (folders == NULL)
+		abort();
+	box_scan(r, rename_match, &c);
+	for (size_t i = 0; i < c.n; i++) {
+		struct box b;
+
+		if (!box_get(r, &c.hits[i].guid, &b))
+			continue;
+		crdt_buf_clear(&path);
+		crdt_buf_raw(&path, rec->new_path.p, rec->new_path.n);
+		crdt_buf_raw(&path, c.hits[i].rest, c.hits[i].rest_n);
+		/* The applier renames one mailbox; a user, a tree. */
+		if (rec->applier && c.hits[i].rest_n > 0) {
+			box_free(&b);
+			continue;
+		}
+		box_set_path(r, &b, path.data, path.len);
+		for (unsigned k = 0; k < b.folders_n; k++)
+			replica_mark_folder(r, &b.folders[k]);
+		if (!rec->applier && ret == 0)
+			ret = rename_box_folders(r, &b, folders, &n);
+		box_free(&b);
+	}
+	if (ret == 0 && n > 0)
+		ret = rename_op(r, folders, n);
+	while (n > 0)
+		free((void *)folders[--n].path.p);
+	for (size_t i = 0; i < c.n; i++)
+		free(c.hits[i].rest);
+	free(c.hits);
+	free(folders);
+	crdt_buf_free(&path);
+	return ret;
+}
+
+static int record_subscription(struct replica *r, const struct crdt_jrec *rec, bool on)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	struct crdt_op op;
+	struct crdt_vv ctx;
+	int ret = 0;
+
+	crdt_buf_u8(&k, ROW_SUBSCRIBED);
+	crdt_buf_raw(&k, rec->path.p, rec->path.n);
+	if (on)
+		rrows(r)->put(rrows(r), k.data, k.len, "", 0);
+	else
+		rrows(r)->del(rrows(r), k.data, k.len);
+	if (!rec->applier) {
+		memset(&op, 0, sizeof(op));
+		op.kind = on ? CRDT_OP_SUBSCRIBE : CRDT_OP_UNSUBSCRIBE;
+		op.name = rec->path;
+		replica_context(r, &ctx);
+		k.data[0] = ROW_DIRTY_SUBSCRIPTION;
+		replica_context_cap(r, &ctx, k.data, k.len);
+		ret = replica_own_op(r, &op, &ctx);
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return ret;
+}
+
+static int record_takeover(struct replica *r, const struct crdt_jrec *rec)
+{
+	struct crdt_op_folder folder;
+	struct crdt_folder primary;
+	struct crdt_op op;
+	struct crdt_vv ctx;
+	struct box b;
+	int ret = 0;
+
+	if (!record_box(r, rec, &b))
+		return 0;
+	if (box_primary(r, &b, &primary) && rec->uidvalidity == b.uidvalidity) {
+		memset(&folder, 0, sizeof(folder));
+		folder.id = primary.id;
+		folder.validity = rec->uidvalidity;
+		folder.numberer = rec->numberer;
+		folder.uidnext = rec->uidnext;
+		memset(&op, 0, sizeof(op));
+		op.kind = CRDT_OP_TAKEOVER;
+		op.folders_n = 1;
+		op.folders = &folder;
+		b.pushed = rec->numberer;
+		b.uidnext = rec->uidnext;
+		box_put(r, &b);
+		replica_context(r, &ctx);
+		ret = replica_own_op(r, &op, &ctx);
+		replica_unhold(r, &b);
+	}
+	crdt_folder_free(&primary);
+	box_free(&b);
+	return ret;
+}
+
+/* ---- one record ---- */
+
+int replica_journal_record(struct replica *r, const struct ms_record *mrec)
+{
+	const struct crdt_jrec *rec = mrec->rec;
+
+	switch (rec->kind) {
+	case CRDT_JREC_CREATE:
+		return rec->applier ? applier_create(r, rec) : record_create(r, rec);
+	case CRDT_JREC_DELETE:
+		return record_delete(r, rec);
+	case CRDT_JREC_RENAME:
+		return record_rename(r, rec);
+	case CRDT_JREC_SUBSCRIBE:
+		return record_subscription(r, rec, true);
+	case CRDT_JREC_UNSUBSCRIBE:
+		return record_subscription(r, rec, false);
+	case CRDT_JREC_APPEND:
+		return rec->applier ? applier_append(r, rec) : record_append(r, mrec);
+	case CRDT_JREC_FLAGS:
+		return record_uids(r, rec, rec->applier ? applier_flags : flags_slice);
+	case CRDT_JREC_EXPUNGE:
+		return record_uids(r, rec, expunge_slice);
+	case CRDT_JREC_TAKEOVER:
+		return record_takeover(r, rec);
+	case CRDT_JREC_REVALIDATE:
+		return applier_revalidate(r, rec);
+	case CRDT_JREC_ABORT:
+		/* The change was noted and then refused by the index: it is made
+		 * after all (flags, removals), or the mail is gone (adds). */
+		replica_log(r, 1, "journal record %llu was taken back by the mail process",
+			    (unsigned long long)rec->abort_seq);
+		return 0;
+	case CRDT_JREC_RELEASE:
+		return 0;
+	}
+	replica_log(r, 0, "journal record %llu is of the unknown kind %u: skipped",
+		    (unsigned long long)rec->seq, rec->kind);
+	return 0;
+}

@@ -1,0 +1,774 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Apply [9]: where the state of a mail and its shadow differ, the mail store is
+ * told.  What it did comes back through the journal (replica-journal.c).
+ */
+#include <stdlib.h>
+#include <string.h>
+#include "replica-private.h"
+
+enum { SLICE = 256 };
+
+/* ---- the UID rule (design of crdt/uid.h) ---- */
+
+static void claim_note(struct replica *r, const struct crdt_mail_key *key, uint32_t validity, uint32_t uid, bool floor)
+{
+	struct claim *c;
+
+	if (r->claims_n == r->claims_cap) {
+		r->claims_cap = r->claims_cap == 0 ? 64 : r->claims_cap * 2;
+		r->claims = realloc(r->claims, r->claims_cap * sizeof(*r->claims));
+		if (r->claims == NULL)
+			abort();
+	}
+	c = &r->claims[r->claims_n++];
+	c->key = *key;
+	c->validity = validity;
+	c->uid = uid;
+	c->floor = floor;
+}
+
+static bool claims_join(const struct claim *a, const struct claim *b)
+{
+	return a->floor == b->floor && a->validity == b->validity && crdt_id_equal(&a->key.folder, &b->key.folder);
+}
+
+static int claims_op(struct replica *r, const struct claim *claims, size_t n)
+{
+	struct crdt_op_mail *mails = calloc(n, sizeof(*mails));
+	struct crdt_op_folder folder;
+	struct crdt_op op;
+	struct crdt_vv ctx;
+	int ret = 0;
+
+	if (mails == NULL)
+		abort();
+	memset(&op, 0, sizeof(op));
+	memset(&folder, 0, sizeof(folder));
+	op.kind = claims[0].floor ? CRDT_OP_FLOOR : CRDT_OP_CLAIM;
+	for (size_t i = 0; i < n; i++) {
+		struct crdt_op_mail *om = &mails[op.mails_n];
+		struct crdt_mail m;
+
+		om->guid = (struct crdt_str){ claims[i].key.guid, claims[i].key.guid_len };
+		om->copy = claims[i].key.copy;
+		om->uid = claims[i].uid;
+		/* Noted twice, or heard meanwhile. */
+		if (crdt_mail_get(rrows(r), &claims[i].key, NULL, &m) &&
+		    (m.uid.validity != claims[i].validity ||
+		     (claims[i].floor ? m.uid.floor < om->uid : m.uid.claim < om->uid)))
+			op.mails_n++;
+		crdt_mail_free(&m);
+	}
+	folder.id = claims[0].key.folder;
+	folder.validity = claims[0].validity;
+	op.folders_n = 1;
+	op.folders = &folder;
+	op.mails = mails;
+	replica_context(r, &ctx);
+	if (op.mails_n > 0)
+		ret = replica_own_op(r, &op, &ctx);
+	free(mails);
+	return ret;
+}
+
+int replica_claims_flush(struct replica *r)
+{
+	int ret = 0;
+
+	/* Merging an own claim looks at its mails again and may note more: the
+	 * list is taken off first. */
+	while (r->claims_n > 0 && ret == 0) {
+		struct claim *claims = r->claims;
+		size_t n = r->claims_n, start = 0;
+
+		r->claims = NULL;
+		r->claims_n = r->claims_cap = 0;
+		for (size_t i = 1; i <= n && ret == 0; i++) {
+			if (i < n && i - start < CRDT_OP_MAILS_MAX && claims_join(&claims[start], &claims[i]))
+				continue;
+			ret = claims_op(r, &claims[start], i - start);
+			start = i;
+		}
+		free(claims);
+	}
+	return ret;
+}
+
+/* What the rule says of a mail in mailbox b, shown at uid (0: not). */
+static enum crdt_uid_verdict uid_verdict(struct replica *r, const struct box *b, const struct crdt_mail *m,
+					 uint32_t uid, uint32_t *uid_r)
+{
+	struct crdt_uid_folder uf = { 0 };
+	enum crdt_uid_verdict v = CRDT_UID_KEEP;
+	struct crdt_folder primary;
+
+	*uid_r = 0;
+	if (box_primary(r, b, &primary) && primary.validity == b->uidvalidity) {
+		uf.validity = primary.validity;
+		uf.numberer = primary.numberer;
+		uf.next = primary.numberer_uidnext;
+		v = crdt_uid_decide(&uf, r->cfg->slot, crdt_uid_is_numberer(&uf, r->cfg->slot), b->uidnext, uid,
+				    &m->uid, uid_r);
+	} else if (uid == 0) {
+		/* The mailbox is to get another UIDVALIDITY first. */
+		v = CRDT_UID_HOLD;
+	}
+	crdt_folder_free(&primary);
+	return v;
+}
+
+/* ---- is there anything to do? ---- */
+
+static bool keywords_equal(const struct crdt_mail *m, const struct shadow *s)
+{
+	if (m->keywords_n != s->keywords_n)
+		return false;
+	for (unsigned i = 0; i < m->keywords_n; i++) {
+		if (m->keywords[i].name_len != s->keywords[i].n ||
+		    memcmp(m->keywords[i].name, s->keywords[i].p, s->keywords[i].n) != 0)
+			return false;
+	}
+	return true;
+}
+
+static bool shown_settled(struct replica *r, const struct box *b, const struct crdt_mail *m, uint32_t uid)
+{
+	enum crdt_uid_verdict v;
+	struct shadow s;
+	uint32_t to;
+	bool same;
+
+	if (!shadow_get(r, &b->guid, uid, &s))
+		return false;
+	same = crdt_mail_flags(m) == s.flags && keywords_equal(m, &s);
+	shadow_free(&s);
+	v = uid_verdict(r, b, m, uid, &to);
+	if (v == CRDT_UID_RECORD_CLAIM)
+		claim_note(r, &m->key, b->uidvalidity, to, false);
+	else if (v == CRDT_UID_HOLD_AND_FLOOR)
+		claim_note(r, &m->key, b->uidvalidity, to, true);
+	else if (v == CRDT_UID_EXHAUSTED)
+		replica_log(r, 0, "mailbox %s has no UIDs left: it needs a new UIDVALIDITY", b->path);
+	return same && v != CRDT_UID_SHOW_AT_CLAIM && v != CRDT_UID_CLAIM_OWN;
+}
+
+bool replica_mail_settled(struct replica *r, const struct crdt_mail_key *key)
+{
+	struct crdt_mail m;
+	struct place p;
+	struct box b;
+	bool shown = place_get(r, key, &p), settled;
+
+	if (!crdt_mail_get(rrows(r), key, NULL, &m) || !m.live) {
+		settled = !shown;
+	} else {
+		memset(&b, 0, sizeof(b));
+		settled = shown && box_of(r, &key->folder, &b) && crdt_id_equal(&b.guid, &p.box) &&
+			  shown_settled(r, &b, &m, p.uid);
+		box_free(&b);
+	}
+	crdt_mail_free(&m);
+	return settled;
+}
+
+void replica_unhold(struct replica *r, const struct box *b)
+{
+	struct row_key keys[SLICE];
+	size_t n;
+
+	for (unsigned i = 0; i < b->folders_n; i++) {
+		uint8_t prefix[17] = { ROW_HELD };
+
+		memcpy(prefix + 1, b->folders[i].b, 16);
+		while ((n = row_keys(r, prefix, sizeof(prefix), NULL, 0, keys, SLICE)) > 0) {
+			for (size_t k = 0; k < n; k++) {
+				struct crdt_mail_key key;
+				if (crdt_mail_key_decode(keys[k].p + 1, keys[k].n - 1, &key))
+					mail_row_move(r, &key, ROW_HELD, ROW_DIRTY_MAIL);
+			}
+			row_keys_free(keys, n);
+		}
+	}
+}
+
+/* ---- commands ---- */
+
+/* A slice: commands for one mailbox, and what they point into. */
+struct slice {
+	struct replica *r;
+	replica_body_cb *body; void *body_ctx;
+	struct box b; bool have_box;
+	struct ms_cmd *cmds; size_t n;
+	struct crdt_mail_key *keys;	/* by command */
+	uint32_t *uids;			/* where the shadow has it; 0 */
+	struct crdt_buf *key_bytes;
+	struct crdt_mail *mails;	/* what strings point into */
+	struct shadow *shadows;
+	struct box *sources;
+	struct crdt_str **lists;
+	uint8_t **texts;
+	bool expunges;			/* this slice removes; else it adds and changes */
+};
+
+static void slice_init(struct slice *s, struct replica *r, replica_body_cb *body, void *ctx, bool expunges)
+{
+	memset(s, 0, sizeof(*s));
+	s->r = r;
+	s->body = body;
+	s->body_ctx = ctx;
+	s->expunges = expunges;
+	s->cmds = calloc(SLICE, sizeof(*s->cmds));
+	s->keys = calloc(SLICE, sizeof(*s->keys));
+	s->uids = calloc(SLICE, sizeof(*s->uids));
+	s->key_bytes = calloc(SLICE, sizeof(*s->key_bytes));
+	s->mails = calloc(SLICE, sizeof(*s->mails));
+	s->shadows = calloc(SLICE, sizeof(*s->shadows));
+	s->sources = calloc(SLICE, sizeof(*s->sources));
+	s->lists = calloc(SLICE, sizeof(*s->lists));
+	s->texts = calloc(SLICE, sizeof(*s->texts));
+	if (s->cmds == NULL || s->keys == NULL || s->uids == NULL || s->key_bytes == NULL || s->mails == NULL ||
+	    s->shadows == NULL || s->sources == NULL || s->lists == NULL || s->texts == NULL)
+		abort();
+}
+
+static void slice_free(struct slice *s)
+{
+	for (size_t i = 0; i < SLICE; i++) {
+		crdt_buf_free(&s->key_bytes[i]);
+		crdt_mail_free(&s->mails[i]);
+		shadow_free(&s->shadows[i]);
+		box_free(&s->sources[i]);
+		free(s->lists[i]);
+		free(s->texts[i]);
+	}
+	free(s->cmds);
+	free(s->keys);
+	free(s->uids);
+	free(s->key_bytes);
+	free(s->mails);
+	free(s->shadows);
+	free(s->sources);
+	free(s->lists);
+	free(s->texts);
+	if (s->have_box)
+		box_free(&s->b);
+}
+
+/* Opens the slice for mailbox guid; false: it is open for another one. */
+static bool slice_box(struct slice *s, const struct crdt_id *guid)
+{
+	if (s->have_box)
+		return crdt_id_equal(&s->b.guid, guid);
+	s->have_box = box_get(s->r, guid, &s->b);
+	return s->have_box;
+}
+
+static struct ms_cmd *slice_cmd(struct slice *s, enum ms_cmd_kind kind, const struct crdt_mail_key *key, uint32_t uid)
+{
+	struct ms_cmd *c = &s->cmds[s->n];
+	struct crdt_buf *kb = &s->key_bytes[s->n];
+
+	memset(c, 0, sizeof(*c));
+	c->kind = kind;
+	c->uid = uid;
+	crdt_mail_key_encode(kb, 0, key);
+	c->key = (struct crdt_str){ kb->data + 1, (uint16_t)(kb->len - 1) };
+	s->keys[s->n] = *key;
+	s->uids[s->n] = uid;
+	s->n++;
+	return c;
+}
+
+static void numbering(struct slice *s, struct ms_cmd *c, const struct crdt_mail *m)
+{
+	struct crdt_folder primary;
+
+	c->policy = MS_UID_HOLD;
+	if (box_primary(s->r, &s->b, &primary) && primary.validity == s->b.uidvalidity &&
+	    primary.numberer.term > 0 && primary.numberer.slot == s->r->cfg->slot)
+		c->policy = MS_UID_OWN;
+	crdt_folder_free(&primary);
+	if (m->uid.validity == s->b.uidvalidity) {
+		c->floor = m->uid.floor;
+		if (m->uid.claim >= m->uid.floor)
+			c->want_uid = m->uid.claim;
+	}
+}
+
+/* true: a source for the text was found. */
+static bool save_text(struct slice *s, struct ms_cmd *c, const struct crdt_mail *m, size_t index)
+{
+	struct replica *r = s->r;
+	const uint8_t *text = NULL;
+	struct place p;
+	uint64_t size;
+
+	if (text_place_get(r, &m->content, &p, &size) && box_get(r, &p.box, &s->sources[index])) {
+		c->source = box_ms(&s->sources[index]);
+		c->source_uid = p.uid;
+		return true;
+	}
+	if (!s->body(s->body_ctx, &m->content, m->size, &text, &c->file))
+		return false;
+	if (text != NULL || m->size == 0) {
+		/* Valid until the next call only. */
+		s->texts[index] = malloc(m->size + 1);
+		if (s->texts[index] == NULL)
+			abort();
+		if (m->size > 0)
+			memcpy(s->texts[index], text, m->size);
+		c->text = s->texts[index];
+	}
+	return true;
+}
+
+static void save_cmd(struct slice *s, const struct crdt_mail_key *key, struct crdt_mail *m)
+{
+	size_t i = s->n;
+	struct ms_cmd *c = slice_cmd(s, MS_SAVE, key, 0);
+
+	c->content = m->content;
+	c->size = m->size;
+	c->received = m->received;
+	if (!save_text(s, c, m, i)) {
+		mail_row_move(s->r, key, ROW_DIRTY_MAIL, ROW_WAIT_BODY);
+		crdt_buf_free(&s->key_bytes[i]);
+		s->n--;
+		return;
+	}
+	numbering(s, c, m);
+	c->flags_add = crdt_mail_flags(m);
+	s->mails[i] = *m;	/* the slice owns it now */
+	memset(m, 0, sizeof(*m));
+	m = &s->mails[i];
+	c->guid = (struct crdt_str){ s->keys[i].guid, s->keys[i].guid_len };
+	s->lists[i] = calloc(m->keywords_n + 1u, sizeof(struct crdt_str));
+	if (s->lists[i] == NULL)
+		abort();
+	for (unsigned k = 0; k < m->keywords_n; k++)
+		s->lists[i][k] = (struct crdt_str){ m->keywords[k].name, m->keywords[k].name_len };
+	c->kw_add = s->lists[i];
+	c->kw_add_n = m->keywords_n;
+}
+
+static bool mail_has_keyword(const struct crdt_mail *m, struct crdt_str kw)
+{
+	for (unsigned i = 0; i < m->keywords_n; i++) {
+		if (m->keywords[i].name_len == kw.n && memcmp(m->keywords[i].name, kw.p, kw.n) == 0)
+			return true;
+	}
+	return false;
+}
+
+static bool shadow_has_keyword(const struct shadow *s, const struct crdt_mail_keyword *kw)
+{
+	for (unsigned i = 0; i < s->keywords_n; i++) {
+		if (s->keywords[i].n == kw->name_len && memcmp(s->keywords[i].p, kw->name, kw->name_len) == 0)
+			return true;
+	}
+	return false;
+}
+
+static void flags_cmd(struct slice *s, const struct crdt_mail_key *key, struct crdt_mail *m, struct shadow *sh,
+		      uint32_t uid)
+{
+	size_t i = s->n;
+	struct ms_cmd *c = slice_cmd(s, MS_FLAGS, key, uid);
+	uint8_t want = crdt_mail_flags(m);
+	struct crdt_str *list;
+	unsigned n = 0;
+
+	c->flags_add = want & (uint8_t)~sh->flags;
+	c->flags_remove = sh->flags & (uint8_t)~want;
+	s->mails[i] = *m;
+	s->shadows[i] = *sh;
+	memset(m, 0, sizeof(*m));
+	memset(sh, 0, sizeof(*sh));
+	m = &s->mails[i];
+	sh = &s->shadows[i];
+	list = s->lists[i] = calloc((size_t)m->keywords_n + sh->keywords_n + 1u, sizeof(*list));
+	if (list == NULL)
+		abort();
+	c->kw_add = list;
+	for (unsigned k = 0; k < m->keywords_n; k++) {
+		if (!shadow_has_keyword(sh, &m->keywords[k]))
+			list[n++] = (struct crdt_str){ m->keywords[k].name, m->keywords[k].name_len };
+	}
+	c->kw_add_n = (uint16_t)n;
+	c->kw_remove = list + n;
+	for (unsigned k = 0; k < sh->keywords_n; k++) {
+		if (!mail_has_keyword(m, sh->keywords[k]))
+			list[n++] = sh->keywords[k];
+	}
+	c->kw_remove_n = (uint16_t)(n - c->kw_add_n);
+}
+
+static void shown_cmd(struct slice *s, const struct crdt_mail_key *key, struct crdt_mail *m, uint32_t uid)
+{
+	enum crdt_uid_verdict v;
+	struct shadow sh;
+	uint32_t to;
+
+	if (!shadow_get(s->r, &s->b.guid, uid, &sh))
+		return;
+	if (crdt_mail_flags(m) != sh.flags || !keywords_equal(m, &sh)) {
+		flags_cmd(s, key, m, &sh, uid);
+	} else {
+		v = uid_verdict(s->r, &s->b, m, uid, &to);
+		if (v == CRDT_UID_SHOW_AT_CLAIM || v == CRDT_UID_CLAIM_OWN) {
+			struct ms_cmd *c = slice_cmd(s, MS_MOVE, key, uid);
+			numbering(s, c, m);
+			if (v == CRDT_UID_CLAIM_OWN) {
+				c->want_uid = 0;
+				c->policy = MS_UID_OWN;
+			}
+		}
+	}
+	shadow_free(&sh);
+}
+
+/* Adds the command that the mail needs, if it is for the slice's mailbox. */
+static void slice_mail(struct slice *s, const struct crdt_mail_key *key)
+{
+	struct replica *r = s->r;
+	struct crdt_mail m;
+	struct place p;
+	struct box b;
+	struct shadow sh;
+	bool shown = place_get(r, key, &p);
+
+	if (shown && !shadow_get(r, &p.box, p.uid, &sh)) {
+		place_forget(r, key);
+		shown = false;
+	} else if (shown) {
+		shadow_free(&sh);
+	}
+	if (replica_mail_settled(r, key)) {
+		mail_rows_clear(r, key);
+		return;
+	}
+	if (!crdt_mail_get(rrows(r), key, NULL, &m) || !m.live) {
+		if (s->expunges && shown && slice_box(s, &p.box))
+			(void)slice_cmd(s, MS_EXPUNGE, key, p.uid);
+	} else if (!s->expunges && box_of(r, &key->folder, &b)) {
+		if (slice_box(s, &b.guid)) {
+			if (!shown || !crdt_id_equal(&p.box, &b.guid))
+				save_cmd(s, key, &m);
+			else
+				shown_cmd(s, key, &m, p.uid);
+		}
+		box_free(&b);
+	}
+	crdt_mail_free(&m);
+}
+
+/* ROW_EXTRA: second records of mails, to be removed. */
+static void slice_extras(struct slice *s)
+{
+	struct row_key keys[SLICE];
+	const char first = ROW_EXTRA;
+	size_t n = row_keys(s->r, &first, 1, NULL, 0, keys, SLICE);
+
+	for (size_t i = 0; i < n && s->n < SLICE; i++) {
+		struct crdt_reader rd = crdt_reader(keys[i].p + 1, keys[i].n - 1);
+		struct crdt_id guid;
+		struct shadow sh;
+		uint32_t uid;
+
+		memcpy(guid.b, crdt_get_raw(&rd, 16), 16);
+		uid = crdt_get_be32(&rd);
+		if (!shadow_get(s->r, &guid, uid, &sh)) {
+			rrows(s->r)->del(rrows(s->r), keys[i].p, keys[i].n);
+			continue;
+		}
+		if (slice_box(s, &guid))
+			(void)slice_cmd(s, MS_EXPUNGE, &sh.key, uid);
+		shadow_free(&sh);
+	}
+	row_keys_free(keys, n);
+}
+
+static void slice_fill(struct slice *s)
+{
+	struct row_key keys[SLICE];
+	const char first = ROW_DIRTY_MAIL;
+	uint8_t last[600];
+	size_t n, last_n = 0;
+
+	do {
+		n = row_keys(s->r, &first, 1, last_n == 0 ? NULL : last, last_n, keys, SLICE);
+		for (size_t i = 0; i < n && s->n < SLICE; i++) {
+			struct crdt_mail_key key;
+
+			if (crdt_mail_key_decode(keys[i].p + 1, keys[i].n - 1, &key))
+				slice_mail(s, &key);
+			else
+				rrows(s->r)->del(rrows(s->r), keys[i].p, keys[i].n);
+		}
+		/* Go on right after the last one. */
+		if (n > 0 && keys[n - 1].n < sizeof(last)) {
+			last_n = keys[n - 1].n + 1;
+			memcpy(last, keys[n - 1].p, last_n - 1);
+			last[last_n - 1] = 0;
+		}
+		row_keys_free(keys, n);
+	} while (n == SLICE && s->n < SLICE && last_n > 0);
+	if (s->expunges && s->n < SLICE)
+		slice_extras(s);
+}
+
+/* ---- outcomes ---- */
+
+static bool box_known(const struct replica *r, const struct crdt_id *guid)
+{
+	for (size_t i = 0; i < r->known_n; i++) {
+		if (crdt_id_equal(&r->known[i], guid))
+			return true;
+	}
+	return false;
+}
+
+static void box_set_known(struct replica *r, const struct crdt_id *guid)
+{
+	if (box_known(r, guid))
+		return;
+	if (r->known_n == r->known_cap) {
+		r->known_cap = r->known_cap == 0 ? 16 : r->known_cap * 2;
+		r->known = realloc(r->known, r->known_cap * sizeof(*r->known));
+		if (r->known == NULL)
+			abort();
+	}
+	r->known[r->known_n++] = *guid;
+}
+
+static void cmd_held(struct slice *s, size_t i)
+{
+	struct replica *r = s->r;
+	struct crdt_mail m;
+	uint32_t to;
+
+	if (s->cmds[i].kind == MS_SAVE && crdt_mail_get(rrows(r), &s->keys[i], NULL, &m)) {
+		if (uid_verdict(r, &s->b, &m, 0, &to) == CRDT_UID_HOLD_AND_FLOOR)
+			claim_note(r, &s->keys[i], s->b.uidvalidity, to, true);
+		crdt_mail_free(&m);
+		mail_row_move(r, &s->keys[i], ROW_DIRTY_MAIL, ROW_HELD);
+	} else if (replica_mail_settled(r, &s->keys[i])) {
+		mail_rows_clear(r, &s->keys[i]);
+	}
+}
+
+/* The mail store has no such UID although the journal, read to its end, says
+ * so: somebody removed the file.  That is no removal (I9): it is fetched back. */
+static void cmd_gone(struct slice *s, size_t i)
+{
+	struct replica *r = s->r;
+	struct shadow sh;
+
+	if (s->cmds[i].kind == MS_SAVE) {
+		/* The mail to copy the text from. */
+		uint8_t row[33] = { ROW_TEXT };
+
+		memcpy(row + 1, s->cmds[i].content.b, 32);
+		rrows(r)->del(rrows(r), row, sizeof(row));
+		return;
+	}
+	if (!shadow_get(r, &s->b.guid, s->uids[i], &sh))
+		return;
+	replica_log(r, 2, "mailbox %s: UID %u is not there any more", s->b.path, s->uids[i]);
+	shadow_delete(r, &s->b.guid, s->uids[i], &sh.key);
+	if (!replica_mail_settled(r, &sh.key))
+		replica_mark_mail(r, &sh.key);
+	shadow_free(&sh);
+}
+
+static int outcomes(struct slice *s, const struct ms_apply *a, char **error_r)
+{
+	struct replica *r = s->r;
+	struct box b;
+
+	/* First what the journal tells: then what is left is news. */
+	if (replica_outbound(r, error_r) < 0)
+		return -1;
+	(void)replica_txn_begin(r);
+	if (box_get(r, &s->b.guid, &b)) {
+		if (a->uidnext_r > b.uidnext) {
+			b.uidnext = a->uidnext_r;
+			box_put(r, &b);
+		}
+		box_free(&s->b);
+		s->b = b;
+	}
+	for (size_t i = 0; i < s->n; i++) {
+		switch (s->cmds[i].outcome) {
+		case MS_DONE:
+			break;
+		case MS_HELD:
+			cmd_held(s, i);
+			break;
+		case MS_CMD_GONE:
+			cmd_gone(s, i);
+			break;
+		case MS_CMD_FAILED:
+			replica_log(r, 0, "mailbox %s: a mail cannot be applied and is set aside: %s", s->b.path,
+				    s->cmds[i].error);
+			mail_row_move(r, &s->keys[i], ROW_DIRTY_MAIL, ROW_ASIDE);
+			break;
+		}
+	}
+	return replica_txn_commit(r, false, error_r);
+}
+
+/* The mailbox itself is gone without a DELETE: it is made again (I9). */
+static int box_lost(struct replica *r, struct box *b, char **error_r)
+{
+	struct box copy;
+
+	(void)replica_txn_begin(r);
+	replica_log(r, 1, "mailbox %s is gone without having been deleted: it is restored", b->path);
+	if (box_get(r, &b->guid, &copy)) {
+		for (unsigned i = 0; i < copy.folders_n; i++)
+			replica_mark_folder(r, &copy.folders[i]);
+		box_delete(r, &copy);
+		for (unsigned i = 0; i < copy.folders_n; i++)
+			replica_mark_folder_mails(r, &copy.folders[i]);
+	}
+	box_free(&copy);
+	return replica_txn_commit(r, false, error_r);
+}
+
+static int cmd_cmp(const void *va, const void *vb)
+{
+	const struct ms_cmd *a = va, *b = vb;
+	bool as = a->kind == MS_SAVE, bs = b->kind == MS_SAVE;
+
+	/* SAVEs first, by wanted UID; those without one after them. */
+	if (as != bs)
+		return as ? -1 : 1;
+	if (!as)
+		return a->uid < b->uid ? -1 : a->uid > b->uid;
+	uint32_t au = a->want_uid == 0 ? UINT32_MAX : a->want_uid, bu = b->want_uid == 0 ? UINT32_MAX : b->want_uid;
+	return au < bu ? -1 : au > bu;
+}
+
+/* keys[] and uids[] are by command: they follow the sort. */
+static void slice_sort(struct slice *s)
+{
+	qsort(s->cmds, s->n, sizeof(*s->cmds), cmd_cmp);
+	for (size_t i = 0; i < s->n; i++) {
+		(void)crdt_mail_key_decode(s->cmds[i].key.p, s->cmds[i].key.n, &s->keys[i]);
+		s->uids[i] = s->cmds[i].uid;
+	}
+}
+
+static int slice_run(struct slice *s, bool *more_r, char **error_r)
+{
+	struct replica *r = s->r;
+	struct crdt_folder primary;
+	struct ms_apply a;
+	int res;
+
+	memset(&a, 0, sizeof(a));
+	a.box = box_ms(&s->b);
+	if (box_primary(r, &s->b, &primary))
+		a.numberer = primary.numberer;
+	crdt_folder_free(&primary);
+	slice_sort(s);
+	a.n = s->n;
+	a.cmds = s->cmds;
+	a.verify = !box_known(r, &s->b.guid);
+	if (replica_txn_commit(r, false, error_r) < 0)
+		return REPLICA_FAILED;
+	res = r->ms->apply(r->ms, &a);
+	*more_r = true;
+	switch (res) {
+	case MS_OK:
+		box_set_known(r, &s->b.guid);
+		return outcomes(s, &a, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+	case MS_RETRY:
+		return REPLICA_DONE;
+	case MS_GONE:
+		if (replica_outbound(r, error_r) < 0)
+			return REPLICA_FAILED;
+		return box_lost(r, &s->b, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+	default:
+		r->known_n = 0;
+		*error_r = strdup(r->ms->error);
+		return REPLICA_LATER;
+	}
+}
+
+static void rows_retry(struct replica *r, char state, replica_body_cb *body, void *ctx)
+{
+	struct row_key keys[1024];
+	size_t n = row_keys(r, &state, 1, NULL, 0, keys, 1024);
+
+	for (size_t i = 0; i < n; i++) {
+		struct crdt_mail_key key;
+		struct crdt_mail m;
+		const uint8_t *text;
+		const char *file;
+
+		if (!crdt_mail_key_decode(keys[i].p + 1, keys[i].n - 1, &key))
+			continue;
+		if (state == ROW_ASIDE)
+			mail_row_move(r, &key, state, ROW_DIRTY_MAIL);
+		else if (!crdt_mail_get(rrows(r), &key, NULL, &m) || !m.live ||
+			 body(ctx, &m.content, m.size, &text, &file))
+			mail_row_move(r, &key, state, ROW_DIRTY_MAIL);
+		if (state != ROW_ASIDE)
+			crdt_mail_free(&m);
+	}
+	row_keys_free(keys, n);
+}
+
+int replica_apply_mails(struct replica *r, replica_body_cb *body, void *ctx, bool *more_r, char **error_r)
+{
+	struct slice s;
+	int ret = REPLICA_DONE;
+
+	*more_r = false;
+	(void)replica_txn_begin(r);
+	rows_retry(r, ROW_WAIT_BODY, body, ctx);
+	if (r->retry_aside)
+		rows_retry(r, ROW_ASIDE, body, ctx);
+	r->retry_aside = false;
+	/* Adds before removals: a mail that was moved is copied from where it
+	 * still is, instead of being fetched. */
+	for (int expunges = 0; expunges < 2; expunges++) {
+		slice_init(&s, r, body, ctx, expunges == 1);
+		slice_fill(&s);
+		if (s.n > 0) {
+			ret = slice_run(&s, more_r, error_r);
+			slice_free(&s);
+			return ret;
+		}
+		slice_free(&s);
+	}
+	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+}
+
+struct wants_ctx { struct replica *r; bool (*cb)(void *ctx, const struct crdt_content *c, uint64_t size); void *ctx; };
+
+void replica_wants(struct replica *r, bool (*cb)(void *ctx, const struct crdt_content *c, uint64_t size), void *ctx)
+{
+	struct row_key keys[1024];
+	const char first = ROW_WAIT_BODY;
+	bool go = true;
+	size_t n;
+
+	(void)replica_txn_begin(r);
+	n = row_keys(r, &first, 1, NULL, 0, keys, 1024);
+	for (size_t i = 0; i < n && go; i++) {
+		struct crdt_mail_key key;
+		struct crdt_mail m;
+
+		if (!crdt_mail_key_decode(keys[i].p + 1, keys[i].n - 1, &key))
+			continue;
+		if (crdt_mail_get(rrows(r), &key, NULL, &m))
+			go = cb(ctx, &m.content, m.size);
+		crdt_mail_free(&m);
+	}
+	row_keys_free(keys, n);
+	store_abort(&r->txn);
+}

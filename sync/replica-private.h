@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_REPLICA_PRIVATE_H
+#define CRDT_REPLICA_PRIVATE_H
+/*
+ * Inside of the engine.  replica.c: life, inbound, own ops.  replica-rows.c:
+ * the local rows.  replica-journal.c: what a journal record means.
+ * replica-folders.c and replica-mails.c: bringing the mail store to the state.
+ */
+#include "replica.h"
+
+/* Local rows of a user, beside the core's (doc/FORMATS.md, "Local rows"). */
+#define ROW_OWN 'o'		/* own origin and sequence */
+#define ROW_JOURNAL 'j'		/* journal(be64): translated up to */
+#define ROW_BOX 'b'		/* mailbox guid: struct box */
+#define ROW_BOX_OF 'i'		/* folder id: mailbox guid that shows it */
+#define ROW_BOX_AT 'p'		/* path: mailbox guid */
+#define ROW_UID 'u'		/* mailbox guid, uid(be32): struct shadow */
+#define ROW_OLD_UID 'z'		/* as ROW_UID, under the UIDVALIDITY that a mailbox just lost */
+#define ROW_MAIL 'm'		/* mail key: mailbox guid, uid: where the mail is */
+#define ROW_SUBSCRIBED 'l'	/* name: subscribed in the mail store */
+#define ROW_TEXT 't'		/* content id: mailbox guid, uid, size: a mail here with that text */
+#define ROW_EXTRA 'x'		/* mailbox guid, uid(be32): a second record of a mail, to be removed */
+/* What differs from the mail store; values: the dots that are not applied. */
+#define ROW_DIRTY_FOLDER 'f'
+#define ROW_DIRTY_SUBSCRIPTION 's'
+#define ROW_DIRTY_MAIL 'd'	/* to do */
+#define ROW_WAIT_BODY 'w'	/* waits for its text */
+#define ROW_HELD 'h'		/* held by the UID rule */
+#define ROW_ASIDE 'a'		/* the mail store refused it: tried again in the next session */
+extern const char replica_mail_states[4];	/* the last four */
+
+struct box {
+	struct crdt_id guid;
+	uint8_t *path; size_t path_len;	/* owned, NUL-terminated */
+	uint32_t uidvalidity;
+	uint32_t uidnext;		/* lower bound: last heard */
+	struct crdt_numberer pushed;	/* numberer that the mailbox was told */
+	uint16_t folders_n;
+	struct crdt_id *folders;	/* owned; what this mailbox shows */
+};
+
+struct shadow {
+	struct crdt_mail_key key;
+	uint8_t flags;
+	uint16_t keywords_n;
+	struct crdt_str *keywords;	/* owned array, strings point into raw */
+	struct crdt_buf raw;
+};
+
+/* Where a mail is in the mail store. */
+struct place { struct crdt_id box; uint32_t uid; };
+
+struct replica {
+	struct store *store;
+	const struct replica_config *cfg;
+	char *user; uint32_t gen;
+	uint64_t id;
+	struct mailstore *ms;
+
+	crdt_origin origin;
+	uint64_t last_seq, acked_seq;
+
+	/* Trim the journal to `at` once own ops up to `seq` are acknowledged. */
+	struct {
+		bool set; uint64_t seq;
+		struct ms_position at[MS_JOURNALS_MAX]; size_t n;
+	} checkpoint;
+	struct ms_position pos[MS_JOURNALS_MAX]; size_t pos_n;	/* journals that exist, and how far they are translated */
+	/* Mailboxes where the outcome of every apply is known; others (after the
+	 * start, after an error) are searched for GUIDs before a mail is saved. */
+	struct crdt_id *known; size_t known_n, known_cap;
+	bool retry_aside;
+	/* Claims and floors that are due: made into ops before the commit. */
+	struct claim { struct crdt_mail_key key; uint32_t validity, uid; bool floor; } *claims;
+	size_t claims_n, claims_cap;
+
+	/* The transaction of the call that runs. */
+	struct store_txn *txn;
+	struct store_rows rows;
+	struct crdt_vv vv;		/* merged; kept in step with row 'V' */
+	bool vv_loaded;
+};
+
+static inline struct crdt_rows *rrows(struct replica *r) { return &r->rows.rows; }
+
+/* replica.c */
+int replica_txn_begin(struct replica *r);
+int replica_txn_commit(struct replica *r, bool sync, char **error_r);
+void replica_txn_abort(struct replica *r);
+void replica_log(struct replica *r, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+/* Completes op (dot, deps = ctx without our own origin), merges it here and
+ * keeps its bytes for sending. */
+int replica_own_op(struct replica *r, struct crdt_op *op, const struct crdt_vv *ctx);
+const struct crdt_vv *replica_vv(struct replica *r);
+/*
+ * Contexts.  The journal is in the order of the mailbox's changes, the
+ * applier's included, so when a record is translated the dirty rows say exactly
+ * what of the merged ops the user had not seen.  replica_context() is all that
+ * is merged; the caps take off what is not applied of one thing.
+ */
+void replica_context(struct replica *r, struct crdt_vv *ctx);
+void replica_context_cap(struct replica *r, struct crdt_vv *ctx, const void *key, size_t klen);
+void replica_context_cap_mail(struct replica *r, struct crdt_vv *ctx, const struct crdt_mail_key *key);
+void replica_context_cap_folder(struct replica *r, struct crdt_vv *ctx, const struct crdt_id *folder, bool mails);
+/* Marks as to be compared with the mail store, for a reason of our own. */
+void replica_mark_mail(struct replica *r, const struct crdt_mail_key *key);
+void replica_mark_folder(struct replica *r, const struct crdt_id *folder);
+void replica_mark_folder_mails(struct replica *r, const struct crdt_id *folder);
+/* How far the current journal was read. */
+struct ms_position replica_known(const struct replica *r);
+/* Notes how far the journal may be trimmed once all own ops are acknowledged. */
+void replica_checkpoint(struct replica *r);
+
+/* replica-rows.c */
+bool box_get(struct replica *r, const struct crdt_id *guid, struct box *b_r);
+void box_put(struct replica *r, const struct box *b);
+void box_delete(struct replica *r, const struct box *b);	/* with its mails' shadows and folder links */
+void box_free(struct box *b);
+void box_set_path(struct replica *r, struct box *b, const void *path, size_t len);	/* and puts */
+bool box_has_folder(const struct box *b, const struct crdt_id *folder);
+void box_attach(struct replica *r, struct box *b, const struct crdt_id *folder);	/* and puts */
+void box_detach(struct replica *r, struct box *b, const struct crdt_id *folder);
+bool box_at(struct replica *r, const void *path, size_t len, struct box *b_r);
+bool box_of(struct replica *r, const struct crdt_id *folder, struct box *b_r);
+/* Index in b->folders of the folder whose numbering counts; fills f_r. */
+bool box_primary(struct replica *r, const struct box *b, struct crdt_folder *f_r);
+void box_scan(struct replica *r, bool (*cb)(void *ctx, const struct crdt_id *guid, const uint8_t *path, size_t len), void *ctx);
+struct ms_mailbox box_ms(const struct box *b);
+
+bool shadow_get(struct replica *r, const struct crdt_id *box, uint32_t uid, struct shadow *s_r);
+void shadow_put(struct replica *r, const struct crdt_id *box, uint32_t uid, const struct crdt_mail_key *key,
+		uint8_t flags, const struct crdt_str *keywords, size_t keywords_n);
+void shadow_delete(struct replica *r, const struct crdt_id *box, uint32_t uid, const struct crdt_mail_key *key);
+void shadow_free(struct shadow *s);
+/* A mailbox lost its UIDVALIDITY: its shadows are put by, and taken up again
+ * one by one as the journal tells their new UIDs. */
+void shadows_put_by(struct replica *r, const struct crdt_id *box);
+bool shadow_take_up(struct replica *r, const struct crdt_id *box, uint32_t old_uid, uint32_t uid);
+/* Drops what place says of a mail (its record is not there). */
+void place_forget(struct replica *r, const struct crdt_mail_key *key);
+/* UIDs of shadows in [first, last], ascending, appended to out as be32; at most max. */
+size_t shadow_uids(struct replica *r, const struct crdt_id *box, uint32_t first, uint32_t last,
+		   uint32_t *out, size_t max);
+/* Where a text is in this mail store. */
+bool text_place_get(struct replica *r, const struct crdt_content *c, struct place *p_r, uint64_t *size_r);
+void text_place_put(struct replica *r, const struct crdt_content *c, const struct place *p, uint64_t size);
+bool place_get(struct replica *r, const struct crdt_mail_key *key, struct place *p_r);
+void place_put(struct replica *r, const struct crdt_mail_key *key, const struct place *p);
+
+/* Keys of dirty mail rows in one of the states. */
+void mail_row_key(struct crdt_buf *b, char state, const struct crdt_mail_key *key);
+void mail_row_move(struct replica *r, const struct crdt_mail_key *key, char from, char to);
+void mail_rows_clear(struct replica *r, const struct crdt_mail_key *key);
+struct row_key { uint8_t *p; size_t n; };
+/* Copies up to max row keys with a prefix (the rows may then be changed). */
+size_t row_keys(struct replica *r, const void *prefix, size_t plen, const void *from, size_t flen,
+		struct row_key *keys, size_t max);
+void row_keys_free(struct row_key *keys, size_t n);
+
+/* replica-journal.c */
+int replica_journal_record(struct replica *r, const struct ms_record *rec);
+
+/* replica-folders.c: 0, or an ms_result < 0; MS_RETRY: read the journal first. */
+int replica_apply_folders(struct replica *r, bool *more_r, char **error_r);
+int replica_apply_subscriptions(struct replica *r, char **error_r);
+
+/* replica-mails.c */
+/* Compares a mail's state with its shadow; true: nothing to do in the mail
+ * store.  Notes claims and floors that are due (replica_claims_flush()). */
+bool replica_mail_settled(struct replica *r, const struct crdt_mail_key *key);
+/* Makes ops of the claims and floors noted.  0 or -1. */
+int replica_claims_flush(struct replica *r);
+/* Lets held mails of a mailbox be looked at again: its numbering changed. */
+void replica_unhold(struct replica *r, const struct box *b);
+int replica_apply_mails(struct replica *r, replica_body_cb *body, void *ctx, bool *more_r, char **error_r);
+#endif

@@ -1,0 +1,639 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The engine's local rows: what the mail store holds, as the journal told. */
+#include <stdlib.h>
+#include <string.h>
+#include "replica-private.h"
+
+static void key_guid(struct crdt_buf *k, char first, const struct crdt_id *guid)
+{
+	crdt_buf_u8(k, (uint8_t)first);
+	crdt_buf_raw(k, guid->b, sizeof(guid->b));
+}
+
+static void key_uid(struct crdt_buf *k, char first, const struct crdt_id *guid, uint32_t uid)
+{
+	key_guid(k, first, guid);
+	crdt_buf_be32(k, uid);
+}
+
+static void key_path(struct crdt_buf *k, const void *path, size_t len)
+{
+	crdt_buf_u8(k, ROW_BOX_AT);
+	crdt_buf_raw(k, path, len);
+}
+
+static void put(struct replica *r, const struct crdt_buf *k, const struct crdt_buf *v)
+{
+	rrows(r)->put(rrows(r), k->data, k->len, v->data, v->len);
+}
+
+static void del(struct replica *r, const struct crdt_buf *k)
+{
+	rrows(r)->del(rrows(r), k->data, k->len);
+}
+
+static bool get(struct replica *r, const struct crdt_buf *k, struct crdt_buf *v)
+{
+	return rrows(r)->get(rrows(r), k->data, k->len, v) && !v->failed;
+}
+
+/* ---- mailboxes ---- */
+
+static bool box_decode(struct crdt_reader *rd, struct box *b)
+{
+	size_t len;
+	const uint8_t *path = crdt_get_bytes(rd, CRDT_PATH_MAX, &len), *ids;
+
+	b->uidvalidity = crdt_get_u32(rd);
+	b->uidnext = crdt_get_u32(rd);
+	b->pushed.term = crdt_get_u32(rd);
+	b->pushed.slot = crdt_get_u8(rd);
+	b->folders_n = (uint16_t)crdt_get_varint_max(rd, UINT16_MAX);
+	ids = crdt_get_raw(rd, (size_t)b->folders_n * sizeof(struct crdt_id));
+	if (rd->bad)
+		return false;
+	b->path = malloc(len + 1);
+	b->folders = calloc(b->folders_n + 1u, sizeof(*b->folders));
+	if (b->path == NULL || b->folders == NULL)
+		abort();
+	memcpy(b->path, path, len);
+	b->path[len] = '\0';
+	b->path_len = len;
+	if (b->folders_n > 0)
+		memcpy(b->folders, ids, (size_t)b->folders_n * sizeof(struct crdt_id));
+	return true;
+}
+
+bool box_get(struct replica *r, const struct crdt_id *guid, struct box *b_r)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	bool found;
+
+	memset(b_r, 0, sizeof(*b_r));
+	b_r->guid = *guid;
+	key_guid(&k, ROW_BOX, guid);
+	found = get(r, &k, &v);
+	if (found) {
+		struct crdt_reader rd = crdt_reader(v.data, v.len);
+		found = box_decode(&rd, b_r);
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return found;
+}
+
+void box_put(struct replica *r, const struct box *b)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	key_guid(&k, ROW_BOX, &b->guid);
+	crdt_buf_bytes(&v, b->path, b->path_len);
+	crdt_buf_u32(&v, b->uidvalidity);
+	crdt_buf_u32(&v, b->uidnext);
+	crdt_buf_u32(&v, b->pushed.term);
+	crdt_buf_u8(&v, b->pushed.slot);
+	crdt_buf_varint(&v, b->folders_n);
+	if (b->folders_n > 0)
+		crdt_buf_raw(&v, b->folders, (size_t)b->folders_n * sizeof(struct crdt_id));
+	put(r, &k, &v);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+void box_free(struct box *b)
+{
+	free(b->path);
+	free(b->folders);
+	memset(b, 0, sizeof(*b));
+}
+
+static void box_path_row(struct replica *r, const struct box *b, bool add)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+	struct crdt_buf v = CRDT_BUF_INIT;
+
+	key_path(&k, b->path, b->path_len);
+	if (add) {
+		crdt_buf_raw(&v, b->guid.b, sizeof(b->guid.b));
+		put(r, &k, &v);
+	} else if (get(r, &k, &v) && v.len == sizeof(b->guid.b) &&
+		   memcmp(v.data, b->guid.b, v.len) == 0) {
+		/* Not if another mailbox has taken the path over meanwhile. */
+		del(r, &k);
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+void box_set_path(struct replica *r, struct box *b, const void *path, size_t len)
+{
+	uint8_t *copy = malloc(len + 1);
+
+	if (copy == NULL)
+		abort();
+	memcpy(copy, path, len);
+	copy[len] = '\0';
+	if (b->path != NULL)
+		box_path_row(r, b, false);
+	free(b->path);
+	b->path = copy;
+	b->path_len = len;
+	box_path_row(r, b, true);
+	box_put(r, b);
+}
+
+bool box_has_folder(const struct box *b, const struct crdt_id *folder)
+{
+	for (unsigned i = 0; i < b->folders_n; i++) {
+		if (crdt_id_equal(&b->folders[i], folder))
+			return true;
+	}
+	return false;
+}
+
+void box_attach(struct replica *r, struct box *b, const struct crdt_id *folder)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	if (!box_has_folder(b, folder)) {
+		b->folders = realloc(b->folders, (b->folders_n + 1u) * sizeof(*b->folders));
+		if (b->folders == NULL)
+			abort();
+		b->folders[b->folders_n++] = *folder;
+	}
+	box_put(r, b);
+	key_guid(&k, ROW_BOX_OF, folder);
+	crdt_buf_raw(&v, b->guid.b, sizeof(b->guid.b));
+	put(r, &k, &v);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+void box_detach(struct replica *r, struct box *b, const struct crdt_id *folder)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	unsigned kept = 0;
+
+	for (unsigned i = 0; i < b->folders_n; i++) {
+		if (!crdt_id_equal(&b->folders[i], folder))
+			b->folders[kept++] = b->folders[i];
+	}
+	b->folders_n = (uint16_t)kept;
+	box_put(r, b);
+	key_guid(&k, ROW_BOX_OF, folder);
+	if (get(r, &k, &v) && v.len == sizeof(b->guid.b) && memcmp(v.data, b->guid.b, v.len) == 0)
+		del(r, &k);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+static bool box_by_row(struct replica *r, const struct crdt_buf *k, struct box *b_r)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+	struct crdt_id guid;
+	bool found = get(r, k, &v) && v.len == sizeof(guid.b);
+
+	memset(b_r, 0, sizeof(*b_r));
+	if (found) {
+		memcpy(guid.b, v.data, sizeof(guid.b));
+		found = box_get(r, &guid, b_r);
+	}
+	crdt_buf_free(&v);
+	return found;
+}
+
+bool box_at(struct replica *r, const void *path, size_t len, struct box *b_r)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+	bool found;
+
+	key_path(&k, path, len);
+	found = box_by_row(r, &k, b_r);
+	crdt_buf_free(&k);
+	return found;
+}
+
+bool box_of(struct replica *r, const struct crdt_id *folder, struct box *b_r)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+	bool found;
+
+	key_guid(&k, ROW_BOX_OF, folder);
+	found = box_by_row(r, &k, b_r);
+	crdt_buf_free(&k);
+	return found;
+}
+
+bool box_primary(struct replica *r, const struct box *b, struct crdt_folder *f_r)
+{
+	size_t i;
+
+	memset(f_r, 0, sizeof(*f_r));
+	if (b->folders_n == 0)
+		return false;
+	i = crdt_path_primary(rrows(r), b->folders, b->folders_n);
+	return crdt_folder_get(rrows(r), &b->folders[i], f_r);
+}
+
+struct box_scan_ctx {
+	bool (*cb)(void *ctx, const struct crdt_id *guid, const uint8_t *path, size_t len);
+	void *ctx;
+};
+
+static bool box_scan_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct box_scan_ctx *c = vctx;
+	struct crdt_id guid;
+
+	if (vlen != sizeof(guid.b))
+		return true;
+	memcpy(guid.b, val, sizeof(guid.b));
+	return c->cb(c->ctx, &guid, key + 1, klen - 1);
+}
+
+void box_scan(struct replica *r,
+	      bool (*cb)(void *ctx, const struct crdt_id *guid, const uint8_t *path, size_t len), void *ctx)
+{
+	struct box_scan_ctx c = { cb, ctx };
+	const char first = ROW_BOX_AT;
+
+	rrows(r)->scan(rrows(r), &first, 1, NULL, 0, box_scan_row, &c);
+}
+
+struct ms_mailbox box_ms(const struct box *b)
+{
+	struct ms_mailbox m = { b->guid, { b->path, (uint16_t)b->path_len }, b->uidvalidity };
+	return m;
+}
+
+/* ---- texts ---- */
+
+bool text_place_get(struct replica *r, const struct crdt_content *c, struct place *p_r, uint64_t *size_r)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+	struct crdt_reader rd;
+	uint8_t key[33] = { ROW_TEXT };
+	bool found;
+
+	memcpy(key + 1, c->b, 32);
+	found = rrows(r)->get(rrows(r), key, sizeof(key), &v) && v.len == 28;
+	if (found) {
+		rd = crdt_reader(v.data, v.len);
+		memcpy(p_r->box.b, crdt_get_raw(&rd, 16), 16);
+		p_r->uid = crdt_get_u32(&rd);
+		*size_r = crdt_get_u64(&rd);
+	}
+	crdt_buf_free(&v);
+	return found;
+}
+
+void text_place_put(struct replica *r, const struct crdt_content *c, const struct place *p, uint64_t size)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+	uint8_t key[33] = { ROW_TEXT };
+
+	memcpy(key + 1, c->b, 32);
+	crdt_buf_raw(&v, p->box.b, 16);
+	crdt_buf_u32(&v, p->uid);
+	crdt_buf_u64(&v, size);
+	rrows(r)->put(rrows(r), key, sizeof(key), v.data, v.len);
+	crdt_buf_free(&v);
+}
+
+/* Called when the record at p goes: somebody else may know another place. */
+static void text_place_forget(struct replica *r, const struct crdt_mail_key *key, const struct crdt_id *box, uint32_t uid)
+{
+	struct crdt_mail m;
+	struct place p;
+	uint64_t size;
+	uint8_t row[33] = { ROW_TEXT };
+
+	if (crdt_mail_get(rrows(r), key, NULL, &m) && text_place_get(r, &m.content, &p, &size) && p.uid == uid &&
+	    crdt_id_equal(&p.box, box)) {
+		memcpy(row + 1, m.content.b, 32);
+		rrows(r)->del(rrows(r), row, sizeof(row));
+	}
+	crdt_mail_free(&m);
+}
+
+/* ---- mails ---- */
+
+/* Value of ROW_UID: mail key, u8 flags, varint n, n keywords (bytes). */
+static bool shadow_get_row(struct replica *r, char row, const struct crdt_id *box, uint32_t uid, struct shadow *s_r)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+	struct crdt_reader rd;
+	const uint8_t *key;
+	size_t len;
+	bool found;
+
+	memset(s_r, 0, sizeof(*s_r));
+	key_uid(&k, row, box, uid);
+	found = get(r, &k, &s_r->raw);
+	crdt_buf_free(&k);
+	if (!found) {
+		crdt_buf_free(&s_r->raw);
+		return false;
+	}
+	rd = crdt_reader(s_r->raw.data, s_r->raw.len);
+	key = crdt_get_bytes(&rd, 512, &len);
+	if (rd.bad || !crdt_mail_key_decode(key, len, &s_r->key))
+		rd.bad = true;
+	s_r->flags = crdt_get_u8(&rd);
+	s_r->keywords_n = (uint16_t)crdt_get_varint_max(&rd, UINT16_MAX);
+	if (!rd.bad) {
+		s_r->keywords = calloc(s_r->keywords_n + 1u, sizeof(*s_r->keywords));
+		if (s_r->keywords == NULL)
+			abort();
+	}
+	for (unsigned i = 0; i < s_r->keywords_n && !rd.bad; i++) {
+		s_r->keywords[i].p = crdt_get_bytes(&rd, CRDT_KEYWORD_MAX, &len);
+		s_r->keywords[i].n = (uint16_t)len;
+	}
+	if (rd.bad) {
+		replica_log(r, 0, "local row of UID %u is damaged: ignored", uid);
+		shadow_free(s_r);
+		return false;
+	}
+	return true;
+}
+
+bool shadow_get(struct replica *r, const struct crdt_id *box, uint32_t uid, struct shadow *s_r)
+{
+	return shadow_get_row(r, ROW_UID, box, uid, s_r);
+}
+
+void shadow_put(struct replica *r, const struct crdt_id *box, uint32_t uid, const struct crdt_mail_key *key,
+		uint8_t flags, const struct crdt_str *keywords, size_t keywords_n)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT, mk = CRDT_BUF_INIT;
+
+	crdt_mail_key_encode(&mk, 0, key);
+	key_uid(&k, ROW_UID, box, uid);
+	crdt_buf_bytes(&v, mk.data + 1, mk.len - 1);
+	crdt_buf_u8(&v, flags);
+	crdt_buf_varint(&v, keywords_n);
+	for (size_t i = 0; i < keywords_n; i++)
+		crdt_buf_bytes(&v, keywords[i].p, keywords[i].n);
+	put(r, &k, &v);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	crdt_buf_free(&mk);
+}
+
+void shadow_delete(struct replica *r, const struct crdt_id *box, uint32_t uid, const struct crdt_mail_key *key)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+	struct place p;
+
+	key_uid(&k, ROW_UID, box, uid);
+	del(r, &k);
+	crdt_buf_clear(&k);
+	key_uid(&k, ROW_EXTRA, box, uid);
+	del(r, &k);
+	text_place_forget(r, key, box, uid);
+	/* The mail may be known at another place by now: a move adds the new
+	 * record before it removes the old one. */
+	if (place_get(r, key, &p) && p.uid == uid && crdt_id_equal(&p.box, box)) {
+		crdt_buf_clear(&k);
+		crdt_mail_key_encode(&k, ROW_MAIL, key);
+		del(r, &k);
+	}
+	crdt_buf_free(&k);
+}
+
+void shadow_free(struct shadow *s)
+{
+	crdt_buf_free(&s->raw);
+	free(s->keywords);
+	s->keywords = NULL;
+	s->keywords_n = 0;
+}
+
+struct uids_ctx { uint32_t last; uint32_t *out; size_t n, max; };
+
+static bool uids_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct uids_ctx *c = vctx;
+	struct crdt_reader rd = crdt_reader(key + klen - 4, 4);
+	uint32_t uid = crdt_get_be32(&rd);
+
+	(void)val;
+	(void)vlen;
+	if (uid > c->last || c->n == c->max)
+		return false;
+	c->out[c->n++] = uid;
+	return true;
+}
+
+size_t shadow_uids(struct replica *r, const struct crdt_id *box, uint32_t first, uint32_t last,
+		   uint32_t *out, size_t max)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+	struct uids_ctx c = { last, out, 0, max };
+
+	key_uid(&k, ROW_UID, box, first);
+	rrows(r)->scan(rrows(r), k.data, 17, k.data, k.len, uids_row, &c);
+	crdt_buf_free(&k);
+	return c.n;
+}
+
+bool place_get(struct replica *r, const struct crdt_mail_key *key, struct place *p_r)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	bool found;
+
+	memset(p_r, 0, sizeof(*p_r));
+	crdt_mail_key_encode(&k, ROW_MAIL, key);
+	found = get(r, &k, &v) && v.len == 20;
+	if (found) {
+		struct crdt_reader rd = crdt_reader(v.data, v.len);
+		memcpy(p_r->box.b, crdt_get_raw(&rd, 16), 16);
+		p_r->uid = crdt_get_u32(&rd);
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return found;
+}
+
+void place_put(struct replica *r, const struct crdt_mail_key *key, const struct place *p)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	struct place old;
+
+	/* Two records of one mail in the mail store: the one that is not kept has
+	 * to go (UID rule 7: the higher UID stays, that is the newer record). */
+	if (place_get(r, key, &old) && (old.uid != p->uid || !crdt_id_equal(&old.box, &p->box))) {
+		key_uid(&k, ROW_EXTRA, &old.box, old.uid);
+		put(r, &k, &v);
+		crdt_buf_clear(&k);
+	}
+	crdt_mail_key_encode(&k, ROW_MAIL, key);
+	crdt_buf_raw(&v, p->box.b, sizeof(p->box.b));
+	crdt_buf_u32(&v, p->uid);
+	put(r, &k, &v);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+void place_forget(struct replica *r, const struct crdt_mail_key *key)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+
+	crdt_mail_key_encode(&k, ROW_MAIL, key);
+	del(r, &k);
+	crdt_buf_free(&k);
+}
+
+void shadows_put_by(struct replica *r, const struct crdt_id *box)
+{
+	enum { SLICE = 512 };
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	uint32_t uids[SLICE];
+	size_t n;
+
+	while ((n = shadow_uids(r, box, 1, UINT32_MAX, uids, SLICE)) > 0) {
+		for (size_t i = 0; i < n; i++) {
+			crdt_buf_clear(&k);
+			crdt_buf_clear(&v);
+			key_uid(&k, ROW_UID, box, uids[i]);
+			if (get(r, &k, &v)) {
+				del(r, &k);
+				k.data[0] = ROW_OLD_UID;
+				put(r, &k, &v);
+			}
+		}
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+bool shadow_take_up(struct replica *r, const struct crdt_id *box, uint32_t old_uid, uint32_t uid)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+	struct place p = { *box, uid };
+	struct crdt_mail m;
+	struct shadow s;
+
+	if (!shadow_get_row(r, ROW_OLD_UID, box, old_uid, &s))
+		return false;
+	key_uid(&k, ROW_OLD_UID, box, old_uid);
+	del(r, &k);
+	crdt_buf_free(&k);
+	/* Not through place_put(): the old UID names no second record. */
+	place_forget(r, &s.key);
+	place_put(r, &s.key, &p);
+	shadow_put(r, box, uid, &s.key, s.flags, s.keywords, s.keywords_n);
+	if (crdt_mail_get(rrows(r), &s.key, NULL, &m))
+		text_place_put(r, &m.content, &p, m.size);
+	crdt_mail_free(&m);
+	if (!replica_mail_settled(r, &s.key))
+		replica_mark_mail(r, &s.key);
+	shadow_free(&s);
+	return true;
+}
+
+/* ---- dirty mails ---- */
+
+void mail_row_key(struct crdt_buf *b, char state, const struct crdt_mail_key *key)
+{
+	crdt_mail_key_encode(b, state, key);
+}
+
+void mail_row_move(struct replica *r, const struct crdt_mail_key *key, char from, char to)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	mail_row_key(&k, from, key);
+	if (get(r, &k, &v)) {
+		del(r, &k);
+		k.data[0] = (uint8_t)to;
+		put(r, &k, &v);
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+void mail_rows_clear(struct replica *r, const struct crdt_mail_key *key)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	mail_row_key(&k, ROW_DIRTY_MAIL, key);
+	for (unsigned i = 0; i < sizeof(replica_mail_states); i++) {
+		k.data[0] = (uint8_t)replica_mail_states[i];
+		crdt_buf_clear(&v);
+		if (get(r, &k, &v))
+			del(r, &k);
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+struct keys_ctx { struct row_key *keys; size_t n, max; };
+
+static bool keys_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct keys_ctx *c = vctx;
+
+	(void)val;
+	(void)vlen;
+	if (c->n == c->max)
+		return false;
+	c->keys[c->n].p = malloc(klen);
+	if (c->keys[c->n].p == NULL)
+		abort();
+	memcpy(c->keys[c->n].p, key, klen);
+	c->keys[c->n++].n = klen;
+	return true;
+}
+
+size_t row_keys(struct replica *r, const void *prefix, size_t plen, const void *from, size_t flen,
+		struct row_key *keys, size_t max)
+{
+	struct keys_ctx c = { keys, 0, max };
+
+	rrows(r)->scan(rrows(r), prefix, plen, from, flen, keys_row, &c);
+	return c.n;
+}
+
+void row_keys_free(struct row_key *keys, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		free(keys[i].p);
+}
+
+void box_delete(struct replica *r, const struct box *b)
+{
+	enum { SLICE = 512 };
+	struct crdt_buf k = CRDT_BUF_INIT;
+	struct box copy;
+	uint32_t uids[SLICE];
+	size_t n;
+
+	while ((n = shadow_uids(r, &b->guid, 1, UINT32_MAX, uids, SLICE)) > 0) {
+		for (size_t i = 0; i < n; i++) {
+			struct shadow s;
+			if (shadow_get(r, &b->guid, uids[i], &s)) {
+				shadow_delete(r, &b->guid, uids[i], &s.key);
+				shadow_free(&s);
+			} else {
+				crdt_buf_clear(&k);
+				key_uid(&k, ROW_UID, &b->guid, uids[i]);
+				del(r, &k);
+			}
+		}
+	}
+	if (box_get(r, &b->guid, &copy)) {
+		while (copy.folders_n > 0) {
+			/* box_detach compacts the array: a copy of the id is passed. */
+			struct crdt_id id = copy.folders[0];
+			box_detach(r, &copy, &id);
+		}
+		box_path_row(r, &copy, false);
+	}
+	box_free(&copy);
+	crdt_buf_clear(&k);
+	key_guid(&k, ROW_BOX, &b->guid);
+	del(r, &k);
+	crdt_buf_free(&k);
+}

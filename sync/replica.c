@@ -1,0 +1,843 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The engine: life, inbound [8], own ops. */
+#include <openssl/evp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "replica-private.h"
+
+void replica_log(struct replica *r, int level, const char *fmt, ...)
+{
+	char text[600];
+	va_list ap;
+	int n = snprintf(text, sizeof(text), "user %s: ", r->user);
+
+	if (r->cfg->log == NULL)
+		return;
+	va_start(ap, fmt);
+	if (n > 0 && (size_t)n < sizeof(text))
+		(void)vsnprintf(text + n, sizeof(text) - (size_t)n, fmt, ap);
+	va_end(ap);
+	r->cfg->log(r->cfg->ctx, level, text);
+}
+
+const char replica_mail_states[4] = { ROW_DIRTY_MAIL, ROW_WAIT_BODY, ROW_HELD, ROW_ASIDE };
+
+/* ---- transactions ---- */
+
+int replica_txn_begin(struct replica *r)
+{
+	r->txn = store_begin(r->store);
+	store_rows_init(&r->rows, r->txn, r->id);
+	r->vv_loaded = false;
+	return 0;
+}
+
+/* ROW_OWN: u64 origin, varint last seq, varint acknowledged seq. */
+static void own_put(struct replica *r)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+	const char key = ROW_OWN;
+
+	crdt_buf_u64(&v, r->origin);
+	crdt_buf_varint(&v, r->last_seq);
+	crdt_buf_varint(&v, r->acked_seq);
+	rrows(r)->put(rrows(r), &key, 1, v.data, v.len);
+	crdt_buf_free(&v);
+}
+
+static bool own_get(struct replica *r)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+	struct crdt_reader rd;
+	const char key = ROW_OWN;
+	bool found = rrows(r)->get(rrows(r), &key, 1, &v);
+
+	if (found) {
+		rd = crdt_reader(v.data, v.len);
+		r->origin = crdt_get_u64(&rd);
+		r->last_seq = crdt_get_varint(&rd);
+		r->acked_seq = crdt_get_varint(&rd);
+		found = !rd.bad;
+	}
+	crdt_buf_free(&v);
+	return found;
+}
+
+int replica_txn_commit(struct replica *r, bool sync, char **error_r)
+{
+	if (replica_claims_flush(r) < 0)
+		replica_log(r, 0, "UID claims could not be recorded");
+	return store_commit(&r->txn, sync, error_r);
+}
+
+void replica_txn_abort(struct replica *r)
+{
+	r->claims_n = 0;
+	store_abort(&r->txn);
+	/* What was counted up in memory was not written. */
+	(void)replica_txn_begin(r);
+	(void)own_get(r);
+	store_abort(&r->txn);
+}
+
+/* ---- life ---- */
+
+struct replica *replica_open(struct store *s, const struct replica_config *cfg, const char *user,
+			     uint32_t gen, struct mailstore *ms, char **error_r)
+{
+	struct replica *r = calloc(1, sizeof(*r));
+
+	if (r == NULL || (r->user = strdup(user)) == NULL)
+		abort();
+	r->store = s;
+	r->cfg = cfg;
+	r->gen = gen;
+	r->ms = ms;
+	r->retry_aside = true;
+
+	r->txn = store_begin(s);
+	r->id = store_user_id(r->txn, user, gen, true);
+	store_rows_init(&r->rows, r->txn, r->id);
+	if (!own_get(r)) {
+		r->origin = CRDT_ORIGIN(cfg->slot, cfg->random(cfg->ctx));
+		own_put(r);
+	}
+	if (replica_txn_commit(r, false, error_r) < 0) {
+		replica_close(&r);
+		return NULL;
+	}
+	return r;
+}
+
+void replica_close(struct replica **_r)
+{
+	struct replica *r = *_r;
+
+	if (r == NULL)
+		return;
+	*_r = NULL;
+	if (r->txn != NULL)
+		store_abort(&r->txn);
+	free(r->known);
+	free(r->claims);
+	free(r->user);
+	free(r);
+}
+
+void replica_set_mailstore(struct replica *r, struct mailstore *ms)
+{
+	r->ms = ms;
+	r->retry_aside = true;
+}
+
+const struct crdt_vv *replica_vv(struct replica *r)
+{
+	if (!r->vv_loaded) {
+		crdt_vv_get_merged(rrows(r), &r->vv);
+		r->vv_loaded = true;
+	}
+	return &r->vv;
+}
+
+/* ---- what is merged and not applied ---- */
+
+/* Value of a dirty row: the lowest dot of each origin that is not applied, in
+ * the encoding of a vector. */
+static void dots_note(struct crdt_vv *dots, struct crdt_dot dot)
+{
+	uint64_t have = crdt_vv_get(dots, dot.origin);
+
+	if (dot.origin == 0 || (have != 0 && have <= dot.seq))
+		return;
+	crdt_vv_drop(dots, dot.origin);
+	(void)crdt_vv_raise(dots, dot.origin, dot.seq);
+}
+
+static void row_mark(struct replica *r, const void *key, size_t klen, const struct crdt_vv *more)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+	struct crdt_vv dots;
+
+	crdt_vv_init(&dots);
+	if (rrows(r)->get(rrows(r), key, klen, &v)) {
+		struct crdt_reader rd = crdt_reader(v.data, v.len);
+		if (!crdt_vv_decode(&rd, &dots))
+			crdt_vv_init(&dots);
+	}
+	for (uint32_t i = 0; i < more->n; i++)
+		dots_note(&dots, more->e[i]);
+	crdt_buf_clear(&v);
+	crdt_vv_encode(&v, &dots);
+	rrows(r)->put(rrows(r), key, klen, v.data, v.len);
+	crdt_buf_free(&v);
+}
+
+static void mark_mail(struct replica *r, const struct crdt_mail_key *key, const struct crdt_vv *dots)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+
+	/* News can release a mail that waited, was held or set aside. */
+	for (unsigned i = 1; i < sizeof(replica_mail_states); i++)
+		mail_row_move(r, key, replica_mail_states[i], ROW_DIRTY_MAIL);
+	mail_row_key(&k, ROW_DIRTY_MAIL, key);
+	row_mark(r, k.data, k.len, dots);
+	crdt_buf_free(&k);
+}
+
+static void mark_folder(struct replica *r, const struct crdt_id *folder, const struct crdt_vv *dots)
+{
+	uint8_t key[17] = { ROW_DIRTY_FOLDER };
+
+	memcpy(key + 1, folder->b, 16);
+	row_mark(r, key, sizeof(key), dots);
+}
+
+static void mark_subscription(struct replica *r, struct crdt_str name, const struct crdt_vv *dots)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+
+	crdt_buf_u8(&k, ROW_DIRTY_SUBSCRIPTION);
+	crdt_buf_raw(&k, name.p, name.n);
+	row_mark(r, k.data, k.len, dots);
+	crdt_buf_free(&k);
+}
+
+static const struct crdt_vv *no_dots(void)
+{
+	static const struct crdt_vv none;
+
+	return &none;
+}
+
+void replica_mark_mail(struct replica *r, const struct crdt_mail_key *key)
+{
+	mark_mail(r, key, no_dots());
+}
+
+void replica_mark_folder(struct replica *r, const struct crdt_id *folder)
+{
+	mark_folder(r, folder, no_dots());
+}
+
+struct mark_mails_ctx { struct replica *r; struct crdt_mail_key *keys; struct crdt_vv *dots; size_t n, cap; };
+
+static bool mark_mails_note(void *vctx, const struct crdt_mail *m)
+{
+	struct mark_mails_ctx *c = vctx;
+
+	if (c->n == c->cap)
+		return false;
+	c->keys[c->n] = m->key;
+	/* Nothing of the mail may be shown: all that makes it present counts as
+	 * not applied. */
+	c->dots[c->n++] = m->presence;
+	return true;
+}
+
+void replica_mark_folder_mails(struct replica *r, const struct crdt_id *folder)
+{
+	enum { SLICE = 256 };
+	struct mark_mails_ctx c = { r, calloc(SLICE, sizeof(*c.keys)), calloc(SLICE, sizeof(*c.dots)), 0, SLICE };
+	struct crdt_mail_key last;
+	bool first = true;
+
+	if (c.keys == NULL || c.dots == NULL)
+		abort();
+	do {
+		size_t start = first ? 0 : 1;
+
+		c.n = 0;
+		crdt_scan_mails(rrows(r), folder, first ? NULL : &last, mark_mails_note, &c);
+		for (size_t i = start; i < c.n; i++) {
+			if (!replica_mail_settled(r, &c.keys[i]))
+				mark_mail(r, &c.keys[i], &c.dots[i]);
+		}
+		if (c.n > 0)
+			last = c.keys[c.n - 1];
+		first = false;
+	} while (c.n == SLICE);
+	free(c.keys);
+	free(c.dots);
+}
+
+void replica_context(struct replica *r, struct crdt_vv *ctx)
+{
+	*ctx = *replica_vv(r);
+	crdt_vv_drop(ctx, r->origin);
+}
+
+static void cap(struct crdt_vv *ctx, const uint8_t *val, size_t vlen)
+{
+	struct crdt_reader rd = crdt_reader(val, vlen);
+	struct crdt_vv dots;
+
+	if (!crdt_vv_decode(&rd, &dots))
+		return;
+	for (uint32_t i = 0; i < dots.n; i++) {
+		uint64_t have = crdt_vv_get(ctx, dots.e[i].origin);
+
+		if (have < dots.e[i].seq)
+			continue;
+		crdt_vv_drop(ctx, dots.e[i].origin);
+		if (dots.e[i].seq > 1)
+			(void)crdt_vv_raise(ctx, dots.e[i].origin, dots.e[i].seq - 1);
+	}
+}
+
+void replica_context_cap(struct replica *r, struct crdt_vv *ctx, const void *key, size_t klen)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+
+	if (rrows(r)->get(rrows(r), key, klen, &v))
+		cap(ctx, v.data, v.len);
+	crdt_buf_free(&v);
+}
+
+void replica_context_cap_mail(struct replica *r, struct crdt_vv *ctx, const struct crdt_mail_key *key)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+
+	mail_row_key(&k, ROW_DIRTY_MAIL, key);
+	for (unsigned i = 0; i < sizeof(replica_mail_states); i++) {
+		k.data[0] = (uint8_t)replica_mail_states[i];
+		replica_context_cap(r, ctx, k.data, k.len);
+	}
+	crdt_buf_free(&k);
+}
+
+static bool cap_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)key;
+	(void)klen;
+	cap(ctx, val, vlen);
+	return true;
+}
+
+void replica_context_cap_folder(struct replica *r, struct crdt_vv *ctx, const struct crdt_id *folder, bool mails)
+{
+	uint8_t key[17] = { ROW_DIRTY_FOLDER };
+
+	memcpy(key + 1, folder->b, 16);
+	replica_context_cap(r, ctx, key, sizeof(key));
+	for (unsigned i = 0; mails && i < sizeof(replica_mail_states); i++) {
+		key[0] = (uint8_t)replica_mail_states[i];
+		rrows(r)->scan(rrows(r), key, sizeof(key), NULL, 0, cap_row, ctx);
+	}
+}
+
+void replica_applied_vv(struct replica *r, struct crdt_vv *vv_r)
+{
+	static const char rows[] = { ROW_DIRTY_MAIL, ROW_WAIT_BODY, ROW_HELD, ROW_ASIDE,
+				     ROW_DIRTY_FOLDER, ROW_DIRTY_SUBSCRIPTION };
+
+	(void)replica_txn_begin(r);
+	*vv_r = *replica_vv(r);
+	for (unsigned i = 0; i < sizeof(rows); i++)
+		rrows(r)->scan(rrows(r), &rows[i], 1, NULL, 0, cap_row, vv_r);
+	store_abort(&r->txn);
+}
+
+/* ---- merging ---- */
+
+/* What one crdt_merge() did; noted as dirty once it has returned, since the
+ * rows must not change under it. */
+struct noted { enum crdt_effect_kind kind; struct crdt_id folder; struct crdt_mail_key mail; uint8_t *name; uint16_t name_n; };
+struct merge_sink {
+	struct crdt_sink sink;
+	struct replica *r;
+	struct noted *noted; size_t n, cap;
+	struct crdt_vv dots;	/* of the ops that took effect, the lowest of each origin */
+	unsigned applied;
+};
+
+static void note_effect(struct crdt_sink *sink, const struct crdt_effect *e)
+{
+	struct merge_sink *s = (struct merge_sink *)sink;
+	struct noted *n;
+
+	if (e->kind == CRDT_EFFECT_BODY_UNREFERENCED)
+		return;
+	if (s->n == s->cap) {
+		s->cap = s->cap == 0 ? 64 : s->cap * 2;
+		s->noted = realloc(s->noted, s->cap * sizeof(*s->noted));
+		if (s->noted == NULL)
+			abort();
+	}
+	n = &s->noted[s->n++];
+	memset(n, 0, sizeof(*n));
+	n->kind = e->kind;
+	if (e->folder != NULL)
+		n->folder = *e->folder;
+	if (e->mail != NULL)
+		n->mail = *e->mail;
+	if (e->kind == CRDT_EFFECT_SUBSCRIPTION) {
+		n->name = malloc(e->name.n + 1u);
+		if (n->name == NULL)
+			abort();
+		memcpy(n->name, e->name.p, e->name.n);
+		n->name_n = e->name.n;
+	}
+}
+
+static void note_applied(struct crdt_sink *sink, const struct crdt_op *op, const uint8_t *bytes, size_t n)
+{
+	struct merge_sink *s = (struct merge_sink *)sink;
+
+	(void)bytes;
+	(void)n;
+	s->applied++;
+	if (op->dot.origin != s->r->origin)
+		dots_note(&s->dots, op->dot);
+}
+
+static void sink_flush(struct merge_sink *s)
+{
+	struct replica *r = s->r;
+
+	for (size_t i = 0; i < s->n; i++) {
+		struct noted *n = &s->noted[i];
+		switch (n->kind) {
+		case CRDT_EFFECT_FOLDER:
+			mark_folder(r, &n->folder, &s->dots);
+			break;
+		case CRDT_EFFECT_FOLDER_MAILS:
+			mark_folder(r, &n->folder, &s->dots);
+			replica_mark_folder_mails(r, &n->folder);
+			break;
+		case CRDT_EFFECT_MAIL:
+			if (!replica_mail_settled(r, &n->mail))
+				mark_mail(r, &n->mail, &s->dots);
+			break;
+		case CRDT_EFFECT_SUBSCRIPTION:
+			mark_subscription(r, (struct crdt_str){ n->name, n->name_n }, &s->dots);
+			free(n->name);
+			break;
+		case CRDT_EFFECT_BODY_UNREFERENCED:
+			break;
+		}
+	}
+	free(s->noted);
+}
+
+static void sink_init(struct merge_sink *s, struct replica *r)
+{
+	memset(s, 0, sizeof(*s));
+	s->sink.effect = note_effect;
+	s->sink.applied = note_applied;
+	s->r = r;
+	crdt_vv_init(&s->dots);
+}
+
+static enum crdt_merge_result merge(struct replica *r, const struct crdt_op *op, const uint8_t *bytes, size_t n,
+				    const char **why_r)
+{
+	struct merge_sink s;
+	enum crdt_merge_result res;
+
+	sink_init(&s, r);
+	res = crdt_merge(rrows(r), op, bytes, n, &s.sink, why_r);
+	r->vv_loaded = false;
+	sink_flush(&s);
+	return res;
+}
+
+int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, char **error_r)
+{
+	(void)replica_txn_begin(r);
+	for (size_t i = 0; i < n; i++) {
+		struct crdt_op op;
+		const char *why = NULL;
+
+		if (crdt_op_decode(ops[i].p, ops[i].n, &op, &why) < 0) {
+			replica_log(r, 0, "an op from the storage cannot be read (%s): skipped", why);
+		} else if (op.dot.origin == r->origin && op.dot.seq > r->last_seq) {
+			/* Our own op that we do not know: our database is older than
+			 * what we sent.  Going on would use its number twice. */
+			replica_log(r, 1, "the storage has op %llu of ours, we know %llu: a new origin begins",
+				    (unsigned long long)op.dot.seq, (unsigned long long)r->last_seq);
+			r->origin = CRDT_ORIGIN(r->cfg->slot, r->cfg->random(r->cfg->ctx));
+			r->last_seq = r->acked_seq = 0;
+			own_put(r);
+			(void)merge(r, &op, ops[i].p, ops[i].n, &why);
+		} else if (merge(r, &op, ops[i].p, ops[i].n, &why) == CRDT_MERGE_INVALID) {
+			replica_log(r, 1, "op %llu of origin %016llx is invalid (%s): it changes nothing",
+				    (unsigned long long)op.dot.seq, (unsigned long long)op.dot.origin,
+				    why == NULL ? "" : why);
+		}
+		crdt_op_free(&op);
+	}
+	return replica_txn_commit(r, false, error_r);
+}
+
+/* ---- own ops ---- */
+
+/* LOG key of an own op: 'o', user id (be64), origin (be64), seq (be64). */
+static void log_key(struct replica *r, struct crdt_buf *k, uint64_t seq)
+{
+	crdt_buf_u8(k, 'o');
+	crdt_buf_be64(k, r->id);
+	crdt_buf_be64(k, r->origin);
+	crdt_buf_be64(k, seq);
+}
+
+int replica_own_op(struct replica *r, struct crdt_op *op, const struct crdt_vv *ctx)
+{
+	struct crdt_buf b = CRDT_BUF_INIT, k = CRDT_BUF_INIT;
+	const char *why = NULL;
+	enum crdt_merge_result res;
+
+	op->dot.origin = r->origin;
+	op->dot.seq = r->last_seq + 1;
+	op->deps = *ctx;
+	crdt_vv_drop(&op->deps, r->origin);
+	crdt_op_encode(&b, op);
+	if (b.failed)
+		abort();
+	res = merge(r, op, b.data, b.len, &why);
+	if (res != CRDT_MERGED) {
+		replica_log(r, 0, "cannot record an op of kind %u (%s): please report this", op->kind,
+			    why == NULL ? "not in order" : why);
+		crdt_buf_free(&b);
+		return -1;
+	}
+	r->last_seq++;
+	log_key(r, &k, op->dot.seq);
+	store_put(r->txn, STORE_LOG, k.data, k.len, b.data, b.len);
+	own_put(r);
+	crdt_buf_free(&k);
+	crdt_buf_free(&b);
+	return 0;
+}
+
+struct unsent_ctx { bool (*cb)(void *ctx, uint64_t seq, const uint8_t *op, size_t n); void *ctx; };
+
+static bool unsent_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct unsent_ctx *c = vctx;
+	struct crdt_reader rd = crdt_reader(key + klen - 8, 8);
+
+	return c->cb(c->ctx, crdt_get_be64(&rd), val, vlen);
+}
+
+void replica_unsent(struct replica *r, uint64_t after,
+		    bool (*cb)(void *ctx, uint64_t seq, const uint8_t *op, size_t n), void *ctx)
+{
+	struct unsent_ctx c = { cb, ctx };
+	struct crdt_buf k = CRDT_BUF_INIT;
+
+	(void)replica_txn_begin(r);
+	log_key(r, &k, after + 1);
+	store_scan(r->txn, STORE_LOG, k.data, 17, k.data, k.len, false, unsent_row, &c);
+	crdt_buf_free(&k);
+	store_abort(&r->txn);
+}
+
+uint64_t replica_last_seq(struct replica *r)
+{
+	return r->last_seq;
+}
+
+crdt_origin replica_own_origin(struct replica *r)
+{
+	return r->origin;
+}
+
+static int forget_ops(struct replica *r, uint64_t seq, char **error_r)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+
+	(void)replica_txn_begin(r);
+	for (uint64_t s = r->acked_seq + 1; s <= seq; s++) {
+		crdt_buf_clear(&k);
+		log_key(r, &k, s);
+		store_del(r->txn, STORE_LOG, k.data, k.len);
+	}
+	r->acked_seq = seq;
+	own_put(r);
+	crdt_buf_free(&k);
+	return replica_txn_commit(r, false, error_r);
+}
+
+static int trim_journal(struct replica *r, char **error_r)
+{
+	int res = MS_OK;
+
+	if (!r->checkpoint.set || r->acked_seq < r->checkpoint.seq || r->ms == NULL)
+		return 0;
+	/* The journal is what this database could be made from again. */
+	if (store_sync(r->store, error_r) < 0)
+		return -1;
+	for (size_t i = 0; i < r->checkpoint.n && res == MS_OK; i++)
+		res = r->ms->trim(r->ms, &r->checkpoint.at[i]);
+	if (res != MS_OK)
+		replica_log(r, 1, "journal cannot be trimmed: %s", r->ms->error);
+	r->checkpoint.set = false;
+	return 0;
+}
+
+void replica_checkpoint(struct replica *r)
+{
+	if (r->checkpoint.set || r->pos_n == 0)
+		return;
+	r->checkpoint.set = true;
+	r->checkpoint.seq = r->last_seq;
+	r->checkpoint.n = r->pos_n;
+	memcpy(r->checkpoint.at, r->pos, sizeof(r->pos));
+}
+
+int replica_acknowledged(struct replica *r, uint64_t seq, char **error_r)
+{
+	if (seq > r->last_seq)
+		seq = r->last_seq;
+	if (seq > r->acked_seq && forget_ops(r, seq, error_r) < 0)
+		return -1;
+	return trim_journal(r, error_r);
+}
+
+int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,
+		      struct crdt_buf *out, uint64_t *size_r)
+{
+	struct ms_mailbox m;
+	struct place p;
+	struct box b;
+	bool found;
+	int res;
+
+	(void)replica_txn_begin(r);
+	found = text_place_get(r, c, &p, size_r) && box_get(r, &p.box, &b);
+	store_abort(&r->txn);
+	if (!found || r->ms == NULL)
+		return MS_GONE;
+	m = box_ms(&b);
+	res = r->ms->body(r->ms, &m, p.uid, offset, len, out);
+	box_free(&b);
+	return res;
+}
+
+static bool count_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)key;
+	(void)klen;
+	(void)val;
+	(void)vlen;
+	++*(uint64_t *)ctx;
+	return true;
+}
+
+static uint64_t count(struct replica *r, char first)
+{
+	uint64_t n = 0;
+
+	rrows(r)->scan(rrows(r), &first, 1, NULL, 0, count_row, &n);
+	return n;
+}
+
+/* ---- outbound [3] and apply [9] ---- */
+
+enum { RECORDS_SLICE = 512 };	/* journal records in one transaction */
+
+struct outbound { struct replica *r; int n, ret; };
+
+static void position_put(struct replica *r, crdt_origin journal, uint64_t seq)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	crdt_buf_u8(&k, ROW_JOURNAL);
+	crdt_buf_be64(&k, journal);
+	crdt_buf_varint(&v, seq);
+	rrows(r)->put(rrows(r), k.data, k.len, v.data, v.len);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+static bool position_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct replica *r = vctx;
+	struct crdt_reader rk = crdt_reader(key + 1, klen - 1), rv = crdt_reader(val, vlen);
+
+	if (r->pos_n == MS_JOURNALS_MAX)
+		return false;
+	r->pos[r->pos_n].journal = crdt_get_be64(&rk);
+	r->pos[r->pos_n++].seq = crdt_get_varint(&rv);
+	return true;
+}
+
+static bool outbound_record(void *vctx, const struct ms_record *rec)
+{
+	struct outbound *o = vctx;
+
+	o->ret = replica_journal_record(o->r, rec);
+	if (o->ret == 0)
+		position_put(o->r, rec->journal, rec->rec->seq);
+	return o->ret == 0 && ++o->n < RECORDS_SLICE;
+}
+
+/* Journals that exist no more need no position. */
+static void positions_prune(struct replica *r, const struct ms_position *ids, size_t n)
+{
+	struct ms_position kept[MS_JOURNALS_MAX];
+	size_t kept_n = 0;
+
+	for (size_t i = 0; i < n && i < MS_JOURNALS_MAX; i++) {
+		kept[kept_n] = ids[i];
+		kept[kept_n].seq = 0;
+		for (size_t k = 0; k < r->pos_n; k++) {
+			if (r->pos[k].journal == ids[i].journal)
+				kept[kept_n].seq = r->pos[k].seq;
+		}
+		kept_n++;
+	}
+	for (size_t k = 0; k < r->pos_n; k++) {
+		bool exists = false;
+
+		for (size_t i = 0; i < kept_n; i++)
+			exists = exists || kept[i].journal == r->pos[k].journal;
+		if (!exists) {
+			struct crdt_buf key = CRDT_BUF_INIT;
+
+			crdt_buf_u8(&key, ROW_JOURNAL);
+			crdt_buf_be64(&key, r->pos[k].journal);
+			rrows(r)->del(rrows(r), key.data, key.len);
+			crdt_buf_free(&key);
+		}
+	}
+	memcpy(r->pos, kept, kept_n * sizeof(*kept));
+	r->pos_n = kept_n;
+}
+
+static void positions_load(struct replica *r)
+{
+	const char first = ROW_JOURNAL;
+
+	r->pos_n = 0;
+	rrows(r)->scan(rrows(r), &first, 1, NULL, 0, position_row, r);
+}
+
+/* One transaction's worth of records; the number read, or < 0. */
+static int outbound_slice(struct replica *r, char **error_r)
+{
+	struct ms_position ids[MS_JOURNALS_MAX];
+	struct outbound o = { .r = r };
+	size_t ids_n = 0;
+	int res;
+
+	(void)replica_txn_begin(r);
+	positions_load(r);
+	res = r->ms->read(r->ms, r->pos, r->pos_n, outbound_record, &o, ids, &ids_n);
+	if (res < 0 || o.ret < 0) {
+		if (o.n == 0 || o.ret < 0) {
+			*error_r = strdup(o.ret < 0 ? "cannot record a change" : r->ms->error);
+			replica_txn_abort(r);
+			return -1;
+		}
+	}
+	positions_load(r);
+	if (res >= 0)
+		positions_prune(r, ids, ids_n);
+	return replica_txn_commit(r, false, error_r) < 0 ? -1 : o.n;
+}
+
+struct ms_position replica_known(const struct replica *r)
+{
+	struct ms_position none = { 0, 0 };
+
+	return r->pos_n == 0 ? none : r->pos[r->pos_n - 1];
+}
+
+int replica_outbound(struct replica *r, char **error_r)
+{
+	int n, total = 0;
+
+	if (r->ms == NULL)
+		return 0;
+	do {
+		n = outbound_slice(r, error_r);
+		if (n < 0)
+			return -1;
+		total += n;
+	} while (n == RECORDS_SLICE);
+	replica_checkpoint(r);
+	return total;
+}
+
+enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r)
+{
+	bool more_folders = false, more_mails = false;
+	uint64_t waiting;
+	int ret;
+
+	if (r->ms == NULL)
+		return REPLICA_LATER;
+	if (replica_outbound(r, error_r) < 0)
+		return REPLICA_LATER;
+	ret = replica_apply_folders(r, &more_folders, error_r);
+	if (ret == REPLICA_DONE)
+		ret = replica_apply_subscriptions(r, error_r);
+	if (ret == REPLICA_DONE)
+		ret = replica_apply_mails(r, body, ctx, &more_mails, error_r);
+	if (ret != REPLICA_DONE)
+		return (enum replica_progress)ret;
+	if (more_folders || more_mails)
+		return REPLICA_AGAIN;
+	(void)replica_txn_begin(r);
+	waiting = count(r, ROW_WAIT_BODY);
+	store_abort(&r->txn);
+	return waiting > 0 ? REPLICA_WANTS_BODIES : REPLICA_DONE;
+}
+
+/* ---- collection, status ---- */
+
+bool replica_collect(struct replica *r, const struct crdt_vv *stable)
+{
+	struct merge_sink s;
+	bool more;
+
+	(void)replica_txn_begin(r);
+	sink_init(&s, r);
+	more = crdt_collect(rrows(r), stable, 1000, &s.sink);
+	sink_flush(&s);
+	char *error = NULL;
+	if (replica_txn_commit(r, false, &error) < 0) {
+		replica_log(r, 0, "collection: %s", error);
+		free(error);
+		return false;
+	}
+	return more;
+}
+
+void replica_status(struct replica *r, struct replica_status *st_r)
+{
+	memset(st_r, 0, sizeof(*st_r));
+	(void)replica_txn_begin(r);
+	st_r->vv = *replica_vv(r);
+	st_r->held = count(r, ROW_HELD);
+	st_r->pending = count(r, ROW_DIRTY_FOLDER) + count(r, ROW_DIRTY_SUBSCRIPTION) + count(r, ROW_DIRTY_MAIL) +
+			count(r, ROW_WAIT_BODY) + count(r, ROW_ASIDE) + count(r, ROW_EXTRA);
+	st_r->buffered = count(r, 'B');
+	st_r->last_seq = r->last_seq;
+	store_abort(&r->txn);
+}
+
+static void digest_update(void *ctx, const void *p, size_t n)
+{
+	(void)EVP_DigestUpdate(ctx, p, n);
+}
+
+void replica_digest(struct replica *r, uint8_t digest_r[32])
+{
+	EVP_MD_CTX *md = EVP_MD_CTX_new();
+	unsigned len = 32;
+
+	memset(digest_r, 0, 32);
+	if (md == NULL || EVP_DigestInit_ex(md, EVP_sha256(), NULL) != 1) {
+		EVP_MD_CTX_free(md);
+		return;
+	}
+	(void)replica_txn_begin(r);
+	crdt_digest(rrows(r), digest_update, md);
+	store_abort(&r->txn);
+	(void)EVP_DigestFinal_ex(md, digest_r, &len);
+	EVP_MD_CTX_free(md);
+}

@@ -148,12 +148,10 @@ def _await_ready(cluster, node):
 
 def _not_ready(cluster, node):
     """Why the node is not ready, or None."""
-    for port in (node.imap_port, node.imaps_port, node.lmtp_port, node.pop3_port):
-        if port is None:
-            continue
+    for port in (node.imap_port, node.lmtp_port, node.pop3_port):
         try:
-            with netns.in_netns(cluster.client_netns):
-                socket.create_connection((node.address, port), timeout=5).close()
+            if port is not None and not _greets(cluster, node, port):
+                return f"{node.address}:{port} closes the connection"
         except OSError as error:
             return f"{node.address}:{port}: {error}"
     if node.status_socket is not None:
@@ -162,6 +160,13 @@ def _not_ready(cluster, node):
         except status.StatusError as error:
             return str(error)
     return None
+
+
+def _greets(cluster, node, port):
+    with netns.in_netns(cluster.client_netns):
+        connection = socket.create_connection((node.address, port), timeout=5)
+    with connection:
+        return connection.recv(100) != b""
 
 
 def cut(directory, name):

@@ -55,14 +55,17 @@ def _setns(file):
         raise OSError(error, f"setns {file.name}: {os.strerror(error)}")
 
 
-def _ip(*argv):
+def _ip(*argv, inside=None):
+    """Runs ip in a namespace. Not `ip -n`: that would mount /sys anew, which
+    a chroot may forbid."""
+    line = command(inside, "ip", *argv) if inside else ["ip", *argv]
     try:
-        subprocess.run(["ip", *argv], stdin=subprocess.DEVNULL, capture_output=True,
-                       text=True, check=True)
-    except FileNotFoundError:
-        raise ClusterError("there is no 'ip' command; install iproute2") from None
+        subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    except FileNotFoundError as error:
+        raise ClusterError(f"there is no '{error.filename}' command;"
+                           f" install iproute2 and util-linux") from None
     except subprocess.CalledProcessError as error:
-        raise ClusterError(f"'ip {' '.join(argv)}' failed: {error.stderr.strip()}") from None
+        raise ClusterError(f"'{' '.join(line)}' failed: {error.stderr.strip()}") from None
 
 
 def create(cluster):
@@ -70,30 +73,30 @@ def create(cluster):
     switch = cluster.switch_netns
     _add_netns(switch)
     for bridge in ("cluster", "client"):
-        _ip("-n", switch, "link", "add", bridge, "type", "bridge")
-        _ip("-n", switch, "link", "set", bridge, "up")
+        _ip("link", "add", bridge, "type", "bridge", inside=switch)
+        _ip("link", "set", bridge, "up", inside=switch)
     _add_netns(cluster.client_netns)
     _link(switch, "client", cluster.client_netns, "c-clients", cluster.client_address)
     for node in cluster.nodes:
         _add_netns(node.netns)
         _link(switch, "cluster", node.netns, _cluster_port(node), node.cluster_address)
         _link(switch, "client", node.netns, f"{node.name}-client", node.address)
-        _ip("-n", switch, "link", "set", f"{node.name}-client",
-            "type", "bridge_slave", "isolated", "on")
+        _ip("link", "set", f"{node.name}-client",
+            "type", "bridge_slave", "isolated", "on", inside=switch)
 
 
 def _add_netns(name):
     _ip("netns", "add", name)
-    _ip("-n", name, "link", "set", "lo", "up")
+    _ip("link", "set", "lo", "up", inside=name)
 
 
 def _link(switch, bridge, netns, port, address):
     """A cable from the bridge's port to the interface named as the bridge."""
     _ip("link", "add", port, "netns", switch, "type", "veth",
         "peer", "name", bridge, "netns", netns)
-    _ip("-n", switch, "link", "set", port, "master", bridge, "up")
-    _ip("-n", netns, "address", "add", f"{address}/24", "dev", bridge)
-    _ip("-n", netns, "link", "set", bridge, "up")
+    _ip("link", "set", port, "master", bridge, "up", inside=switch)
+    _ip("address", "add", f"{address}/24", "dev", bridge, inside=netns)
+    _ip("link", "set", bridge, "up", inside=netns)
 
 
 def _cluster_port(node):
@@ -101,11 +104,11 @@ def _cluster_port(node):
 
 
 def cut(cluster, node):
-    _ip("-n", cluster.switch_netns, "link", "set", _cluster_port(node), "nomaster")
+    _ip("link", "set", _cluster_port(node), "nomaster", inside=cluster.switch_netns)
 
 
 def heal(cluster, node):
-    _ip("-n", cluster.switch_netns, "link", "set", _cluster_port(node), "master", "cluster")
+    _ip("link", "set", _cluster_port(node), "master", "cluster", inside=cluster.switch_netns)
 
 
 def destroy(cluster):

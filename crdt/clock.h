@@ -20,7 +20,7 @@ static inline unsigned crdt_origin_slot(crdt_origin o) { return (unsigned)(o >> 
 struct crdt_dot { crdt_origin origin; uint64_t seq; };
 
 /* Most origins in one vector.  A vector that would grow beyond is refused
- * (CRDT_MERGE_INVALID), never cut. */
+ * (CRDT_MERGE_REFUSED), never cut. */
 #define CRDT_VV_MAX 128
 
 struct crdt_vv {
@@ -32,6 +32,8 @@ struct crdt_vv {
 enum crdt_order { CRDT_EQUAL, CRDT_BEFORE, CRDT_AFTER, CRDT_CONCURRENT };
 
 void crdt_vv_init(struct crdt_vv *v);
+/* Copies only the entries in use: cheaper than an assignment. */
+void crdt_vv_copy(struct crdt_vv *dest, const struct crdt_vv *src);
 uint64_t crdt_vv_get(const struct crdt_vv *v, crdt_origin o);		/* 0: none */
 static inline bool crdt_vv_covers(const struct crdt_vv *v, struct crdt_dot d)
 {

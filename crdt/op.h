@@ -68,6 +68,7 @@ struct crdt_op_folder {
 	uint32_t validity;		/* UIDVALIDITY: CREATE and the UID kinds; ADD: of the uids */
 	uint32_t uidnext;		/* TAKEOVER, RELEASE */
 	struct crdt_numberer numberer;	/* highest that the sender knew; term 0: none */
+	/* uidnext and numberer count under `validity` and mean nothing without. */
 };
 
 struct crdt_op_mail {
@@ -103,12 +104,25 @@ static inline bool crdt_op_saw(const struct crdt_op *op, struct crdt_dot d)
 {
 	return d.origin == op->dot.origin ? d.seq < op->dot.seq : crdt_vv_covers(&op->deps, d);
 }
+/* The same as a vector: deps, and the op's own origin up to the op before it.
+ * false: more than CRDT_VV_MAX origins. */
+bool crdt_op_context(const struct crdt_op *op, struct crdt_vv *ctx_r);
 /* Whether a FLAGS op refreshes the presence of its mails: it does unless it
  * only sets \Seen and \Deleted. */
 bool crdt_op_flags_refresh(const struct crdt_op *op);
 
-/* Appends the canonical encoding of op to b.  The caller checks b->failed.
- * Asserts the limits above: building an op within them is our own duty. */
+/*
+ * Whether an op that decodes also makes sense: no DELETE or RENAME of INBOX, no
+ * path or name that is empty or holds a NUL, no flag both added and removed.
+ * Judged by content alone, so that all replicas judge alike: an op that makes no
+ * sense takes its place in its origin's sequence and changes nothing else.
+ * NULL: it does; else static text.
+ */
+const char *crdt_op_fault(const struct crdt_op *op);
+
+/* Appends the canonical encoding of op to b.  The caller checks b->failed, which
+ * is also set if the op would exceed CRDT_OP_SIZE_MAX (split it).  Asserts the
+ * other limits above: building an op within them is our own duty. */
 void crdt_op_encode(struct crdt_buf *b, const struct crdt_op *op);
 
 /*

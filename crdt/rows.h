@@ -11,6 +11,11 @@
 #include "buf.h"
 
 struct crdt_rows {
+	/* Set by the core, never cleared by it: out of memory, or a row that does not
+	 * decode.  What was written since is not to be committed: a damaged row must
+	 * not turn into a removed mail. */
+	bool failed;
+
 	/* Appends the value to val and returns true; false: no such row. */
 	bool (*get)(struct crdt_rows *rows, const void *key, size_t klen, struct crdt_buf *val);
 	void (*put)(struct crdt_rows *rows, const void *key, size_t klen, const void *val, size_t vlen);

@@ -6,14 +6,17 @@
  * and effects out (doc/DESIGN.md has the semantics table; doc/FORMATS.md the
  * rows).  First key byte of a row:
  *
- *  'V'                       the version vector of what was merged
+ *  'V'                       the version vector of what was merged, and how many 'B' rows there are
  *  'F' id[16]                folder
  *  'P' path 0x00 id[16]      live folder of that path (no value)
  *  'M' id[16] guid-len guid copy(be64)    message
- *  'G' id[16] guid-len guid copy(be64)    removed message kept for late STOREs (no value)
+ *  'G' id[16] guid-len guid copy(be64)    message with something to collect (no value): removed
+ *                            and kept for late STOREs, or an EXPUNGE that is not stable
  *  'S' name                  subscription
  *  'C' sha256[32]            number of message rows with this body (varint)
  *  'B' origin(be64) seq(be64)  op bytes that wait for their context
+ *  'U'                       highest UIDVALIDITY ever merged, of removed folders too
+ *  'K'                       where crdt_collect() goes on; absent between its passes
  *
  * Other first bytes are free for the owner of the rows (local rows of the
  * sync service are lower-case letters).
@@ -23,9 +26,9 @@
 
 /* ---- what a row says ---- */
 
-/* The dots of one fact, the newest of each origin: any context that covers it
- * covers the older ones too.  Small: usually 1. */
-#define CRDT_DOTS_MAX CRDT_VV_MAX
+/* The dots of one fact are kept as a vector, the newest of each origin: any
+ * context that covers it covers the older ones too.  Small: usually 1.  They are
+ * all of merged ops, so a vector of them is never fuller than the one in 'V'. */
 
 struct crdt_folder_delete {
 	struct crdt_dot dot;		/* of the DELETE */
@@ -33,22 +36,31 @@ struct crdt_folder_delete {
 	bool void_by_rename;		/* a concurrent RENAME protects the mails */
 };
 
+/* Most DELETEs of one folder that wait for stability; one more is REFUSED. */
+#define CRDT_FOLDER_DELETES_MAX 1024
+
 struct crdt_folder {
 	struct crdt_id id;
-	struct crdt_vv presence;	/* newest add of each origin: CREATE, RENAME, ADD, STORE */
-	struct crdt_vv renames;		/* newest RENAME of each origin */
-	uint8_t *path; uint16_t path_len;	/* owned */
+	/* As stored: dots of CREATE, RENAME, ADD, STORE, those that a DELETE takes
+	 * included.  A DELETE may yet become void, so it strips nothing itself. */
+	struct crdt_vv presence;
+	bool live;			/* presence beyond what the DELETEs take */
+	struct crdt_vv renames;		/* newest RENAME of each origin, until stable */
+	/* Owned.  Empty if no CREATE or RENAME is merged: such a folder is in no path. */
+	uint8_t *path; uint16_t path_len;
 	uint64_t path_counter; struct crdt_dot path_dot;
 	uint32_t validity;		/* highest UIDVALIDITY */
 	struct crdt_numberer numberer;	/* under that validity */
-	uint32_t numberer_uidnext;	/* UIDNEXT that its TAKEOVER stated; 0 unknown */
-	bool released;			/* the numberer handed over cleanly; its op's context in release_vv */
+	uint32_t numberer_uidnext;	/* `next` of struct crdt_uid_folder; 0 unknown */
+	/* The numberer handed over cleanly; release_vv is the RELEASE's context and
+	 * its own dot. */
+	bool released;
 	uint32_t release_uidnext;
 	struct crdt_vv release_vv;
 	uint16_t deletes_n;
 	struct crdt_folder_delete *deletes;	/* owned; kept until stable */
 };
-static inline bool crdt_folder_live(const struct crdt_folder *f) { return f->presence.n > 0; }
+static inline bool crdt_folder_live(const struct crdt_folder *f) { return f->live; }
 
 struct crdt_mail_key {
 	struct crdt_id folder;
@@ -61,18 +73,53 @@ struct crdt_mail_keyword {
 	struct crdt_vv dots;		/* non-empty */
 };
 
-struct crdt_mail {
-	struct crdt_mail_key key;
+/* An EXPUNGE that took ADDs which are still stored. */
+struct crdt_mail_removal {
+	struct crdt_dot dot;
+	struct crdt_vv covers;		/* of `adds`; never empty */
+	bool void_by_store;		/* a concurrent STORE protects the mail */
+};
+
+/* What one ADD said; several only if the mail was added on several replicas. */
+struct crdt_mail_body {
+	struct crdt_dot dot;
 	struct crdt_content content;
 	uint64_t size;
 	int64_t received;
-	struct crdt_vv presence;	/* as stored: dots that a folder DELETE takes are still in it */
-	struct crdt_vv removed_by;	/* newest EXPUNGE of each origin, for collection */
-	struct crdt_vv flag_dots[5];	/* per system flag, bit order of CRDT_FLAG_* */
-	uint16_t keywords_n;
-	struct crdt_mail_keyword *keywords;	/* owned; ascending by name */
+};
+
+struct crdt_mail_uid { struct crdt_dot dot; struct crdt_uid_state uid; };
+
+/* Limits of one row that only a faulty peer reaches: see crdt/message.c. */
+#define CRDT_MAIL_KEYWORDS_MAX 1024
+#define CRDT_MAIL_REMOVALS_MAX 256
+
+struct crdt_mail {
+	struct crdt_mail_key key;
+	/* Of the visible body: of the ADDs that no later ADD had seen the bytewise
+	 * highest (content, size, received). */
+	struct crdt_content content;
+	uint64_t size;
+	int64_t received;
+	/* The claims and floors that no later ADD had seen, joined. */
 	struct crdt_uid_state uid;
-	bool live;			/* presence beyond what the folder's DELETEs take */
+	/*
+	 * Live: (1) some dot of `presence` (of ADDs and of STOREs that refresh) was
+	 * seen by no EXPUNGE of the mail and by no DELETE of the folder, and (2) some
+	 * ADD is taken by no EXPUNGE that counts.  (2) only tells a STORE that is
+	 * concurrent with an EXPUNGE from one that came after it (from a session
+	 * that had not noticed): that one brings nothing back.
+	 */
+	bool live;
+	struct crdt_vv presence;	/* as stored: dots that a folder DELETE takes are still in it */
+	struct crdt_vv adds;		/* ADDs that no later ADD had seen; the EXPUNGEs' too, until stable */
+	struct crdt_vv refreshes;	/* newest STORE of each origin that refreshes */
+	struct crdt_vv flag_dots[5];	/* per system flag, bit order of CRDT_FLAG_* */
+	uint16_t keywords_n, removals_n, bodies_n, uids_n;
+	struct crdt_mail_keyword *keywords;	/* owned; ascending by name */
+	struct crdt_mail_removal *removals;	/* owned; ascending by dot; until stable */
+	struct crdt_mail_body *bodies;		/* owned; ascending by dot */
+	struct crdt_mail_uid *uids;		/* owned; ascending by dot */
 };
 uint8_t crdt_mail_flags(const struct crdt_mail *m);	/* mask of set system flags */
 
@@ -90,6 +137,8 @@ bool crdt_mail_get(struct crdt_rows *rows, const struct crdt_mail_key *key,
 void crdt_mail_free(struct crdt_mail *m);
 bool crdt_subscribed(struct crdt_rows *rows, const void *name, size_t len);
 void crdt_vv_get_merged(struct crdt_rows *rows, struct crdt_vv *vv_r);	/* row 'V' */
+/* Highest UIDVALIDITY that any folder ever had (crdt_uidvalidity_next()). */
+uint32_t crdt_validity_highest(struct crdt_rows *rows);
 
 /* Live folders that share a path, ascending by id; at most max; returns how
  * many there are. */
@@ -134,8 +183,10 @@ struct crdt_sink {
 	/* What changed.  Called during the merge: the callee must not touch rows
 	 * of the core from inside, only note the effect. */
 	void (*effect)(struct crdt_sink *sink, const struct crdt_effect *e);
-	/* An op took effect now: either the one passed in, or one that had waited
-	 * for it.  Called once per op, in the order of effect.  bytes as received. */
+	/* An op took its place now (V covers it): either the one passed in, or one
+	 * that had waited for it.  Called once per op, in the order of effect, for an
+	 * op of no effect too (NOP, unknown optional kind, INVALID): others need it
+	 * to go on.  bytes as received. */
 	void (*applied)(struct crdt_sink *sink, const struct crdt_op *op, const uint8_t *bytes, size_t n);
 };
 
@@ -143,23 +194,40 @@ enum crdt_merge_result {
 	CRDT_MERGED,		/* took effect (and perhaps others that waited) */
 	CRDT_MERGE_DUPLICATE,	/* seen before; nothing changed */
 	CRDT_MERGE_BUFFERED,	/* kept in a 'B' row until its context arrives */
-	CRDT_MERGE_INVALID,	/* contradicts itself or exceeds a limit; nothing changed */
+	/* Contradicts itself (crdt_op_fault()).  It took its place in its origin's
+	 * sequence, with applied(), and had no effect: a stream must not stop at it,
+	 * and every replica judges it alike. */
+	CRDT_MERGE_INVALID,
+	/* Exceeds a limit of this state (CRDT_VV_MAX origins, CRDT_BUFFER_MAX,
+	 * CRDT_FOLDER_DELETES_MAX).  Nothing changed; not to be acknowledged. */
+	CRDT_MERGE_REFUSED,
 };
+/* Most ops that wait in 'B' rows. */
+#define CRDT_BUFFER_MAX 65536
+
 /*
  * Delivers one op: bytes are the encoding, op its decoded form.  Any order
  * between origins, any repetition.  A gap inside an origin, a context that is
- * not merged yet, or an unknown kind buffers the op.  Touches only the rows
+ * not merged yet, or an unknown kind buffers the op (not an unknown kind with
+ * CRDT_OP_KIND_OPTIONAL: that one merges as a NOP).  Touches only the rows
  * that the op names (and O(1) more): DELETE and RENAME of a folder cost the
- * same whatever its size.  error_r: static text for INVALID.
+ * same whatever its size.  error_r: static text for INVALID and REFUSED.
+ * Look at rows->failed before you commit.
  */
 enum crdt_merge_result
 crdt_merge(struct crdt_rows *rows, const struct crdt_op *op, const uint8_t *bytes, size_t n,
 	   struct crdt_sink *sink, const char **error_r);
 
+/* Takes the ops in 'B' rows that can take effect now: after an upgrade that knows
+ * more kinds, or after crdt_collect() made room.  crdt_merge() does it by itself. */
+void crdt_merge_waiting(struct crdt_rows *rows, struct crdt_sink *sink);
+
 /*
  * Drops what removed things left behind.  stable: every member has durably
  * *applied* these ops and whatever a member issued before doing so has been
- * merged here.  Visits at most `budget` rows; returns true when more is left.
+ * merged here.  Visits at most `budget` rows (more by a few) and returns true
+ * when more is left: call again, also after a restart; a pass that was begun is
+ * ended with the vector it began with.  What users see does not change.
  */
 bool crdt_collect(struct crdt_rows *rows, const struct crdt_vv *stable, unsigned budget,
 		  struct crdt_sink *sink);

@@ -26,7 +26,7 @@ TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(TOP, "scripts", "lib"))
 
 # pylint: disable=wrong-import-position
-from crdtcluster import netns, status
+from crdtcluster import status
 from crdtcluster.netns import in_netns
 
 __all__ = ["Cluster", "CommandFailed", "NotConverged", "in_netns"]
@@ -38,10 +38,10 @@ TIMEOUT = 60        # seconds; of a client's connection
 class CommandFailed(AssertionError):
     """A command exited with another code than 0; says what it printed."""
 
-    def __init__(self, argv, result):
-        super().__init__(f"{' '.join(map(str, argv))}: exit code {result.returncode}\n"
-                         f"{_text(result.stdout)}{_text(result.stderr)}")
-        self.returncode = result.returncode
+    def __init__(self, argv, returncode, stdout, stderr):
+        super().__init__(f"{' '.join(argv)}: exit code {returncode}\n"
+                         f"{_text(stdout)}{_text(stderr)}")
+        self.returncode = returncode
 
 
 class NotConverged(CommandFailed):
@@ -52,13 +52,15 @@ def _text(output):
     return output.decode(errors="replace") if isinstance(output, bytes) else output
 
 
-def cluster_command(*argv):
-    """Runs scripts/cluster; its output, or CommandFailed."""
+def cluster_command(*argv, failure=CommandFailed):
+    """Runs scripts/cluster; its output. The failure is raised on exit code
+    1, CommandFailed on any other but 0."""
     argv = [CLUSTER, *map(str, argv)]
     result = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                             check=False)
     if result.returncode != 0:
-        raise CommandFailed(argv, result)
+        error = failure if result.returncode == 1 else CommandFailed
+        raise error(argv, result.returncode, result.stdout, result.stderr)
     return result.stdout
 
 
@@ -115,13 +117,7 @@ class Cluster:
 
     def wait(self, timeout=60):
         """Returns once all reachable replicas are equal, or NotConverged."""
-        argv = [CLUSTER, "wait", self.directory, "--timeout", str(timeout)]
-        result = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                                check=False)
-        if result.returncode == 1:
-            raise NotConverged(argv, result)
-        if result.returncode != 0:
-            raise CommandFailed(argv, result)
+        cluster_command("wait", self.directory, "--timeout", timeout, failure=NotConverged)
 
     @property
     def description(self):
@@ -197,12 +193,15 @@ class Cluster:
         Takes and returns bytes; CommandFailed if it does not exit with 0.
         """
         entry = self.node(node)
-        command = netns.command(entry["netns"], "doveadm", "-c", entry["doveadm_config"],
-                                *map(str, argv))
-        result = subprocess.run(command, input=stdin or b"", capture_output=True, check=False)
-        if result.returncode != 0:
-            raise CommandFailed(command, result)
-        return result.stdout
+        command = ["doveadm", "-c", entry["doveadm_config"], *map(str, argv)]
+        with in_netns(entry["netns"]):
+            child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE)
+        with child:
+            stdout, stderr = child.communicate(stdin)
+        if child.returncode != 0:
+            raise CommandFailed(command, child.returncode, stdout, stderr)
+        return stdout
 
     def status(self, node, command="status"):
         """The node's own account of its replica: a crdtcluster.status.Report."""

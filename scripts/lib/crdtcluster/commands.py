@@ -12,6 +12,7 @@ from . import files, layout, netns, process, status
 from .errors import ClusterError, Refused
 
 _READY_TIMEOUT = 30
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WAIT_POLL = 0.2
 _LOG_LINES = 15
 
@@ -22,9 +23,12 @@ def up(directory, options):
     layout.check_counts(options)
     if options.plugin == "on":
         files.check_installed(options.prefix)
+    # A signal waits until there is somebody to clean up after it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     layout.plan(directory, options)
     with layout.locked(directory) as cluster:
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             files.create(cluster, options.prefix)
             netns.create(cluster)
             _start_nodes(cluster, cluster.storages() + cluster.workers())
@@ -56,8 +60,7 @@ def _refuse_unsupported(options):
 @contextlib.contextmanager
 def _undisturbed():
     """A second Ctrl-C must not stop the cleaning up after the first."""
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in caught}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOP_SIGNALS}
     try:
         yield
     finally:

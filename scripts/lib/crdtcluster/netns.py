@@ -23,30 +23,32 @@ def path(name):
     return f"/run/netns/{name}"
 
 
-def command(name, *argv):
-    """argv as it must be run to be in the namespace.
-
-    Not `ip netns exec`: that would also give it a mount namespace.
-    """
-    return ["nsenter", f"--net={path(name)}", "--", *argv]
-
-
 @contextlib.contextmanager
 def in_netns(name):
     """The calling thread is in the namespace inside the with statement.
 
-    Sockets stay where they were made: connect inside, use outside. None is
-    the namespace that the thread is in.
+    Sockets stay where they were made, and a child process is born where its
+    parent is: connect or start inside, use outside. `ip netns exec` and
+    `ip -n` would also change mounts. None is the namespace that the thread
+    is in.
     """
     if name is None:
         yield
         return
-    with open("/proc/thread-self/ns/net", "rb") as home, open(path(name), "rb") as there:
+    with open("/proc/thread-self/ns/net", "rb") as home, _open(name) as there:
         _setns(there)
         try:
             yield
         finally:
             _setns(home)
+
+
+def _open(name):
+    try:
+        return open(path(name), "rb")
+    except FileNotFoundError:
+        raise ClusterError(f"the network namespace {name} is gone. If the host was"
+                           " restarted, run 'cluster down' and 'cluster up'") from None
 
 
 def _setns(file):
@@ -56,16 +58,15 @@ def _setns(file):
 
 
 def _ip(*argv, inside=None):
-    """Runs ip in a namespace. Not `ip -n`: that would mount /sys anew, which
-    a chroot may forbid."""
-    line = command(inside, "ip", *argv) if inside else ["ip", *argv]
     try:
-        subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
-    except FileNotFoundError as error:
-        raise ClusterError(f"there is no '{error.filename}' command;"
-                           f" install iproute2 and util-linux") from None
+        with in_netns(inside):
+            subprocess.run(["ip", *argv], stdin=subprocess.DEVNULL, capture_output=True,
+                           text=True, check=True)
+    except FileNotFoundError:
+        raise ClusterError("there is no 'ip' command; install iproute2") from None
     except subprocess.CalledProcessError as error:
-        raise ClusterError(f"'{' '.join(line)}' failed: {error.stderr.strip()}") from None
+        raise ClusterError(f"'ip {' '.join(argv)}' failed in {inside or 'this namespace'}:"
+                           f" {error.stderr.strip()}") from None
 
 
 def create(cluster):

@@ -169,10 +169,14 @@ def _start_dovecot(cluster, node):
     # A killed master leaves it, and its pid may be another process's by now.
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{cluster.node_runtime_dir(node)}/master.pid")
-    with open(f"{cluster.node_dir(node)}/start.log", "ab") as log:
-        result = subprocess.run(netns.command(node.netns, binary, "-c", node.doveadm_config),
-                                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                timeout=_START_TIMEOUT, check=False)
+    with open(f"{cluster.node_dir(node)}/start.log", "ab") as log, netns.in_netns(node.netns):
+        try:
+            result = subprocess.run([binary, "-c", node.doveadm_config],
+                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                    timeout=_START_TIMEOUT, check=False)
+        except subprocess.TimeoutExpired:
+            raise ClusterError(f"{node.name}: Dovecot did not start"
+                               f" in {_START_TIMEOUT} s") from None
     if result.returncode != 0:
         raise ClusterError(f"{node.name}: Dovecot did not start (exit code {result.returncode})")
 
@@ -180,6 +184,7 @@ def _start_dovecot(cluster, node):
 def _start_stored(cluster, node):
     argv = [f"{files.programs(cluster)}/sbin/crdt-stored",
             "-c", files.storage_config(cluster, node)]
-    with open(f"{cluster.node_dir(node)}/crdt-stored.log", "ab") as log:
-        subprocess.Popen(netns.command(node.netns, *argv), cwd="/", stdin=subprocess.DEVNULL,
-                         stdout=log, stderr=log, start_new_session=True)
+    log_path = f"{cluster.node_dir(node)}/crdt-stored.log"
+    with open(log_path, "ab") as log, netns.in_netns(node.netns):
+        subprocess.Popen(argv, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                         start_new_session=True)

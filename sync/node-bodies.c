@@ -1,0 +1,505 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Texts that are fetched from daemons, and texts that daemons ask us for. */
+#include "node-private.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+
+#define FETCH_ROUNDS_LOGGED 6	/* asking all daemons in vain, 0.2 s doubling */
+#define SERVE_RETRY_MSECS 500
+
+/* A text that a user's mail waits for. */
+struct fetch {
+	struct fetch *prev, *next;
+	struct user *u;
+	struct fetch *of_user;
+	struct crdt_content content;
+	uint64_t size;
+	int storage;			/* that was asked; -1: none, until due */
+	unsigned tried;			/* bit per storage that did not have it */
+	uint64_t offset, credit_end;
+	int64_t due;
+	unsigned rounds;
+};
+
+/* A text that a daemon asked for. */
+struct serve {
+	struct serve *prev, *next;
+	uint64_t id;
+	unsigned storage;
+	struct user *u;
+	struct crdt_content content;
+	uint64_t offset, end;
+	bool reading;			/* a piece is on its way from the mail store */
+	int64_t due;
+};
+
+static const char *content_text(const struct crdt_content *c, char text[17])
+{
+	for (unsigned i = 0; i < 8; i++)
+		snprintf(text + 2 * i, 3, "%02x", c->b[i]);
+	return text;
+}
+
+/* ---- fetching ---- */
+
+static void fetch_free(struct fetch *f)
+{
+	struct node *n = f->u->n;
+	struct fetch **p;
+
+	for (p = &f->u->fetches; *p != f; p = &(*p)->of_user)
+		;
+	*p = f->of_user;
+	if (f->prev != NULL)
+		f->prev->next = f->next;
+	else
+		n->fetches = f->next;
+	if (f->next != NULL)
+		f->next->prev = f->prev;
+	n->fetches_n--;
+	free(f);
+}
+
+static struct fetch *fetch_find(const struct user *u, const struct crdt_content *c)
+{
+	struct fetch *f;
+
+	for (f = u->fetches; f != NULL; f = f->of_user) {
+		if (memcmp(f->content.b, c->b, sizeof(c->b)) == 0)
+			break;
+	}
+	return f;
+}
+
+static bool fetch_more(struct fetch *f)
+{
+	struct node *n = f->u->n;
+
+	if (!uplink_body_want(n->storages[f->storage].uplink, f->u->name, f->u->gen, &f->content,
+			      f->offset, CRDT_BODY_CREDIT))
+		return false;
+	f->credit_end = f->offset + CRDT_BODY_CREDIT;
+	f->due = n->now + NODE_FETCH_MSECS;
+	return true;
+}
+
+/* Asks the next daemon that has not said no; if there is none, all again later. */
+static void fetch_ask(struct fetch *f)
+{
+	struct node *n = f->u->n;
+	char text[17];
+
+	f->offset = spool_have(n->cfg.spool, f->u->name, f->u->gen, &f->content);
+	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
+		if ((f->tried & (1u << i)) != 0 || !uplink_is_up(n->storages[i].uplink))
+			continue;
+		f->storage = (int)i;
+		if (fetch_more(f))
+			return;
+	}
+	f->storage = -1;
+	if (f->tried != 0 && ++f->rounds == FETCH_ROUNDS_LOGGED)
+		node_log(n, 1, "user %s: no storage daemon has the text %s... of a mail: it is missing here "
+			 "until one has it", f->u->name, content_text(&f->content, text));
+	f->tried = 0;
+	f->due = n->now + sched_backoff(f->rounds + 1);
+}
+
+static void fetch_refused(struct fetch *f)
+{
+	f->tried |= 1u << f->storage;
+	fetch_ask(f);
+}
+
+static void apply_again(struct user *u)
+{
+	u->apply = true;
+	node_wake(u, SCHED_NOW);
+}
+
+/* Users that have more wants than there was room for list them again. */
+static void feed_starved(struct node *n)
+{
+	for (struct user *u = n->users; u != NULL; u = u->next) {
+		if (u->starved) {
+			u->starved = false;
+			apply_again(u);
+			return;
+		}
+	}
+	n->starved = false;
+}
+
+static void fetch_done(struct fetch *f)
+{
+	struct user *u = f->u;
+
+	fetch_free(f);
+	apply_again(u);
+}
+
+static bool fetch_new(struct user *u, const struct visit_want *w)
+{
+	struct node *n = u->n;
+	struct spool_text *t;
+	struct fetch *f;
+
+	t = spool_get(n->cfg.spool, u->name, u->gen, &w->content);
+	if (t != NULL) {
+		bool fits = spool_text_size(t) == w->size;
+		char text[17];
+
+		spool_release(n->cfg.spool, &t, false);
+		if (fits)
+			apply_again(u);	/* it came meanwhile */
+		else
+			node_log(n, 0, "user %s: the text %s... is not as long as its mail says: the mail is not shown",
+				 u->name, content_text(&w->content, text));
+		return true;
+	}
+	if (n->fetches_n >= NODE_FETCHES_MAX)
+		return false;
+	f = xcalloc(1, sizeof(*f));
+	f->u = u;
+	f->content = w->content;
+	f->size = w->size;
+	f->of_user = u->fetches;
+	u->fetches = f;
+	f->next = n->fetches;
+	if (n->fetches != NULL)
+		n->fetches->prev = f;
+	n->fetches = f;
+	n->fetches_n++;
+	fetch_ask(f);
+	return true;
+}
+
+void node_fetches_wanted(struct user *u, const struct visit_want *wants, size_t wants_n, bool all)
+{
+	struct fetch *f, *next;
+
+	/* what is not wanted any more */
+	for (f = u->fetches; f != NULL && all; f = next) {
+		size_t i;
+
+		next = f->of_user;
+		for (i = 0; i < wants_n; i++) {
+			if (memcmp(wants[i].content.b, f->content.b, sizeof(f->content.b)) == 0)
+				break;
+		}
+		if (i == wants_n)
+			fetch_free(f);
+	}
+	u->starved = false;
+	for (size_t i = 0; i < wants_n; i++) {
+		if (fetch_find(u, &wants[i].content) == NULL && !fetch_new(u, &wants[i])) {
+			u->starved = u->n->starved = true;
+			break;
+		}
+	}
+}
+
+void node_fetches_drop(struct user *u)
+{
+	while (u->fetches != NULL)
+		fetch_free(u->fetches);
+	u->starved = false;
+}
+
+/* A text that nobody asked for: it rides ahead of its op. */
+static void body_unasked(struct node *n, const char *name, uint32_t gen, const struct crdt_content *c,
+			 uint64_t size, uint64_t offset, const uint8_t *p, size_t len)
+{
+	struct user *u;
+	const char *error;
+	uint64_t next;
+
+	if (offset != 0 || len != size || size > CRDT_BODY_RIDE)
+		return;
+	if (spool_add(n->cfg.spool, name, gen, c, size, 0, p, len, &next, &error) != SPOOL_COMPLETE)
+		return;
+	u = node_user_find(n, name, gen);
+	if (u != NULL && u->wanting)
+		apply_again(u);
+}
+
+void node_body_in(struct node *n, unsigned storage, const char *name, uint32_t gen, const struct crdt_content *c,
+		  uint64_t size, uint64_t offset, const uint8_t *p, size_t len)
+{
+	struct user *u = node_user_find(n, name, gen);
+	struct fetch *f = u == NULL ? NULL : fetch_find(u, c);
+	const char *error = NULL;
+	char text[17];
+
+	if (f == NULL) {
+		body_unasked(n, name, gen, c, size, offset, p, len);
+		return;
+	}
+	if (size != f->size) {
+		if (f->storage == (int)storage)
+			fetch_refused(f);
+		return;
+	}
+	switch (spool_add(n->cfg.spool, name, gen, c, size, offset, p, len, &f->offset, &error)) {
+	case SPOOL_COMPLETE:
+		fetch_done(f);
+		break;
+	case SPOOL_MORE:
+		if (f->storage != (int)storage)
+			break;
+		f->due = n->now + NODE_FETCH_MSECS;
+		if (f->offset >= f->credit_end && !fetch_more(f))
+			fetch_ask(f);
+		break;
+	case SPOOL_MISMATCH:
+		node_log(n, 0, "user %s: storage daemon %s sent a text that is not %s...: dropped, and asked for again",
+			 name, n->storages[storage].endpoint, content_text(c, text));
+		if (f->storage == (int)storage)
+			fetch_refused(f);
+		break;
+	case SPOOL_ERROR:
+		node_log(n, 0, "%s", error);
+		/* fall through */
+	case SPOOL_FULL:
+		f->storage = -1;
+		f->tried = 0;
+		f->due = n->now + sched_backoff(++f->rounds);
+		break;
+	}
+}
+
+void node_body_none(struct node *n, unsigned storage, const char *name, uint32_t gen, const struct crdt_content *c)
+{
+	struct user *u = node_user_find(n, name, gen);
+	struct fetch *f = u == NULL ? NULL : fetch_find(u, c);
+
+	if (f != NULL && f->storage == (int)storage)
+		fetch_refused(f);
+}
+
+static void fetches_run(struct node *n, int64_t *due)
+{
+	struct fetch *f, *next;
+
+	for (f = n->fetches; f != NULL; f = next) {
+		next = f->next;
+		if (f->due <= n->now) {
+			if (f->storage >= 0)
+				fetch_refused(f);	/* silent for too long */
+			else
+				fetch_ask(f);
+		}
+		if (f->due < *due)
+			*due = f->due;
+	}
+}
+
+/* ---- serving ---- */
+
+static void serve_free(struct node *n, struct serve *s)
+{
+	if (s->prev != NULL)
+		s->prev->next = s->next;
+	else
+		n->serves = s->next;
+	if (s->next != NULL)
+		s->next->prev = s->prev;
+	n->storages[s->storage].serves--;
+	s->u->serves--;
+	free(s);
+}
+
+/* A piece of a text that was seen lately. */
+static bool serve_from_memory(struct node *n, struct serve *s, uint64_t *size_r)
+{
+	struct spool_text *t = spool_get(n->cfg.sent, s->u->name, s->u->gen, &s->content);
+	uint64_t size, len;
+
+	if (t == NULL)
+		return false;
+	*size_r = size = spool_text_size(t);
+	len = s->offset < size ? size - s->offset : 0;
+	if (len > CRDT_BODY_CHUNK)
+		len = CRDT_BODY_CHUNK;
+	if (s->offset <= size)
+		(void)uplink_body(n->storages[s->storage].uplink, s->u->name, s->u->gen, &s->content, size,
+				  s->offset, spool_text_memory(t) + s->offset, len);
+	s->offset += len;
+	spool_release(n->cfg.sent, &t, false);
+	return true;
+}
+
+static void serve_read(struct node *n, struct serve *s)
+{
+	struct visit_read *r = xcalloc(1, sizeof(*r));
+
+	r->id = s->id;
+	r->content = s->content;
+	r->offset = s->offset;
+	r->len = s->end - s->offset < CRDT_BODY_CHUNK ? (size_t)(s->end - s->offset) : CRDT_BODY_CHUNK;
+	r->next = s->u->reads;
+	s->u->reads = r;
+	s->reading = true;
+	if (s->u->mail_due > n->now)
+		node_wake_at(s->u, s->u->mail_due);
+	else
+		node_wake(s->u, SCHED_NOW);
+}
+
+/* Goes on until it has to wait; frees s when it is through. */
+static void serve_step(struct node *n, struct serve *s)
+{
+	uint64_t size;
+
+	while (!s->reading && s->due <= n->now && !uplink_congested(n->storages[s->storage].uplink)) {
+		if (!serve_from_memory(n, s, &size)) {
+			serve_read(n, s);
+			return;
+		}
+		if (s->offset >= size || s->offset >= s->end) {
+			serve_free(n, s);
+			return;
+		}
+	}
+}
+
+void node_read(struct node *n, int64_t now, struct visit_read *reads)
+{
+	struct visit_read *r;
+	struct serve *s;
+
+	n->now = now;
+	while ((r = reads) != NULL) {
+		reads = r->next;
+		for (s = n->serves; s != NULL && s->id != r->id; s = s->next)
+			;
+		if (s == NULL) {
+			visit_read_free(r);
+			continue;
+		}
+		s->reading = false;
+		if (r->result == MS_TEMP || r->result == MS_RETRY || s->offset != r->offset) {
+			/* also when it was asked anew from another place */
+			if (s->offset == r->offset)
+				s->due = now + SERVE_RETRY_MSECS;
+			serve_step(n, s);
+		} else if (r->result != MS_OK || r->data.failed || (r->data.len == 0 && s->offset < r->size)) {
+			(void)uplink_body_none(n->storages[s->storage].uplink, s->u->name, s->u->gen, &s->content);
+			serve_free(n, s);
+		} else {
+			(void)uplink_body(n->storages[s->storage].uplink, s->u->name, s->u->gen, &s->content,
+					  r->size, s->offset, r->data.data, r->data.len);
+			s->offset += r->data.len;
+			if (s->offset >= r->size || s->offset >= s->end)
+				serve_free(n, s);
+			else
+				serve_step(n, s);
+		}
+		visit_read_free(r);
+	}
+}
+
+void node_body_wanted(struct node *n, unsigned storage, const char *name, uint32_t gen,
+		      const struct crdt_content *c, uint64_t offset, uint64_t credit)
+{
+	struct serve *s;
+
+	if (credit > CRDT_BODY_CREDIT)
+		credit = CRDT_BODY_CREDIT;
+	if (offset > CRDT_BODY_SIZE_MAX || credit == 0)
+		return;
+	for (s = n->serves; s != NULL; s = s->next) {
+		if (s->storage == storage && s->u->gen == gen && memcmp(s->content.b, c->b, sizeof(c->b)) == 0 &&
+		    strcmp(s->u->name, name) == 0)
+			break;
+	}
+	if (s == NULL) {
+		if (n->storages[storage].serves >= NODE_SERVES_MAX) {
+			(void)uplink_body_none(n->storages[storage].uplink, name, gen, c);
+			return;
+		}
+		s = xcalloc(1, sizeof(*s));
+		s->id = ++n->serve_id;
+		s->storage = storage;
+		s->u = node_user(n, name, gen);
+		s->content = *c;
+		s->next = n->serves;
+		if (n->serves != NULL)
+			n->serves->prev = s;
+		n->serves = s;
+		n->storages[storage].serves++;
+		s->u->serves++;
+		s->offset = offset;
+	} else if (offset < s->offset || offset > s->end) {
+		s->offset = offset;	/* it begins anew there */
+	}
+	s->end = offset + credit;
+	if (!s->reading)
+		serve_step(n, s);
+}
+
+void node_body_ride(struct node *n, unsigned storage, const char *name, uint32_t gen, const struct crdt_content *c)
+{
+	struct spool_text *t = spool_get(n->cfg.sent, name, gen, c);
+
+	if (t == NULL)
+		return;
+	(void)uplink_body(n->storages[storage].uplink, name, gen, c, spool_text_size(t), 0,
+			  spool_text_memory(t), spool_text_size(t));
+	spool_release(n->cfg.sent, &t, false);
+}
+
+static void serves_run(struct node *n, int64_t *due)
+{
+	struct serve *s, *next;
+
+	for (s = n->serves; s != NULL; s = next) {
+		next = s->next;
+		if (s->reading)
+			continue;
+		if (s->due > n->now) {
+			if (s->due < *due)
+				*due = s->due;
+		} else {
+			serve_step(n, s);
+		}
+	}
+}
+
+/* ---- both ---- */
+
+void node_bodies_link_down(struct node *n, unsigned storage)
+{
+	struct serve *s, *next;
+	struct fetch *f;
+
+	for (s = n->serves; s != NULL; s = next) {
+		next = s->next;
+		if (s->storage == storage)
+			serve_free(n, s);
+	}
+	for (f = n->fetches; f != NULL; f = f->next) {
+		if (f->storage == (int)storage)
+			fetch_ask(f);
+	}
+}
+
+int64_t node_bodies_run(struct node *n)
+{
+	int64_t due = INT64_MAX;
+
+	fetches_run(n, &due);
+	if (n->starved && n->fetches_n < NODE_FETCHES_MAX)
+		feed_starved(n);
+	serves_run(n, &due);
+	return due;
+}
+
+void node_bodies_free(struct node *n)
+{
+	while (n->serves != NULL)
+		serve_free(n, n->serves);
+	while (n->fetches != NULL)
+		fetch_free(n->fetches);
+}

@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_NODE_PRIVATE_H
+#define CRDT_NODE_PRIVATE_H
+/*
+ * Inside of the node.  node.c: users, visits, syncs.  node-bodies.c: texts that
+ * are fetched and texts that are asked of us.  node-report.c: the walk over all
+ * users, for the status and after a start.
+ */
+#include "node.h"
+#include "scheduler.h"
+#include "xalloc.h"
+
+struct report_entry;
+struct fetch;
+struct serve;
+
+struct user {
+	struct sched_item item;		/* first */
+	struct node *n;
+	char *name; uint32_t gen;
+	struct user *prev, *next;	/* all users */
+	int64_t touched;
+
+	/* ---- to do ---- */
+	struct visit_feed *feeds, *feeds_tail;
+	struct visit_read *reads;
+	bool journal, apply, check;
+	unsigned ops_wanted;		/* bit per storage that has room */
+	int64_t trim_due, applied_due;	/* 0: no reason to */
+	struct crdt_vv *stable;
+	struct report_entry *entries;
+
+	/* ---- known ---- */
+	crdt_origin origin;		/* 0: not looked yet */
+	uint64_t last_seq;
+	uint64_t synced_seq;		/* of origin: on disk up to here */
+	unsigned ops_waiting;		/* batches that wait for a sync */
+	struct crdt_vv *applied;	/* last APPLIED */
+	unsigned applied_unsent;	/* bit per storage that it was not sent to */
+
+	/* ---- trouble with the mail store ---- */
+	int64_t mail_due;		/* not before */
+	unsigned failures;		/* in a row */
+	bool no_user;
+
+	struct fetch *fetches;
+	bool wanting;			/* waits for texts */
+	bool starved;			/* of them some that there was no room to ask for */
+	unsigned serves;
+};
+
+struct storage {
+	struct node *n;
+	unsigned i;
+	char *endpoint;
+	struct uplink *uplink;
+	uint64_t written_id, written_gsn;	/* cursor row */
+	uint64_t syncing_id, syncing_gsn;	/* what the running sync makes durable; gsn 0: nothing */
+	unsigned serves;
+};
+
+/* A walk over the users of the store, by number. */
+struct walk {
+	uint64_t next_id;
+	unsigned open;			/* users being looked at */
+	bool ended;
+};
+
+struct node {
+	struct node_config cfg;
+	struct node_callbacks cb;
+	int64_t now;			/* of the call that runs */
+	char *name;
+
+	struct storage storages[NODE_STORAGES_MAX];
+	void *user_tree;
+	struct user *users;
+	size_t users_n;
+	struct scheduler *sched;
+	unsigned visits;		/* open */
+	int64_t age_due;		/* forget settled users */
+	bool full_logged;
+
+	/* own ops that wait for a sync, and those that the running one is for */
+	struct visit_ops *waiting, *waiting_tail, *syncing_ops;
+	bool syncing;
+	int64_t feed_sync_due;		/* 0: no feed waits */
+
+	struct fetch *fetches;
+	unsigned fetches_n;
+	bool starved;			/* some user is */
+	struct serve *serves;
+	uint64_t serve_id;
+
+	struct walk check;		/* after the start */
+	struct node_report *reports;
+};
+
+/* node.c */
+struct user *node_user(struct node *n, const char *name, uint32_t gen);	/* made if unknown */
+struct user *node_user_find(struct node *n, const char *name, uint32_t gen);
+void node_wake(struct user *u, enum sched_urgency urgency);
+void node_wake_at(struct user *u, int64_t due);
+void node_log(struct node *n, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+
+/* node-bodies.c */
+void node_fetches_wanted(struct user *u, const struct visit_want *wants, size_t n, bool all);
+void node_fetches_drop(struct user *u);		/* nothing is wanted any more */
+void node_bodies_link_down(struct node *n, unsigned storage);
+void node_bodies_free(struct node *n);
+int64_t node_bodies_run(struct node *n);	/* returns when it is due again */
+void node_body_in(struct node *n, unsigned storage, const char *user, uint32_t gen, const struct crdt_content *c,
+		  uint64_t size, uint64_t offset, const uint8_t *p, size_t len);
+void node_body_none(struct node *n, unsigned storage, const char *user, uint32_t gen, const struct crdt_content *c);
+void node_body_wanted(struct node *n, unsigned storage, const char *user, uint32_t gen,
+		      const struct crdt_content *c, uint64_t offset, uint64_t credit);
+void node_body_ride(struct node *n, unsigned storage, const char *user, uint32_t gen, const struct crdt_content *c);
+
+/* node-report.c */
+void node_report_visited(struct user *u, const struct visit *v);
+bool node_report_wants_digest(const struct user *u);
+int64_t node_reports_run(struct node *n);
+void node_reports_free(struct node *n);
+#endif

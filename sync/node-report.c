@@ -1,0 +1,288 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The walk over all users of the store: for the status, and once after a start,
+ * to find what the last process left to do (own ops that were not acknowledged,
+ * merged changes that were not applied).
+ */
+#include "node-private.h"
+
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+
+#define CHECK_USERS 2	/* looked at at a time after a start, beside the work that comes in */
+
+/* A user that a report looks at. */
+struct report_entry {
+	struct report_entry *next;	/* of the user */
+	struct report_entry *of_report;
+	struct node_report *report;
+	struct user *u;
+};
+
+struct node_report {
+	struct node_report *next;
+	struct node *n;
+	bool digest;
+	struct walk walk;
+	struct report_entry *entries;
+	int64_t due;
+	struct crdt_buf out;
+	void (*done)(void *ctx, const char *text, size_t len);
+	void *ctx;
+};
+
+static struct user *walk_next(struct node *n, struct walk *w)
+{
+	struct store_txn *t;
+	struct crdt_buf name = CRDT_BUF_INIT;
+	struct user *u = NULL;
+	uint32_t gen;
+
+	if (w->ended)
+		return NULL;
+	t = store_begin(n->cfg.store);
+	if (store_user_name(t, w->next_id, &name, &gen)) {
+		crdt_buf_u8(&name, '\0');
+		if (name.failed)
+			abort();
+		u = node_user(n, (const char *)name.data, gen);
+		w->next_id++;
+	} else {
+		w->ended = true;
+	}
+	store_abort(&t);
+	crdt_buf_free(&name);
+	return u;
+}
+
+/* ---- lines ---- */
+
+static void put(struct crdt_buf *b, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static void put(struct crdt_buf *b, const char *fmt, ...)
+{
+	char text[256];
+	va_list args;
+	int n;
+
+	va_start(args, fmt);
+	n = vsnprintf(text, sizeof(text), fmt, args);
+	va_end(args);
+	if (n > 0)
+		crdt_buf_raw(b, text, (size_t)n < sizeof(text) ? (size_t)n : sizeof(text) - 1);
+}
+
+static void put_encoded(struct crdt_buf *b, const char *s)
+{
+	for (; *s != '\0'; s++) {
+		unsigned char c = (unsigned char)*s;
+
+		if (c <= 0x20 || c >= 0x7f || c == '%' || c == '=' || c == ',')
+			put(b, "%%%02x", c);
+		else
+			crdt_buf_u8(b, c);
+	}
+}
+
+/* Own ops that some daemon within reach has not acknowledged; without any
+ * within reach, those that no daemon has. */
+static uint64_t unsent(const struct user *u)
+{
+	uint64_t best = 0, worst = UINT64_MAX, acked;
+
+	for (unsigned i = 0; i < u->n->cfg.storages_n; i++) {
+		struct uplink *link = u->n->storages[i].uplink;
+
+		acked = uplink_acked(link, u->name, u->gen);
+		if (acked > best)
+			best = acked;
+		if (uplink_is_up(link) && acked < worst)
+			worst = acked;
+	}
+	acked = worst == UINT64_MAX ? best : worst;
+	return u->last_seq > acked ? u->last_seq - acked : 0;
+}
+
+static void put_user(struct node_report *r, const struct user *u, const struct replica_status *st,
+		     const uint8_t *digest)
+{
+	static const struct replica_status busy = { .pending = 1 };
+	struct crdt_buf *b = &r->out;
+
+	if (st == NULL)
+		st = &busy;
+	put(b, "user\tname=");
+	put_encoded(b, u->name);
+	put(b, "\tgen=%u\tvv=", u->gen);
+	for (uint32_t i = 0; i < st->vv.n; i++)
+		put(b, "%s%016" PRIx64 ":%" PRIu64, i == 0 ? "" : ",", st->vv.e[i].origin, st->vv.e[i].seq);
+	put(b, "\tunsent=%" PRIu64 "\tpending=%" PRIu64 "\theld=%" PRIu64 "\tbuffered=%" PRIu64,
+	    unsent(u), st->pending, st->held, st->buffered);
+	if (r->digest && digest != NULL) {
+		put(b, "\tdigest=");
+		for (unsigned i = 0; i < 32; i++)
+			put(b, "%02x", digest[i]);
+	}
+	put(b, "\n");
+}
+
+/* ---- reports ---- */
+
+static void entry_free(struct report_entry *e)
+{
+	struct report_entry **p;
+
+	for (p = &e->u->entries; *p != e; p = &(*p)->next)
+		;
+	*p = e->next;
+	for (p = &e->report->entries; *p != e; p = &(*p)->of_report)
+		;
+	*p = e->of_report;
+	e->report->walk.open--;
+	free(e);
+}
+
+struct node_report *node_report_start(struct node *n, int64_t now, bool digest,
+				      void (*done)(void *ctx, const char *text, size_t len), void *ctx)
+{
+	struct node_report *r = xcalloc(1, sizeof(*r));
+
+	n->now = now;
+	r->n = n;
+	r->digest = digest;
+	r->walk.next_id = 1;
+	r->due = now + NODE_REPORT_MSECS;
+	r->done = done;
+	r->ctx = ctx;
+	r->next = n->reports;
+	n->reports = r;
+	return r;
+}
+
+void node_report_cancel(struct node_report **_r)
+{
+	struct node_report *r = *_r, **p;
+
+	if (r == NULL)
+		return;
+	*_r = NULL;
+	while (r->entries != NULL)
+		entry_free(r->entries);
+	for (p = &r->n->reports; *p != r; p = &(*p)->next)
+		;
+	*p = r->next;
+	crdt_buf_free(&r->out);
+	free(r);
+}
+
+static void report_fill(struct node_report *r)
+{
+	struct report_entry *e;
+	struct user *u;
+
+	while (r->walk.open < NODE_REPORT_USERS && (u = walk_next(r->n, &r->walk)) != NULL) {
+		e = xcalloc(1, sizeof(*e));
+		e->report = r;
+		e->u = u;
+		e->next = u->entries;
+		u->entries = e;
+		e->of_report = r->entries;
+		r->entries = e;
+		r->walk.open++;
+		node_wake(u, SCHED_LOW);
+	}
+}
+
+/* Those who are still busy are reported as such, and not waited for. */
+static void report_hurry(struct node_report *r)
+{
+	struct report_entry *e;
+
+	while ((e = r->entries) != NULL) {
+		put_user(r, e->u, NULL, NULL);
+		entry_free(e);
+	}
+	r->due = r->n->now + NODE_REPORT_MSECS;
+}
+
+static void report_end(struct node_report *r)
+{
+	struct crdt_buf out = r->out;
+	void (*done)(void *ctx, const char *text, size_t len) = r->done;
+	void *ctx = r->ctx;
+
+	memset(&r->out, 0, sizeof(r->out));
+	node_report_cancel(&r);
+	if (out.failed)
+		abort();
+	done(ctx, (const char *)out.data, out.len);
+	crdt_buf_free(&out);
+}
+
+bool node_report_wants_digest(const struct user *u)
+{
+	for (struct report_entry *e = u->entries; e != NULL; e = e->next) {
+		if (e->report->digest)
+			return true;
+	}
+	return false;
+}
+
+/* Entries that were made while the visit ran and want what it did not bring
+ * wait for the next one. */
+void node_report_visited(struct user *u, const struct visit *v)
+{
+	struct report_entry *e, *next;
+
+	if (u->check) {
+		u->check = false;
+		u->n->check.open--;
+	}
+	for (e = u->entries; e != NULL; e = next) {
+		next = e->next;
+		if (e->report->digest && !v->digest) {
+			node_wake(u, SCHED_LOW);
+			continue;
+		}
+		put_user(e->report, u, v->st, v->digest ? v->digest_r : NULL);
+		entry_free(e);
+	}
+}
+
+static void check_fill(struct node *n)
+{
+	struct user *u;
+
+	while (n->check.open < CHECK_USERS && (u = walk_next(n, &n->check)) != NULL) {
+		u->check = true;
+		n->check.open++;
+		node_wake(u, SCHED_LOW);
+	}
+}
+
+int64_t node_reports_run(struct node *n)
+{
+	struct node_report *r, *next;
+	int64_t due = INT64_MAX;
+
+	check_fill(n);
+	for (r = n->reports; r != NULL; r = next) {
+		next = r->next;
+		if (r->due <= n->now)
+			report_hurry(r);
+		report_fill(r);
+		if (r->entries == NULL)
+			report_end(r);
+		else if (r->due < due)
+			due = r->due;
+	}
+	return due;
+}
+
+void node_reports_free(struct node *n)
+{
+	struct node_report *r;
+
+	while ((r = n->reports) != NULL)
+		node_report_cancel(&r);
+}

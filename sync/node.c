@@ -1,0 +1,867 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Users, visits, syncs. */
+#include "node-private.h"
+
+#include <inttypes.h>
+#include <search.h>
+#include <stdarg.h>
+#include <stdio.h>
+
+#define META_CURSOR 'c'
+#define MAIL_CHANGED_RETRY_MSECS 1000	/* after trouble, a wake-up shortens the wait to this */
+#define MAIL_FAILURES_LOGGED 4		/* in a row: then it is no hiccup */
+#define AGE_MSECS 30000
+
+void node_log(struct node *n, int level, const char *fmt, ...)
+{
+	char text[1024];
+	va_list args;
+
+	va_start(args, fmt);
+	(void)vsnprintf(text, sizeof(text), fmt, args);
+	va_end(args);
+	n->cb.log(n->cb.ctx, level, text);
+}
+
+/* ---- users ---- */
+
+static int user_cmp(const void *_a, const void *_b)
+{
+	const struct user *a = _a, *b = _b;
+
+	if (a->gen != b->gen)
+		return a->gen < b->gen ? -1 : 1;
+	return strcmp(a->name, b->name);
+}
+
+struct user *node_user_find(struct node *n, const char *name, uint32_t gen)
+{
+	struct user key = { .name = (char *)name, .gen = gen };
+	struct user **node = tfind(&key, &n->user_tree, user_cmp);
+
+	return node == NULL ? NULL : *node;
+}
+
+struct user *node_user(struct node *n, const char *name, uint32_t gen)
+{
+	struct user *u = node_user_find(n, name, gen);
+
+	if (u == NULL) {
+		u = xcalloc(1, sizeof(*u));
+		u->n = n;
+		u->name = xstrdup(name);
+		u->gen = gen;
+		if (tsearch(u, &n->user_tree, user_cmp) == NULL)
+			abort();
+		u->next = n->users;
+		if (n->users != NULL)
+			n->users->prev = u;
+		n->users = u;
+		n->users_n++;
+	}
+	u->touched = n->now;
+	return u;
+}
+
+static void user_free(struct user *u)
+{
+	struct node *n = u->n;
+	struct visit_read *r;
+
+	sched_remove(n->sched, &u->item);
+	(void)tdelete(u, &n->user_tree, user_cmp);
+	if (u->prev != NULL)
+		u->prev->next = u->next;
+	else
+		n->users = u->next;
+	if (u->next != NULL)
+		u->next->prev = u->prev;
+	n->users_n--;
+	visit_feeds_free(u->feeds);
+	while ((r = u->reads) != NULL) {
+		u->reads = r->next;
+		visit_read_free(r);
+	}
+	free(u->stable);
+	free(u->applied);
+	free(u->name);
+	free(u);
+}
+
+void node_wake(struct user *u, enum sched_urgency urgency)
+{
+	sched_wake(u->n->sched, &u->item, urgency);
+}
+
+void node_wake_at(struct user *u, int64_t due)
+{
+	sched_wake_at(u->n->sched, &u->item, due);
+}
+
+/* Own ops that every daemon has acknowledged. */
+static uint64_t user_acked(const struct user *u)
+{
+	uint64_t acked = UINT64_MAX;
+
+	for (unsigned i = 0; i < u->n->cfg.storages_n; i++) {
+		uint64_t seq = uplink_acked(u->n->storages[i].uplink, u->name, u->gen);
+
+		if (seq < acked)
+			acked = seq;
+	}
+	return acked == UINT64_MAX ? 0 : acked;
+}
+
+static bool user_forgettable(const struct user *u, int64_t now)
+{
+	const struct node *n = u->n;
+
+	if (u->item.state != SCHED_IDLE || u->item.timer != 0 || now - u->touched < NODE_IDLE_MSECS ||
+	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->check || u->stable != NULL ||
+	    u->entries != NULL || u->ops_waiting > 0 || u->fetches != NULL || u->wanting || u->no_user ||
+	    u->serves > 0)
+		return false;
+	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
+		if (uplink_acked(n->storages[i].uplink, u->name, u->gen) < u->last_seq)
+			return false;
+	}
+	return true;
+}
+
+static void forget_settled(struct node *n)
+{
+	struct user *u, *next;
+
+	for (u = n->users; u != NULL; u = next) {
+		bool forget = user_forgettable(u, n->now);
+
+		next = u->next;
+		for (unsigned i = 0; i < n->cfg.storages_n && forget; i++)
+			forget = uplink_forget(n->storages[i].uplink, u->name, u->gen);
+		if (forget)
+			user_free(u);
+	}
+}
+
+/* ---- what the uplinks say ---- */
+
+static bool on_send(void *ctx, const void *p, size_t len)
+{
+	struct storage *st = ctx;
+
+	return st->n->cb.send(st->n->cb.ctx, st->i, p, len);
+}
+
+static void on_reconnect(void *ctx)
+{
+	struct storage *st = ctx;
+
+	st->n->cb.reconnect(st->n->cb.ctx, st->i);
+}
+
+static void on_log(void *ctx, int level, const char *text)
+{
+	struct storage *st = ctx;
+
+	st->n->cb.log(st->n->cb.ctx, level, text);
+}
+
+static void on_up(void *ctx, uint64_t daemon_id, bool changed)
+{
+	struct storage *st = ctx;
+
+	(void)daemon_id;
+	for (struct user *u = st->n->users; u != NULL; u = u->next) {
+		if (changed && u->applied != NULL)
+			u->applied_unsent |= 1u << st->i;
+		if ((u->applied_unsent & (1u << st->i)) != 0)
+			node_wake(u, SCHED_LOW);
+	}
+}
+
+static void on_want_ops(void *ctx, const char *user, uint32_t gen, uint64_t after)
+{
+	struct storage *st = ctx;
+	struct user *u = node_user(st->n, user, gen);
+
+	(void)after;
+	u->ops_wanted |= 1u << st->i;
+	node_wake(u, SCHED_NOW);
+}
+
+static void trim_soon(struct user *u)
+{
+	if (u->trim_due == 0)
+		u->trim_due = u->n->now + NODE_TRIM_MSECS;
+	node_wake_at(u, u->trim_due);
+}
+
+static void on_acked(void *ctx, const char *user, uint32_t gen, crdt_origin origin, uint64_t seq)
+{
+	struct storage *st = ctx;
+
+	(void)origin;
+	(void)seq;
+	trim_soon(node_user(st->n, user, gen));
+}
+
+static void on_feed(void *ctx, const char *user, uint32_t gen, const struct crdt_bytes *ops, size_t n, uint64_t gsn)
+{
+	struct storage *st = ctx;
+	struct user *u = node_user(st->n, user, gen);
+	struct visit_feed *f = visit_feed_new(st->i, uplink_daemon_id(st->uplink), gsn, ops, n);
+
+	if (u->feeds == NULL)
+		u->feeds = f;
+	else
+		u->feeds_tail->next = f;
+	u->feeds_tail = f;
+	node_wake(u, SCHED_NOW);
+}
+
+static void on_body(void *ctx, const char *user, uint32_t gen, const struct crdt_content *c,
+		    uint64_t size, uint64_t offset, const uint8_t *p, size_t len)
+{
+	struct storage *st = ctx;
+
+	node_body_in(st->n, st->i, user, gen, c, size, offset, p, len);
+}
+
+static void on_body_want(void *ctx, const char *user, uint32_t gen, const struct crdt_content *c,
+			 uint64_t offset, uint64_t credit)
+{
+	struct storage *st = ctx;
+
+	node_body_wanted(st->n, st->i, user, gen, c, offset, credit);
+}
+
+static void on_body_none(void *ctx, const char *user, uint32_t gen, const struct crdt_content *c)
+{
+	struct storage *st = ctx;
+
+	node_body_none(st->n, st->i, user, gen, c);
+}
+
+static void on_ride(void *ctx, const char *user, uint32_t gen, const struct crdt_content *c, uint64_t size)
+{
+	struct storage *st = ctx;
+
+	(void)size;
+	node_body_ride(st->n, st->i, user, gen, c);
+}
+
+static void on_stable(void *ctx, const char *user, uint32_t gen, const struct crdt_vv *vv)
+{
+	struct storage *st = ctx;
+	struct user *u = node_user(st->n, user, gen);
+
+	if (u->stable == NULL)
+		u->stable = xcalloc(1, sizeof(*u->stable));
+	*u->stable = *vv;
+	node_wake(u, SCHED_LOW);
+}
+
+/* ---- life ---- */
+
+static void cursor_key(struct crdt_buf *k, const char *endpoint)
+{
+	crdt_buf_u8(k, META_CURSOR);
+	crdt_buf_raw(k, endpoint, strlen(endpoint));
+}
+
+static void cursor_read(struct node *n, struct storage *st)
+{
+	struct store_txn *t = store_begin(n->cfg.store);
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	cursor_key(&k, st->endpoint);
+	if (store_get(t, STORE_META, k.data, k.len, &v)) {
+		struct crdt_reader r = crdt_reader(v.data, v.len);
+		uint64_t id = crdt_get_u64(&r), gsn = crdt_get_u64(&r);
+
+		if (!r.bad) {
+			st->written_id = id;
+			st->written_gsn = gsn;
+		}
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	store_abort(&t);
+}
+
+static void storage_init(struct node *n, unsigned i)
+{
+	static const struct uplink_callbacks callbacks = {
+		.send = on_send, .reconnect = on_reconnect, .log = on_log, .up = on_up,
+		.want_ops = on_want_ops, .acked = on_acked, .feed = on_feed, .body = on_body,
+		.body_want = on_body_want, .body_none = on_body_none, .stable = on_stable, .ride = on_ride,
+	};
+	struct storage *st = &n->storages[i];
+	struct uplink_callbacks cb = callbacks;
+	struct uplink_config cfg = { .name = n->name, .slot = n->cfg.slot };
+
+	st->n = n;
+	st->i = i;
+	st->endpoint = xstrdup(n->cfg.storages[i]);
+	cursor_read(n, st);
+	cfg.daemon = st->endpoint;
+	cfg.daemon_id = st->written_id;
+	cfg.gsn = st->written_gsn;
+	cb.ctx = st;
+	st->uplink = uplink_new(&cfg, &cb);
+}
+
+struct node *node_new(const struct node_config *cfg, const struct node_callbacks *cb, char **error_r)
+{
+	struct node *n;
+
+	if (cfg->storages_n > NODE_STORAGES_MAX) {
+		*error_r = xstrdup("too many storage daemons");
+		return NULL;
+	}
+	n = xcalloc(1, sizeof(*n));
+	n->cfg = *cfg;
+	n->cb = *cb;
+	n->name = xstrdup(cfg->name);
+	n->sched = sched_new();
+	n->check.next_id = 1;
+	for (unsigned i = 0; i < cfg->storages_n; i++)
+		storage_init(n, i);
+	return n;
+}
+
+static void ops_free(struct visit_ops *o)
+{
+	struct visit_ops *next;
+
+	for (; o != NULL; o = next) {
+		next = o->next;
+		visit_ops_free(o);
+	}
+}
+
+void node_free(struct node **_n)
+{
+	struct node *n = *_n;
+
+	if (n == NULL)
+		return;
+	*_n = NULL;
+	node_reports_free(n);
+	node_bodies_free(n);
+	while (n->users != NULL)
+		user_free(n->users);
+	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
+		uplink_free(&n->storages[i].uplink);
+		free(n->storages[i].endpoint);
+	}
+	ops_free(n->waiting);
+	ops_free(n->syncing_ops);
+	sched_free(&n->sched);
+	free(n->name);
+	free(n);
+}
+
+/* ---- links ---- */
+
+void node_link_up(struct node *n, int64_t now, unsigned storage)
+{
+	n->now = now;
+	uplink_connected(n->storages[storage].uplink, now);
+}
+
+void node_link_down(struct node *n, int64_t now, unsigned storage)
+{
+	n->now = now;
+	uplink_disconnected(n->storages[storage].uplink);
+	node_bodies_link_down(n, storage);
+}
+
+void node_link_refused(struct node *n, int64_t now, unsigned storage)
+{
+	n->now = now;
+	uplink_refused(n->storages[storage].uplink, now);
+	node_bodies_link_down(n, storage);
+}
+
+void node_frame(struct node *n, int64_t now, unsigned storage, const void *p, size_t len)
+{
+	struct uplink *u = n->storages[storage].uplink;
+	bool was_up = uplink_is_up(u);
+
+	n->now = now;
+	uplink_frame(u, now, p, len);
+	if (was_up && !uplink_is_up(u))
+		node_bodies_link_down(n, storage);
+}
+
+void node_writable(struct node *n, unsigned storage)
+{
+	uplink_pump(n->storages[storage].uplink);
+}
+
+bool node_storage_is_up(const struct node *n, unsigned storage)
+{
+	return uplink_is_up(n->storages[storage].uplink);
+}
+
+/* ---- wake-ups ---- */
+
+void node_changed(struct node *n, int64_t now, const char *user)
+{
+	struct user *u;
+
+	n->now = now;
+	if (n->users_n >= NODE_USERS_MAX && node_user_find(n, user, 0) == NULL) {
+		if (!n->full_logged)
+			node_log(n, 1, "%u users have work waiting: more of them wait for the next look at the "
+				 "markers of changed users", NODE_USERS_MAX);
+		n->full_logged = true;
+		return;
+	}
+	u = node_user(n, user, 0);
+	u->journal = true;
+	if (u->mail_due > now + MAIL_CHANGED_RETRY_MSECS)
+		u->mail_due = now + MAIL_CHANGED_RETRY_MSECS;
+	if (u->mail_due > now)
+		node_wake_at(u, u->mail_due);
+	else
+		node_wake(u, SCHED_NOW);
+}
+
+void node_marked(struct node *n, int64_t now, const char *user)
+{
+	struct user *u = node_user_find(n, user, 0);
+
+	n->now = now;
+	if (u != NULL && (u->journal || u->trim_due != 0 || u->mail_due > now || u->ops_waiting > 0 ||
+			  (u->origin != 0 && user_acked(u) < u->last_seq)))
+		return;
+	node_changed(n, now, user);
+}
+
+/* ---- visits ---- */
+
+static struct visit_feed *take_feeds(struct user *u)
+{
+	struct visit_feed *first = u->feeds, *f;
+	size_t bytes = 0;
+
+	for (f = first; f != NULL; f = f->next) {
+		bytes += f->bytes;
+		if (bytes >= VISIT_FEEDS_MAX)
+			break;
+	}
+	if (f == NULL) {
+		u->feeds = NULL;
+	} else {
+		u->feeds = f->next;
+		f->next = NULL;
+	}
+	if (u->feeds == NULL)
+		u->feeds_tail = NULL;
+	return first;
+}
+
+/* Which own ops the daemons can take: the news, for those that have all else;
+ * or, when there is no news, the oldest for one that has to catch up. */
+static void order_ops(struct user *u, struct visit *v)
+{
+	struct node *n = u->n;
+	uint64_t newest = 0, oldest = UINT64_MAX;
+
+	v->origin = u->origin;
+	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
+		struct uplink *link = n->storages[i].uplink;
+		uint64_t sent;
+
+		if (!uplink_is_up(link))
+			continue;
+		sent = uplink_sent(link, u->name, u->gen);
+		v->want_ops = true;
+		if (sent > newest)
+			newest = sent;
+		if ((u->ops_wanted & (1u << i)) != 0 && sent < oldest)
+			oldest = sent;
+	}
+	v->ops_asked = v->want_ops && (u->ops_wanted != 0 || u->origin == 0);
+	v->ops_after = v->journal || oldest == UINT64_MAX ? newest : oldest;
+	u->ops_wanted = 0;
+}
+
+static struct visit *order(struct user *u)
+{
+	struct node *n = u->n;
+	struct visit *v = visit_new(u->name, u->gen);
+
+	v->owner = u;
+	v->feeds = take_feeds(u);
+	if (v->feeds != NULL)
+		u->apply = true;
+	if (n->now >= u->mail_due) {
+		v->journal = u->journal;
+		v->apply = u->apply && n->cfg.apply;
+		v->apply_news = n->cfg.apply;
+		u->journal = u->apply = false;
+		v->reads = u->reads;
+		u->reads = NULL;
+		if (u->trim_due != 0 && u->trim_due <= n->now) {
+			v->acknowledge = true;
+			v->acked = user_acked(u);
+			u->trim_due = 0;
+		}
+		v->mail = v->journal || v->apply || v->reads != NULL || v->acknowledge;
+	}
+	if (u->applied_due != 0 && u->applied_due <= n->now) {
+		v->tell_applied = true;
+		u->applied_due = 0;
+	}
+	v->status = u->check || u->entries != NULL;
+	v->digest = node_report_wants_digest(u);
+	if (v->feeds == NULL && !v->mail) {
+		v->stable = u->stable;
+		u->stable = NULL;
+	}
+	if (v->mail || v->feeds != NULL || u->ops_wanted != 0 || v->status || v->stable != NULL || v->tell_applied) {
+		order_ops(u, v);
+		return v;
+	}
+	visit_free(v);
+	return NULL;
+}
+
+static void send_applied(struct user *u)
+{
+	struct node *n = u->n;
+
+	for (unsigned i = 0; i < n->cfg.storages_n && u->applied != NULL; i++) {
+		if ((u->applied_unsent & (1u << i)) != 0 &&
+		    uplink_applied(n->storages[i].uplink, u->name, u->gen, u->applied))
+			u->applied_unsent &= ~(1u << i);
+	}
+}
+
+/* Its timers that are not due yet. */
+static void set_timers(struct user *u)
+{
+	struct node *n = u->n;
+
+	if (u->mail_due > n->now && (u->journal || u->apply || u->reads != NULL))
+		node_wake_at(u, u->mail_due);
+	if (u->trim_due > 0)
+		node_wake_at(u, u->trim_due > u->mail_due ? u->trim_due : u->mail_due);
+	if (u->applied_due > 0)
+		node_wake_at(u, u->applied_due);
+}
+
+static void start_visits(struct node *n)
+{
+	struct sched_item *it;
+
+	while (n->visits < n->cfg.visits && (it = sched_next(n->sched, n->now)) != NULL) {
+		struct user *u = (struct user *)it;
+		struct visit *v;
+
+		u->touched = n->now;
+		send_applied(u);
+		v = order(u);
+		set_timers(u);
+		if (v == NULL) {
+			sched_done(n->sched, it);
+			continue;
+		}
+		n->visits++;
+		n->cb.visit(n->cb.ctx, v);
+	}
+}
+
+void node_merged(struct node *n, int64_t now, struct visit_feed *feeds)
+{
+	struct visit_feed *f;
+
+	n->now = now;
+	for (f = feeds; f != NULL; f = f->next) {
+		struct uplink *link = n->storages[f->storage].uplink;
+
+		if (f->daemon_id == uplink_daemon_id(link))
+			uplink_feed_merged(link, f->gsn);
+	}
+	visit_feeds_free(feeds);
+	if (n->feed_sync_due == 0)
+		n->feed_sync_due = now + NODE_FEED_SYNC_MSECS;
+}
+
+static void visited_mail(struct user *u, struct visit *v)
+{
+	struct node *n = u->n;
+
+	switch (v->mail_result) {
+	case VISIT_MAIL_NOT_TRIED:
+		return;
+	case VISIT_MAIL_OK:
+		if (u->failures >= MAIL_FAILURES_LOGGED)
+			node_log(n, 2, "user %s: the mail store works again", u->name);
+		u->failures = 0;
+		u->mail_due = 0;
+		u->no_user = false;
+		return;
+	case VISIT_MAIL_NO_USER:
+		if (!u->no_user)
+			node_log(n, 1, "user %s: not known to userdb here: changes from other replicas are kept, "
+				 "and not applied", u->name);
+		u->mail_due = n->now + NODE_NO_USER_MSECS;
+		if (v->own_origin == 0)
+			return;		/* nothing is known of such a user: let him be forgotten */
+		u->no_user = true;
+		break;
+	case VISIT_MAIL_LATER:
+		if (++u->failures == MAIL_FAILURES_LOGGED)
+			node_log(n, 1, "user %s: the mail store fails, it is tried again until it works: %s",
+				 u->name, v->error == NULL ? "?" : v->error);
+		else
+			node_log(n, 3, "user %s: the mail store fails: %s", u->name, v->error == NULL ? "?" : v->error);
+		u->mail_due = n->now + sched_backoff(u->failures);
+		break;
+	}
+	/* what was ordered and not done */
+	u->journal = u->journal || (v->journal && !v->read_journal);
+	u->apply = u->apply || v->apply || v->applied;
+	if (v->acknowledge)
+		trim_soon(u);
+}
+
+static void visited_applied(struct user *u, struct visit *v)
+{
+	if (!v->applied)
+		return;
+	u->wanting = false;
+	switch (v->progress) {
+	case REPLICA_AGAIN:
+		u->apply = true;
+		node_wake(u, SCHED_NOW);
+		break;
+	case REPLICA_WANTS_BODIES:
+		u->wanting = true;
+		node_fetches_wanted(u, v->wants, v->wants_n, v->wants_all);
+		break;
+	case REPLICA_DONE:
+		node_fetches_drop(u);
+		break;
+	case REPLICA_LATER:
+	case REPLICA_FAILED:
+		break;
+	}
+}
+
+static void visited_engine(struct user *u, struct visit *v)
+{
+	struct node *n = u->n;
+
+	if (v->own_origin == 0)
+		return;		/* not opened */
+	if (u->origin != v->own_origin) {
+		u->origin = v->own_origin;
+		u->synced_seq = 0;
+	}
+	u->last_seq = v->last_seq;
+	/* What waits for a sync reaches the uplinks after it. */
+	for (unsigned i = 0; i < n->cfg.storages_n && u->ops_waiting == 0; i++)
+		uplink_ops_exist(n->storages[i].uplink, u->name, u->gen, u->origin, u->last_seq);
+	if (v->applied_vv != NULL) {
+		free(u->applied);
+		u->applied = v->applied_vv;
+		v->applied_vv = NULL;
+		u->applied_unsent = (1u << n->cfg.storages_n) - 1;
+		send_applied(u);
+	}
+	if (v->collect_more && u->stable == NULL) {
+		u->stable = v->stable;
+		v->stable = NULL;
+		node_wake(u, SCHED_LOW);
+	}
+}
+
+int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
+{
+	struct user *u = v->owner;
+	struct visit_read *reads = v->reads;
+
+	n->now = now;
+	n->visits--;
+	sched_done(n->sched, &u->item);
+	if (v->failed || store_failed(n->cfg.store) != NULL) {
+		*error_r = xstrdup(v->failed && v->error != NULL ? v->error : store_failed(n->cfg.store));
+		visit_free(v);
+		return -1;
+	}
+	visited_mail(u, v);
+	visited_applied(u, v);
+	visited_engine(u, v);
+	if (v->read_journal || (v->applied && v->progress != REPLICA_LATER)) {
+		trim_soon(u);
+		if (u->applied_due == 0)
+			u->applied_due = now + NODE_APPLIED_MSECS;
+	}
+	if (v->status) {
+		if (u->check && v->st != NULL && v->st->pending > 0) {
+			u->apply = true;
+			node_wake(u, SCHED_LOW);
+		}
+		node_report_visited(u, v);
+	}
+	v->reads = NULL;
+	node_read(n, now, reads);
+	set_timers(u);
+	visit_free(v);
+	return 0;
+}
+
+/* ---- own ops, syncs ---- */
+
+static void deliver(struct node *n, struct visit_ops *o)
+{
+	for (unsigned i = 0; i < n->cfg.storages_n; i++)
+		uplink_ops(n->storages[i].uplink, o->user, o->gen, o->origin, o->after, o->last, o->ops, o->n, o->all);
+	visit_ops_free(o);
+}
+
+void node_ops(struct node *n, int64_t now, struct visit_ops *o)
+{
+	struct user *u = node_user(n, o->user, o->gen);
+
+	n->now = now;
+	if (u->ops_waiting == 0 && (o->n == 0 || (o->origin == u->origin && o->ops[o->n - 1].seq <= u->synced_seq))) {
+		deliver(n, o);
+		return;
+	}
+	u->ops_waiting++;
+	o->next = NULL;
+	if (n->waiting == NULL)
+		n->waiting = o;
+	else
+		n->waiting_tail->next = o;
+	n->waiting_tail = o;
+}
+
+/* The cursor rows go into the store's log behind the ops that they are of, so
+ * they are never durable without them. */
+static int cursors_write(struct node *n, char **error_r)
+{
+	struct store_txn *t = NULL;
+
+	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
+		struct storage *st = &n->storages[i];
+		uint64_t gsn = uplink_merged(st->uplink), id = uplink_daemon_id(st->uplink);
+		struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+		st->syncing_gsn = 0;
+		if (gsn == st->written_gsn && id == st->written_id)
+			continue;
+		st->syncing_id = st->written_id = id;
+		st->syncing_gsn = st->written_gsn = gsn;
+		if (t == NULL)
+			t = store_begin(n->cfg.store);
+		cursor_key(&k, st->endpoint);
+		crdt_buf_u64(&v, id);
+		crdt_buf_u64(&v, gsn);
+		store_put(t, STORE_META, k.data, k.len, v.data, v.len);
+		crdt_buf_free(&k);
+		crdt_buf_free(&v);
+	}
+	return t == NULL ? 0 : store_commit(&t, false, error_r);
+}
+
+static bool sync_needed(const struct node *n)
+{
+	if (n->syncing)
+		return false;
+	if (n->waiting != NULL || (n->feed_sync_due != 0 && n->feed_sync_due <= n->now))
+		return true;
+	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
+		if (uplink_unacked_feed(n->storages[i].uplink) >= NODE_FEED_SYNC_BYTES)
+			return true;
+	}
+	return false;
+}
+
+static int sync_start(struct node *n, char **error_r)
+{
+	if (!sync_needed(n))
+		return 0;
+	if (cursors_write(n, error_r) < 0)
+		return -1;
+	n->feed_sync_due = 0;
+	n->syncing_ops = n->waiting;
+	n->waiting = n->waiting_tail = NULL;
+	n->syncing = true;
+	n->cb.sync(n->cb.ctx);
+	return 0;
+}
+
+void node_synced(struct node *n, int64_t now)
+{
+	struct visit_ops *o;
+
+	n->now = now;
+	n->syncing = false;
+	while ((o = n->syncing_ops) != NULL) {
+		struct user *u = node_user(n, o->user, o->gen);
+
+		n->syncing_ops = o->next;
+		u->ops_waiting--;
+		if (u->origin == 0)
+			u->origin = o->origin;
+		if (u->origin == o->origin && o->n > 0 && o->ops[o->n - 1].seq > u->synced_seq)
+			u->synced_seq = o->ops[o->n - 1].seq;
+		deliver(n, o);
+	}
+	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
+		struct storage *st = &n->storages[i];
+
+		if (st->syncing_gsn != 0)
+			uplink_feed_durable(st->uplink, st->syncing_id, st->syncing_gsn);
+		st->syncing_gsn = 0;
+	}
+}
+
+/* ---- the turn ---- */
+
+static int64_t earlier(int64_t a, int64_t b)
+{
+	return a < b ? a : b;
+}
+
+int64_t node_run(struct node *n, int64_t now, char **error_r)
+{
+	int64_t due = INT64_MAX;
+
+	n->now = now;
+	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
+		due = earlier(due, uplink_tick(n->storages[i].uplink, now));
+		uplink_pump(n->storages[i].uplink);
+	}
+	due = earlier(due, node_bodies_run(n));
+	due = earlier(due, node_reports_run(n));
+	if (n->age_due <= now) {
+		forget_settled(n);
+		n->full_logged = false;
+		n->age_due = now + AGE_MSECS;
+	}
+	if (n->users_n > 0)
+		due = earlier(due, n->age_due);
+	start_visits(n);
+	if (sync_start(n, error_r) < 0)
+		return -1;
+	if (!n->syncing && n->feed_sync_due != 0)
+		due = earlier(due, n->feed_sync_due);
+	due = earlier(due, sched_due(n->sched));
+	if (sched_queued(n->sched) > 0 && n->visits < n->cfg.visits)
+		due = now;
+	return due;
+}
+
+bool node_is_settled(const struct node *n)
+{
+	return n->visits == 0 && !n->syncing && n->waiting == NULL && n->feed_sync_due == 0 && n->fetches == NULL &&
+		sched_queued(n->sched) == 0;
+}

@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_NODE_H
+#define CRDT_NODE_H
+/*
+ * crdt-sync without sockets, threads and clock: what becomes of a wake-up, a
+ * frame, the end of a visit.  Owns the uplinks (uplink.h), the order of visits
+ * (scheduler.h) and what is known of each user between them.  crdt-sync.c and
+ * the simulation drive it: they call in with what happened, then node_run(),
+ * and carry out what the callbacks ask for, at once or later.
+ *
+ * Durability: an own op is sent after sync() has ended that began when the op
+ * was in the store; the feed is acknowledged after a sync() that began when its
+ * ops and the cursor row were.  So one sync serves all that came meanwhile.
+ *
+ * META rows: 'c' endpoint -> u64 daemon id, u64 gsn (what was durably fed).
+ *
+ * One thread.  Times: milliseconds of a clock that does not go back.
+ */
+#include "visit.h"
+
+#define NODE_STORAGES_MAX 8
+#define NODE_USERS_MAX 200000		/* in memory; more changed ones wait for the next look at the markers */
+#define NODE_FEED_SYNC_MSECS 20		/* feed is acknowledged so late at most, or */
+#define NODE_FEED_SYNC_BYTES (256 * 1024)	/* when so much waits */
+#define NODE_TRIM_MSECS 200		/* journal is trimmed so long after the last reason to */
+#define NODE_APPLIED_MSECS 1000		/* APPLIED for a user, at most so often */
+#define NODE_NO_USER_MSECS (10 * 60 * 1000)	/* a user whom userdb does not know is tried again */
+#define NODE_FETCHES_MAX 64		/* texts that are asked for at a time, of all users */
+#define NODE_FETCH_MSECS 30000		/* without a piece: ask another daemon */
+#define NODE_SERVES_MAX 256		/* texts that are being sent, of each daemon */
+#define NODE_REPORT_MSECS 5000		/* a user who is busy that long is reported as such */
+#define NODE_REPORT_USERS 8		/* looked at at a time */
+#define NODE_IDLE_MSECS 60000		/* forget a user who is settled */
+
+struct node_config {
+	const char *name;
+	unsigned slot;
+	const char *const *storages;	/* endpoints */
+	unsigned storages_n;
+	unsigned visits;		/* at a time, at most */
+	bool apply;			/* false: only record and send */
+	struct store *store;
+	struct spool *spool;		/* texts that arrived */
+	struct spool *sent;		/* texts that were seen and may ride ahead */
+};
+
+struct node_callbacks {
+	bool (*send)(void *ctx, unsigned storage, const void *p, size_t n);
+	void (*reconnect)(void *ctx, unsigned storage);
+	/* Carry it out: visit_run() with hooks that lead to node_merged(),
+	 * node_ops() and node_read(), then node_visited(). */
+	void (*visit)(void *ctx, struct visit *v);
+	/* store_sync(), then node_synced(). */
+	void (*sync)(void *ctx);
+	void (*log)(void *ctx, int level, const char *text);
+	void *ctx;
+};
+
+struct node;
+struct node *node_new(const struct node_config *cfg, const struct node_callbacks *cb, char **error_r);
+void node_free(struct node **n);	/* no visit may be open */
+
+/* ---- what happened ---- */
+void node_link_up(struct node *n, int64_t now, unsigned storage);
+void node_link_down(struct node *n, int64_t now, unsigned storage);
+void node_link_refused(struct node *n, int64_t now, unsigned storage);
+void node_frame(struct node *n, int64_t now, unsigned storage, const void *p, size_t len);
+/* The user's journal has news (wake-up from a mail process). */
+void node_changed(struct node *n, int64_t now, const char *user);
+/* There is a "has records" marker: as node_changed(), unless he is known to
+ * wait for a daemon only. */
+void node_marked(struct node *n, int64_t now, const char *user);
+/* A visit's hooks, and its end.  They take what they are given. */
+void node_merged(struct node *n, int64_t now, struct visit_feed *feeds);
+void node_ops(struct node *n, int64_t now, struct visit_ops *ops);
+void node_read(struct node *n, int64_t now, struct visit_read *reads);
+/* 0; -1: the database failed (text in *error_r, malloc'ed): stop. */
+int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r);
+void node_synced(struct node *n, int64_t now);
+
+/* Does what is due, calls back; returns when to be called again at the latest
+ * (INT64_MAX: when something happened).  -1 as time: the database failed. */
+int64_t node_run(struct node *n, int64_t now, char **error_r);
+/* Every queued frame may be tried again: the socket of that daemon has room. */
+void node_writable(struct node *n, unsigned storage);
+
+/* ---- status ---- */
+bool node_storage_is_up(const struct node *n, unsigned storage);
+/*
+ * Looks at all users of the store; then done() once, with the `user` lines of
+ * the status protocol.  Cancelled by node_report_cancel() or node_free()
+ * (without done()).
+ */
+struct node_report;
+struct node_report *node_report_start(struct node *n, int64_t now, bool digest,
+				      void (*done)(void *ctx, const char *text, size_t len), void *ctx);
+void node_report_cancel(struct node_report **r);
+bool node_is_settled(const struct node *n);	/* no visit, sync or fetch is open or due now (tests) */
+#endif

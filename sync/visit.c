@@ -1,0 +1,336 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "visit.h"
+#include "xalloc.h"
+
+struct visit_feed *visit_feed_new(unsigned storage, uint64_t daemon_id, uint64_t gsn,
+				  const struct crdt_bytes *ops, size_t n)
+{
+	struct visit_feed *f;
+	size_t bytes = 0;
+	uint8_t *p;
+
+	for (size_t i = 0; i < n; i++)
+		bytes += ops[i].n;
+	f = xcalloc(1, sizeof(*f) + bytes);
+	f->ops = xcalloc(n > 0 ? n : 1, sizeof(*f->ops));
+	p = f->data;
+	for (size_t i = 0; i < n; i++) {
+		memcpy(p, ops[i].p, ops[i].n);
+		f->ops[i] = (struct crdt_bytes){ p, ops[i].n };
+		p += ops[i].n;
+	}
+	f->storage = storage;
+	f->daemon_id = daemon_id;
+	f->gsn = gsn;
+	f->ops_n = n;
+	f->bytes = bytes;
+	return f;
+}
+
+void visit_feeds_free(struct visit_feed *f)
+{
+	struct visit_feed *next;
+
+	for (; f != NULL; f = next) {
+		next = f->next;
+		free(f->ops);
+		free(f);
+	}
+}
+
+void visit_ops_free(struct visit_ops *o)
+{
+	if (o == NULL)
+		return;
+	crdt_buf_free(&o->data);
+	free(o->ops);
+	free(o->user);
+	free(o);
+}
+
+void visit_read_free(struct visit_read *r)
+{
+	if (r == NULL)
+		return;
+	crdt_buf_free(&r->data);
+	free(r);
+}
+
+struct visit *visit_new(const char *user, uint32_t gen)
+{
+	struct visit *v = xcalloc(1, sizeof(*v));
+
+	v->user = xstrdup(user);
+	v->gen = gen;
+	return v;
+}
+
+void visit_free(struct visit *v)
+{
+	struct visit_read *r;
+
+	if (v == NULL)
+		return;
+	visit_feeds_free(v->feeds);
+	while ((r = v->reads) != NULL) {
+		v->reads = r->next;
+		visit_read_free(r);
+	}
+	free(v->user);
+	free(v->stable);
+	free(v->error);
+	free(v->applied_vv);
+	free(v->wants);
+	free(v->st);
+	free(v);
+}
+
+struct run {
+	struct visit *v;
+	struct replica *r;
+	struct spool *spool;
+	const struct visit_hooks *hooks;
+	/* Texts that the slice has been given. */
+	struct spool_text **texts;
+	size_t texts_n, texts_cap;
+	uint64_t handed_over;		/* own ops up to here */
+};
+
+/* Takes error. */
+static void failed(struct visit *v, char *error)
+{
+	v->failed = true;
+	free(v->error);
+	v->error = error;
+}
+
+static void merge(struct run *run)
+{
+	struct visit *v = run->v;
+	struct visit_feed *f, *feeds = v->feeds;
+	struct crdt_bytes *ops;
+	size_t n = 0, i = 0;
+	char *error = NULL;
+
+	if (feeds == NULL)
+		return;
+	for (f = feeds; f != NULL; f = f->next)
+		n += f->ops_n;
+	ops = xcalloc(n > 0 ? n : 1, sizeof(*ops));
+	for (f = feeds; f != NULL; f = f->next) {
+		memcpy(ops + i, f->ops, f->ops_n * sizeof(*ops));
+		i += f->ops_n;
+	}
+	if (replica_inbound(run->r, ops, n, &error) < 0) {
+		failed(v, error);
+	} else {
+		v->feeds = NULL;
+		run->hooks->merged(run->hooks->ctx, v, feeds);
+	}
+	free(ops);
+}
+
+static bool add_op(void *ctx, uint64_t seq, const uint8_t *p, size_t n)
+{
+	struct visit_ops *o = ctx;
+
+	if (o->data.len >= VISIT_OPS_ROOM) {
+		o->all = false;
+		return false;
+	}
+	if (o->n == o->cap) {
+		o->cap = o->cap == 0 ? 16 : o->cap * 2;
+		o->ops = xrealloc(o->ops, o->cap * sizeof(*o->ops));
+	}
+	o->ops[o->n++] = (struct uplink_op){ seq, NULL, n };
+	crdt_buf_raw(&o->data, p, n);
+	return true;
+}
+
+/* Hands over own ops that have not been handed over. */
+static void give_ops(struct run *run, bool even_none)
+{
+	struct visit *v = run->v;
+	struct visit_ops *o;
+	size_t at = 0;
+
+	if (!v->want_ops || v->failed)
+		return;
+	if (v->origin != replica_own_origin(run->r)) {
+		/* a new one began: seqs start anew */
+		v->origin = replica_own_origin(run->r);
+		run->handed_over = 0;
+	}
+	if (!even_none && replica_last_seq(run->r) <= run->handed_over)
+		return;
+	o = xcalloc(1, sizeof(*o));
+	o->user = xstrdup(v->user);
+	o->gen = v->gen;
+	o->origin = v->origin;
+	o->after = run->handed_over;
+	o->last = replica_last_seq(run->r);
+	o->all = true;
+	replica_unsent(run->r, o->after, add_op, o);
+	if (o->data.failed)
+		abort();
+	for (size_t i = 0; i < o->n; i++) {
+		o->ops[i].p = o->data.data + at;
+		at += o->ops[i].n;
+	}
+	run->handed_over = o->n > 0 ? o->ops[o->n - 1].seq : o->last;
+	run->hooks->ops(run->hooks->ctx, v, o);
+}
+
+/* The error was in the mail store if the database is in order: the caller
+ * looks at that.  Takes error. */
+static void mail_trouble(struct visit *v, char *error)
+{
+	v->mail_result = VISIT_MAIL_LATER;
+	free(v->error);
+	v->error = error;
+}
+
+static bool read_journal(struct run *run)
+{
+	char *error = NULL;
+	int ret = replica_outbound(run->r, &error);
+
+	if (ret < 0) {
+		mail_trouble(run->v, error);
+		return false;
+	}
+	run->v->read_journal = true;
+	return ret > 0;
+}
+
+static void read_bodies(struct run *run)
+{
+	struct visit_read *r, *reads = run->v->reads;
+
+	if (reads == NULL)
+		return;
+	for (r = reads; r != NULL; r = r->next) {
+		if (run->v->mail_result != VISIT_MAIL_OK)
+			r->result = MS_TEMP;
+		else
+			r->result = replica_read_body(run->r, &r->content, r->offset, r->len, &r->data, &r->size);
+	}
+	run->v->reads = NULL;
+	run->hooks->read(run->hooks->ctx, run->v, reads);
+}
+
+static bool find_text(void *ctx, const struct crdt_content *c, uint64_t size,
+		      const uint8_t **text_r, const char **file_r)
+{
+	struct run *run = ctx;
+	struct spool_text *t = spool_get(run->spool, run->v->user, run->v->gen, c);
+
+	*text_r = NULL;
+	*file_r = NULL;
+	if (t == NULL)
+		return false;
+	if (run->texts_n == run->texts_cap) {
+		run->texts_cap = run->texts_cap == 0 ? 16 : run->texts_cap * 2;
+		run->texts = xrealloc(run->texts, run->texts_cap * sizeof(*run->texts));
+	}
+	run->texts[run->texts_n++] = t;
+	if (spool_text_size(t) != size)
+		return false;	/* an op that lies about its size is for the engine to report */
+	*text_r = spool_text_memory(t);
+	*file_r = spool_text_file(t);
+	return true;
+}
+
+static bool add_want(void *ctx, const struct crdt_content *c, uint64_t size)
+{
+	struct visit *v = ctx;
+
+	if (v->wants_n == VISIT_WANTS_MAX) {
+		v->wants_all = false;
+		return false;
+	}
+	if (v->wants == NULL)
+		v->wants = xcalloc(VISIT_WANTS_MAX, sizeof(*v->wants));
+	v->wants[v->wants_n++] = (struct visit_want){ *c, size };
+	return true;
+}
+
+static void apply(struct run *run)
+{
+	struct visit *v = run->v;
+	char *error = NULL;
+	bool done;
+
+	v->applied = true;
+	v->progress = replica_apply(run->r, find_text, run, &error);
+	done = v->progress == REPLICA_DONE || v->progress == REPLICA_WANTS_BODIES || v->progress == REPLICA_AGAIN;
+	for (size_t i = 0; i < run->texts_n; i++)
+		spool_release(run->spool, &run->texts[i], done);
+	free(run->texts);
+	run->texts = NULL;
+	run->texts_n = run->texts_cap = 0;
+
+	if (v->progress == REPLICA_FAILED)
+		failed(v, error);
+	else if (v->progress == REPLICA_LATER)
+		mail_trouble(v, error);
+	else
+		free(error);
+	if (v->progress == REPLICA_WANTS_BODIES) {
+		v->wants_all = true;
+		replica_wants(run->r, add_want, v);
+	}
+}
+
+static void look(struct run *run)
+{
+	struct visit *v = run->v;
+
+	v->own_origin = replica_own_origin(run->r);
+	v->last_seq = replica_last_seq(run->r);
+	if (v->tell_applied) {
+		v->applied_vv = xcalloc(1, sizeof(*v->applied_vv));
+		replica_applied_vv(run->r, v->applied_vv);
+	}
+	if (v->status) {
+		v->st = xcalloc(1, sizeof(*v->st));
+		replica_status(run->r, v->st);
+	}
+	if (v->digest)
+		replica_digest(run->r, v->digest_r);
+}
+
+void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct spool *spool,
+	       const struct visit_hooks *hooks)
+{
+	struct run run = { .v = v, .r = r, .spool = spool, .hooks = hooks, .handed_over = v->ops_after };
+	crdt_origin known = v->origin;
+	bool news = false;
+	char *error = NULL;
+
+	v->mail_result = mail;
+	if (r == NULL)
+		return;
+	merge(&run);
+	if (v->failed)
+		return;
+	if (v->journal && mail == VISIT_MAIL_OK)
+		news = read_journal(&run);
+	give_ops(&run, v->ops_asked);
+	/* Numbers that were acknowledged of another origin say nothing here. */
+	if (v->acknowledge && v->mail_result == VISIT_MAIL_OK &&
+	    replica_acknowledged(r, known == replica_own_origin(r) ? v->acked : 0, &error) < 0) {
+		failed(v, error);
+		return;
+	}
+	read_bodies(&run);
+	if ((v->apply || (news && v->apply_news)) && v->mail_result == VISIT_MAIL_OK) {
+		apply(&run);
+		give_ops(&run, false);
+	}
+	if (v->failed)
+		return;
+	if (v->stable != NULL)
+		v->collect_more = replica_collect(r, v->stable);
+	look(&run);
+}

@@ -88,6 +88,9 @@ void crdt_mail_keyword_delete(struct crdt_mail *m, uint16_t i);
 void crdt_mail_removal_delete(struct crdt_mail *m, uint16_t i);
 void crdt_mail_body_delete(struct crdt_mail *m, uint16_t i);
 void crdt_mail_uid_delete(struct crdt_mail *m, uint16_t i);
+/* Removals cover ADDs that are stored, and go with the last of them: to be called
+ * whenever some went. */
+void crdt_mail_prune_removals(struct crdt_mail *m);
 int crdt_mail_body_compare(const struct crdt_mail_body *a, const struct crdt_mail_body *b);
 
 /* ---- dots ---- */

@@ -242,27 +242,6 @@ static void mail_forget_uids(struct mail_edit *e)
 
 /* ---- ops ---- */
 
-/* Removals cover ADDs that are stored, and go with the last of them. */
-static void mail_prune_removals(struct crdt_mail *m)
-{
-	uint16_t i = 0;
-	uint32_t j, n;
-
-	while (i < m->removals_n) {
-		struct crdt_vv *covers = &m->removals[i].covers;
-
-		for (j = n = 0; j < covers->n; j++) {
-			if (crdt_dots_have(&m->adds, covers->e[j]))
-				covers->e[n++] = covers->e[j];
-		}
-		covers->n = n;
-		if (n > 0)
-			i++;
-		else
-			crdt_mail_removal_delete(m, i);
-	}
-}
-
 static void mail_add_body(struct mail_edit *e, const struct crdt_op_mail *om)
 {
 	struct crdt_mail_body said = { e->op->dot, om->content, om->size, om->received };
@@ -301,7 +280,7 @@ static void mail_add(struct mail_edit *e, const struct crdt_op_folder *of, const
 
 	crdt_dots_put(&m->presence, e->op);
 	crdt_dots_put(&m->adds, e->op);
-	mail_prune_removals(m);
+	crdt_mail_prune_removals(m);
 	mail_add_body(e, om);
 	mail_clear_flags(e, CRDT_FLAGS_ALL);
 	mail_set_flags(e, om->flags);
@@ -361,7 +340,7 @@ static void mail_limit_removals(struct mail_edit *e)
 	if (!m->removals[i].void_by_store)
 		crdt_dots_drop_covered(&m->adds, &m->removals[i].covers);
 	crdt_mail_removal_delete(m, i);
-	mail_prune_removals(m);
+	crdt_mail_prune_removals(m);
 }
 
 static void mail_expunge(struct mail_edit *e)

@@ -263,6 +263,26 @@ void crdt_mail_uid_delete(struct crdt_mail *m, uint16_t i)
 	list_delete(m->uids, &m->uids_n, i, sizeof(*m->uids));
 }
 
+void crdt_mail_prune_removals(struct crdt_mail *m)
+{
+	uint16_t i = 0;
+	uint32_t j, n;
+
+	while (i < m->removals_n) {
+		struct crdt_vv *covers = &m->removals[i].covers;
+
+		for (j = n = 0; j < covers->n; j++) {
+			if (crdt_dots_have(&m->adds, covers->e[j]))
+				covers->e[n++] = covers->e[j];
+		}
+		covers->n = n;
+		if (n > 0)
+			i++;
+		else
+			crdt_mail_removal_delete(m, i);
+	}
+}
+
 /* ---- rows ---- */
 
 bool crdt_mail_get(struct crdt_rows *rows, const struct crdt_mail_key *key,

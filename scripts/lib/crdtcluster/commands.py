@@ -105,8 +105,9 @@ def kill(directory, name, kind=None):
     """SIGKILLs a node, or one kind of its processes."""
     with layout.locked(directory) as cluster:
         node = cluster.node(name)
-        if kind is not None and kind not in process.KINDS[node.kind]:
-            raise Refused(f"{name} is a {node.kind} node; it has {', '.join(process.KINDS[node.kind])}")
+        kinds = process.KINDS[node.kind]
+        if kind is not None and kind not in kinds:
+            raise Refused(f"{name} is a {node.kind} node; it has {', '.join(kinds)}")
         if kind in (None, node.main_process):
             # Said before it is done: a `wait` must not take it for a crash.
             node.killed = True

@@ -30,7 +30,7 @@
 #define IDENT_MAX 3456			/* bytes 0..: written once, at creation */
 #define COPY_SIZE 2368			/* two copies of what changes follow */
 #define COPY_OFFSET(i) (IDENT_MAX + (i) * COPY_SIZE)
-static_assert(COPY_OFFSET(2) == CRDT_JOURNAL_HEADER_SIZE, "the header is full");
+_Static_assert(COPY_OFFSET(2) == CRDT_JOURNAL_HEADER_SIZE, "the header is full");
 
 #define FRAME_HEAD 5			/* u32 size, u8 flags */
 #define FRAME_TAIL 12			/* u64 checksum, u32 size */
@@ -90,12 +90,17 @@ fail(const char **error_r, const char *fmt, ...)
 	vsnprintf(error_buf, sizeof(error_buf), fmt, args);
 	va_end(args);
 	*error_r = error_buf;
+	errno = 0;
 	return -1;
 }
 
 static int fail_errno(const char **error_r, const char *what, const char *path)
 {
-	return fail(error_r, "%s(%s) failed: %s", what, path, strerror(errno));
+	int saved = errno;
+
+	(void)fail(error_r, "%s(%s) failed: %s", what, path, strerror(errno));
+	errno = saved;
+	return -1;
 }
 
 /* ---- bytes ---- */
@@ -391,8 +396,11 @@ static enum frame_result scan_next(struct scan *s, struct frame *f_r)
 
 static void close_fd(struct crdt_journal *j)
 {
+	int saved = errno;
+
 	if (j->fd != -1)
-		close(j->fd);
+		close(j->fd);	/* unlocks, too */
+	errno = saved;
 	j->fd = -1;
 	j->end_known = false;
 	j->read_seq = 0;
@@ -421,6 +429,16 @@ static void temp_path(const struct crdt_journal *j, char *out, size_t size)
 
 	name = name == NULL ? j->path : name + 1;
 	snprintf(out, size, "%.*s" CRDT_JOURNAL_TEMP_PREFIX "%s", (int)(name - j->path), j->path, name);
+}
+
+static void close_temp(int fd, const char *unlink_path)
+{
+	int saved = errno;
+
+	if (unlink_path != NULL)
+		(void)unlink(unlink_path);
+	close(fd);
+	errno = saved;
 }
 
 /* Synced: a header that a power loss took would look like a lost journal. */
@@ -644,9 +662,7 @@ static int begin_origin(struct crdt_journal *j, const struct ident *id, const st
 	}
 	ret = 0;
 out:
-	if (ret < 0)
-		(void)unlink(temp);
-	close(fd);
+	close_temp(fd, ret < 0 ? temp : NULL);
 	return ret;
 }
 
@@ -888,11 +904,14 @@ int crdt_journal_append(struct crdt_journal *j, struct crdt_jrec *recs, size_t n
 	if (b->failed)
 		return fail(error_r, "%s: out of memory", j->path);
 	if (pwrite_all(j->fd, b->data, b->len, j->end) < 0) {
+		int saved = errno;
+
 		(void)fail_errno(error_r, "write", j->path);
 		/* If this fails too, the next locker cuts what is there: the
 		 * batch has no last frame. */
 		if (ftruncate(j->fd, j->end) < 0)
 			j->end_known = false;
+		errno = saved;
 		return -1;
 	}
 	j->end += (off_t)b->len;
@@ -1120,9 +1139,7 @@ static int trim_copy(struct crdt_journal *j, off_t offset, const struct copy *c,
 		else
 			ret = 0;
 	}
-	if (ret < 0)
-		(void)unlink(temp);
-	close(fd);
+	close_temp(fd, ret < 0 ? temp : NULL);
 	return ret;
 }
 

@@ -121,6 +121,7 @@ struct crdt_journal;
  * Opens (creating if needed, mode 0600) the journal in directory dir.  Returns
  * NULL with *error_r (static or in the handle-independent buffer: valid until
  * the next call in this thread).  Creating a new origin draws random bits.
+ * errno after any -1 or NULL here and below: of the system call that failed, or 0.
  */
 struct crdt_journal *crdt_journal_open(const char *dir, const struct crdt_journal_ident *ident,
 				       const char **error_r);

@@ -7,7 +7,7 @@
 
 #define VERSION 1
 #define VV_OFFSET 32
-static_assert(VV_OFFSET + CRDT_MAILBOX_EXT_VV_MAX * 16 <= CRDT_MAILBOX_EXT_SIZE, "it fits");
+_Static_assert(VV_OFFSET + CRDT_MAILBOX_EXT_VV_MAX * 16 <= CRDT_MAILBOX_EXT_SIZE, "it fits");
 
 static uint8_t *put(uint8_t *p, uint64_t v, unsigned bytes)
 {

@@ -18,7 +18,7 @@
 #define DIRTY_DIGEST_PREFIX "+sha256-"
 #define DIRTY_NAME_MAX 200	/* bytes of an encoded name; NAME_MAX is 255 */
 
-static _Thread_local char error_buf[512];
+static _Thread_local char error_buf[4096 + 512];
 
 static int fail(const char **error_r, const char *what, const char *path)
 {

@@ -1,0 +1,548 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * [1] CREATE, DELETE, RENAME, SUBSCRIBE, and the doors through which the other
+ * changes enter.  Records of mailboxes are written while Dovecot holds the lock
+ * of the mailbox list, so their order is that of the changes.
+ */
+#include "crdt-private.h"
+#include "hash.h"
+#include "llist.h"
+#include "module-context.h"
+#include "guid.h"
+#include "mail-namespace.h"
+#include "mailbox-list-private.h"
+#include "mailbox-uidvalidity.h"
+#include "mail-index-private.h"
+#include "maildir-storage.h"
+#include "maildir-uidlist.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define CRDT_MAILBOX_CONTEXT(obj) MODULE_CONTEXT(obj, crdt_mailbox_module)
+#define CRDT_MAILBOX_CONTEXT_REQUIRE(obj) MODULE_CONTEXT_REQUIRE(obj, crdt_mailbox_module)
+
+/* Dovecot's, the same for all its formats */
+#define UIDVALIDITY_FNAME "dovecot-uidvalidity"
+
+static MODULE_CONTEXT_DEFINE_INIT(crdt_mailbox_module, &mail_storage_module_register);
+
+/* All that are allocated; an index transaction finds its mailbox here.  Not by a
+ * context of the index: that lives on in a cache when mailbox and user are gone. */
+static struct crdt_mailbox *crdt_mailboxes;
+
+struct crdt_mailbox *crdt_mailbox_get(struct mailbox *box)
+{
+	return CRDT_MAILBOX_CONTEXT(box);
+}
+
+struct crdt_mailbox *crdt_mailbox_find_index(const struct mail_index *index)
+{
+	struct crdt_mailbox *cbox, *found = NULL;
+
+	for (cbox = crdt_mailboxes; cbox != NULL; cbox = cbox->next) {
+		if (cbox->box->index != index || !cbox->ext_registered)
+			continue;
+		if (cbox->deleting.seen != NULL)
+			return cbox;
+		if (found == NULL || (cbox->box->opened && !found->box->opened))
+			found = cbox;
+	}
+	return found;
+}
+
+static bool is_maildir(const struct mailbox *box)
+{
+	return strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0;
+}
+
+static bool is_observing(const struct crdt_mailbox *cbox)
+{
+	return cbox->cuser->set.mode == CRDT_MODE_OBSERVE;
+}
+
+/* ---- the mailbox's GUID ---- */
+
+/* The first line of dovecot-uidlist has it.  Asking Dovecot would read the whole
+ * file when it has not done so yet, and could write it. */
+static bool read_uidlist_guid(struct mailbox *box, guid_128_t guid_r)
+{
+	const char *dir, *const *args;
+	char line[512];
+	ssize_t n;
+	int fd;
+
+	if (mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_CONTROL, &dir) <= 0)
+		return FALSE;
+	fd = open(t_strconcat(dir, "/" MAILDIR_UIDLIST_NAME, NULL), O_RDONLY | O_CLOEXEC);
+	if (fd == -1)
+		return FALSE;
+	n = read(fd, line, sizeof(line) - 1);
+	i_close_fd(&fd);
+	if (n <= 0)
+		return FALSE;
+	line[n] = '\0';
+	args = t_strsplit(t_strcut(line, '\n'), " ");
+	if (args[0] == NULL || strcmp(args[0], "3") != 0)
+		return FALSE;
+	for (args++; *args != NULL && **args != ':'; args++) {
+		if (**args == 'G')
+			return guid_128_from_string(*args + 1, guid_r) == 0;
+	}
+	return FALSE;
+}
+
+int crdt_mailbox_read_guid(struct crdt_mailbox *cbox, struct crdt_id *id_r)
+{
+	struct mailbox_metadata metadata;
+	bool ok = TRUE;
+
+	if (guid_128_is_empty(cbox->guid)) {
+		if (is_maildir(cbox->box)) T_BEGIN {
+			ok = read_uidlist_guid(cbox->box, cbox->guid);
+		} T_END;
+		else if (mailbox_get_metadata(cbox->box, MAILBOX_METADATA_GUID, &metadata) == 0)
+			guid_128_copy(cbox->guid, metadata.guid);
+		else
+			ok = FALSE;
+	}
+	if (!ok || guid_128_is_empty(cbox->guid)) {
+		e_error(cbox->box->event, "crdt: Change isn't recorded: the mailbox's GUID can't be read");
+		return -1;
+	}
+	memcpy(id_r->b, cbox->guid, sizeof(id_r->b));
+	return 0;
+}
+
+/* ---- open, status ---- */
+
+/* A Maildir INBOX whose directory is there without cur/: our journal, another
+ * mailbox or a subscription made it.  Maildir would quietly complete it on open;
+ * it has to be created, with our UIDVALIDITY and a record. */
+static bool is_unborn_inbox(struct mailbox *box)
+{
+	const char *path;
+	struct stat st;
+
+	return box->inbox_user && !box->creating && !box->deleting && is_maildir(box) &&
+		mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 &&
+		stat(t_strconcat(path, "/cur", NULL), &st) < 0 && errno == ENOENT;
+}
+
+static bool is_session_open(struct crdt_mailbox *cbox)
+{
+	struct mailbox *box = cbox->box;
+
+	/* APPEND and COPY open their target to save only: no client looks */
+	return cbox->cuser->session && !is_observing(cbox) && !box->creating && !box->deleting &&
+		(box->flags & (MAILBOX_FLAG_SAVEONLY | MAILBOX_FLAG_OPEN_DELETED)) == 0;
+}
+
+static int crdt_mailbox_open(struct mailbox *box)
+{
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
+
+	if (!is_observing(cbox) && is_unborn_inbox(box)) {
+		mail_storage_set_error(box->storage, MAIL_ERROR_NOTFOUND,
+				       T_MAIL_ERR_MAILBOX_NOT_FOUND(box->vname));
+		return -1;
+	}
+	if (cbox->module_ctx.super.open(box) < 0)
+		return -1;
+	if (is_session_open(cbox))
+		crdt_numbering_session_opened(cbox);
+	return 0;
+}
+
+/*
+ * STATUS is answered from the list index without opening the mailbox.  The first
+ * one in a session opens it all the same, for its numberer; and again when the
+ * applier was here since, which the journal's generation tells.
+ */
+static bool is_status_checked(struct crdt_mailbox *cbox)
+{
+	struct crdt_user *cuser = cbox->cuser;
+	uint64_t generation = crdt_record_generation(cuser);
+	const char *vname = cbox->box->vname;
+
+	if (!hash_table_is_created(cuser->checked)) {
+		hash_table_create(&cuser->checked, default_pool, 0, str_hash, strcmp);
+		cuser->checked_generation = generation;
+	} else if (cuser->checked_generation != generation) {
+		struct hash_iterate_context *iter = hash_table_iterate_init(cuser->checked);
+		char *key;
+		void *value;
+
+		while (hash_table_iterate(iter, cuser->checked, &key, &value))
+			i_free(key);
+		hash_table_iterate_deinit(&iter);
+		hash_table_clear(cuser->checked, TRUE);
+		cuser->checked_generation = generation;
+	}
+	if (hash_table_lookup(cuser->checked, vname) != NULL)
+		return TRUE;
+	hash_table_insert(cuser->checked, i_strdup(vname), POINTER_CAST(1));
+	return FALSE;
+}
+
+static int crdt_mailbox_get_status(struct mailbox *box, enum mailbox_status_items items,
+				   struct mailbox_status *status_r)
+{
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
+
+	if (items != 0 && !box->opened && is_session_open(cbox) && !is_status_checked(cbox)) {
+		if (mailbox_open(box) < 0 || mailbox_sync(box, MAILBOX_SYNC_FLAG_FAST) < 0)
+			return -1;
+	}
+	return cbox->module_ctx.super.get_status(box, items, status_r);
+}
+
+static void crdt_mailbox_free(struct mailbox *box)
+{
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
+
+	DLLIST_REMOVE(&crdt_mailboxes, cbox);
+	cbox->module_ctx.super.free(box);
+}
+
+/* ---- create ---- */
+
+/* What Dovecot would give next: above all that were given without us. */
+static uint32_t dovecot_next_uidvalidity(struct mailbox_list *list)
+{
+	const char *dir = mailbox_list_get_root_forced(list, MAILBOX_LIST_PATH_TYPE_CONTROL);
+
+	return mailbox_uidvalidity_next(list, t_strconcat(dir, "/" UIDVALIDITY_FNAME, NULL));
+}
+
+static uint32_t get_uidvalidity(struct mailbox *box)
+{
+	uint32_t value = box->index->map->hdr.uid_validity;
+
+	if (is_maildir(box)) {
+		struct maildir_mailbox *mbox = (struct maildir_mailbox *)box;
+
+		value = maildir_uidlist_get_uid_validity(mbox->uidlist);
+	}
+	return value;
+}
+
+static int record_create(struct crdt_mailbox *cbox, const char **error_r)
+{
+	struct mailbox *box = cbox->box;
+	const struct crdt_journal_info *info;
+	struct crdt_jrec rec;
+	struct crdt_dot last;
+	const char *path = crdt_path(box);
+
+	if (path == NULL)
+		return 0;
+	i_zero(&rec);
+	rec.kind = CRDT_JREC_CREATE;
+	rec.path = crdt_str(path);
+	if (!box->opened && mailbox_open(box) < 0) {
+		*error_r = mailbox_get_last_internal_error(box, NULL);
+		errno = 0;
+		return -1;
+	}
+	guid_128_empty(cbox->guid);
+	if (crdt_mailbox_read_guid(cbox, &rec.mailbox) < 0) {
+		*error_r = "the mailbox has no GUID";
+		errno = 0;
+		return -1;
+	}
+	/* what it really has, which a race or an existing directory may decide */
+	rec.uidvalidity = get_uidvalidity(box);
+	if (crdt_record_know_uidvalidity(cbox->cuser, box->inbox_user, rec.uidvalidity, error_r) < 0 ||
+	    (info = crdt_record_info(cbox->cuser, error_r)) == NULL)
+		return -1;
+	rec.seen = info->seen;
+	if (crdt_record(cbox->cuser, &rec, 1, &last, error_r) < 0)
+		return -1;
+	crdt_record_finish(cbox->cuser);
+	return 0;
+}
+
+static void undo_create(struct crdt_mailbox *cbox, const char *error)
+{
+	struct mailbox *box = cbox->box;
+	int old_errno = errno;
+
+	cbox->unrecorded = TRUE;
+	mailbox_close(box);
+	if (mailbox_delete(box) < 0) {
+		e_error(box->event, "crdt: Can't delete a mailbox whose creation can't be recorded: %s",
+			mailbox_get_last_internal_error(box, NULL));
+	}
+	cbox->unrecorded = FALSE;
+	errno = old_errno;
+	crdt_record_set_error(box, error);
+}
+
+static int crdt_mailbox_create(struct mailbox *box, const struct mailbox_update *update,
+			       bool directory)
+{
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
+	struct mailbox_update new_update;
+	const char *error;
+
+	if (is_observing(cbox) ||
+	    (directory && (box->list->props & MAILBOX_LIST_PROP_NO_NOSELECT) == 0)) {
+		/* only a directory: it is implied by what is in it */
+		return cbox->module_ctx.super.create_box(box, update, directory);
+	}
+	i_zero(&new_update);
+	if (update != NULL)
+		new_update = *update;
+	/* doveadm mailbox create passes an update with nothing in it */
+	if (guid_128_is_empty(new_update.mailbox_guid))
+		guid_128_generate(new_update.mailbox_guid);
+	if (crdt_record_reserve(cbox->cuser, CRDT_PATH_MAX + 1024, &error) < 0) {
+		crdt_record_set_error(box, error);
+		return -1;
+	}
+	if (new_update.uid_validity == 0) {
+		uint32_t highest = dovecot_next_uidvalidity(box->list);
+
+		new_update.uid_validity =
+			crdt_record_choose_uidvalidity(cbox->cuser, box->inbox_user, highest, &error);
+		if (new_update.uid_validity == 0) {
+			crdt_record_set_error(box, error);
+			return -1;
+		}
+	}
+	if (cbox->module_ctx.super.create_box(box, &new_update, directory) < 0)
+		return -1;
+	if (record_create(cbox, &error) < 0) {
+		undo_create(cbox, error);
+		return -1;
+	}
+	return 0;
+}
+
+static int crdt_mailbox_update(struct mailbox *box, const struct mailbox_update *update)
+{
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
+
+	guid_128_empty(cbox->guid);	/* read it again */
+	return cbox->module_ctx.super.update_box(box, update);
+}
+
+/* ---- delete ---- */
+
+/* The mailbox stays, but its mails are gone: they were expunged by who wanted to
+ * delete it, and no record says so yet. */
+static void delete_failed(struct crdt_mailbox *cbox, const struct crdt_vv *seen, uint32_t uidvalidity)
+{
+	struct crdt_user *cuser = cbox->cuser;
+	struct crdt_dot last;
+
+	if (array_is_created(&cbox->deleting.uids)) {
+		(void)crdt_messages_record_expunges(cbox, &cbox->deleting.uids, seen, uidvalidity);
+		crdt_record_finish(cuser);
+	}
+	if (cbox->deleting.seq != 0 && cuser->journal != NULL) {
+		last.origin = crdt_journal_info(cuser->journal)->origin;
+		last.seq = cbox->deleting.seq;
+		crdt_record_abort(cuser, &last, 1);
+	}
+}
+
+/*
+ * The DELETE record is written when Dovecot marks the index as deleted, under its
+ * lock (crdt-messages.c): from there on no other session can change the mailbox,
+ * and only one of several that delete it gets there.  Killed before it: nothing
+ * was deleted but mails, which absence does not delete elsewhere (I9).  Killed
+ * after it: the mailbox is deleted elsewhere, an empty one is left here.
+ */
+static int crdt_mailbox_delete(struct mailbox *box)
+{
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
+	struct crdt_vv seen;
+	uint32_t uidvalidity;
+	int ret;
+
+	if (cbox->unrecorded || is_observing(cbox) || !box->opened ||
+	    MAIL_INDEX_IS_IN_MEMORY(box->index)) {
+		/* not opened: a directory without a mailbox */
+		return cbox->module_ctx.super.delete_box(box);
+	}
+	i_zero(&seen);
+	i_zero(&cbox->deleting);
+	cbox->deleting.seen = &seen;
+	uidvalidity = get_uidvalidity(box);
+	ret = cbox->module_ctx.super.delete_box(box);
+	cbox->deleting.seen = NULL;
+	if (ret < 0) {
+		mail_storage_last_error_push(box->storage);
+		delete_failed(cbox, &seen, uidvalidity);
+		mail_storage_last_error_pop(box->storage);
+	}
+	i_zero(&cbox->deleting);
+	guid_128_empty(cbox->guid);
+	return ret;
+}
+
+/* ---- rename ---- */
+
+static int crdt_mailbox_rename(struct mailbox *src, struct mailbox *dest)
+{
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(src);
+	struct crdt_mailbox *cdest = CRDT_MAILBOX_CONTEXT(dest);
+	const struct crdt_journal_info *info;
+	const char *path = crdt_path(src), *new_path = crdt_path(dest), *error;
+	struct crdt_jrec rec;
+	struct crdt_dot last;
+
+	if (is_observing(cbox))
+		return cbox->module_ctx.super.rename_box(src, dest);
+	if (cdest == NULL || path == NULL || new_path == NULL) {
+		/* To where nothing is recorded: for the other replicas it would be
+		   a DELETE of mails that still exist.  Dovecot itself allows it
+		   only between private namespaces of one format. */
+		mail_storage_set_error(src->storage, MAIL_ERROR_NOTPOSSIBLE,
+			"Can't rename to a mailbox that isn't replicated");
+		return -1;
+	}
+	if (crdt_record_reserve(cbox->cuser, 2 * CRDT_PATH_MAX + 1024, &error) < 0) {
+		crdt_record_set_error(src, error);
+		return -1;
+	}
+	if (cbox->module_ctx.super.rename_box(src, dest) < 0)
+		return -1;
+
+	i_zero(&rec);
+	rec.kind = CRDT_JREC_RENAME;
+	rec.path = crdt_str(path);
+	rec.new_path = crdt_str(new_path);
+	/* super has opened it, if it is more than a directory */
+	if (dest->opened)
+		(void)crdt_mailbox_read_guid(cdest, &rec.mailbox);
+	if ((info = crdt_record_info(cbox->cuser, &error)) != NULL)
+		rec.seen = info->seen;
+	if (info == NULL || crdt_record(cbox->cuser, &rec, 1, &last, &error) < 0) {
+		/* too late to refuse */
+		e_error(src->event, "crdt: Renaming to %s isn't recorded: %s", new_path, error);
+		return 0;
+	}
+	crdt_record_finish(cbox->cuser);
+	return 0;
+}
+
+/* ---- subscribe ---- */
+
+static int set_subscribed_locked(struct crdt_mailbox *cbox, bool set, const char *path)
+{
+	const struct crdt_journal_info *info;
+	struct crdt_jrec rec;
+	struct crdt_dot last;
+	const char *error;
+
+	/* Dovecot has checked that it changes something. */
+	if (cbox->module_ctx.super.set_subscribed(cbox->box, set) < 0)
+		return -1;
+	i_zero(&rec);
+	rec.kind = set ? CRDT_JREC_SUBSCRIBE : CRDT_JREC_UNSUBSCRIBE;
+	rec.path = crdt_str(path);
+	if ((info = crdt_record_info(cbox->cuser, &error)) != NULL)
+		rec.seen = info->seen;
+	if (info == NULL || crdt_record(cbox->cuser, &rec, 1, &last, &error) < 0) {
+		int old_errno = errno;
+
+		(void)cbox->module_ctx.super.set_subscribed(cbox->box, !set);
+		errno = old_errno;
+		crdt_record_set_error(cbox->box, error);
+		return -1;
+	}
+	crdt_record_finish(cbox->cuser);
+	return 0;
+}
+
+static int crdt_mailbox_set_subscribed(struct mailbox *box, bool set)
+{
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
+	const char *path = crdt_path(box);
+	int ret;
+
+	if (is_observing(cbox) || path == NULL)
+		return cbox->module_ctx.super.set_subscribed(box, set);
+	/* Dovecot locks only its file: the record has to have the same order. */
+	if (mailbox_list_lock(box->list) < 0) {
+		mail_storage_copy_list_error(box->storage, box->list);
+		return -1;
+	}
+	ret = set_subscribed_locked(cbox, set, path);
+	mailbox_list_unlock(box->list);
+	return ret;
+}
+
+/* ---- transactions ---- */
+
+static int crdt_mailbox_transaction_commit(struct mailbox_transaction_context *t,
+					   struct mail_transaction_commit_changes *changes_r)
+{
+	struct mailbox *box = t->box;
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
+	int ret;
+
+	cbox->record_error = MAIL_ERROR_NONE;
+	ret = cbox->module_ctx.super.transaction_commit(t, changes_r);
+	if (ret < 0 && cbox->record_error != MAIL_ERROR_NONE) {
+		/* lib-index knows only internal errors */
+		mail_storage_set_error(box->storage, cbox->record_error, cbox->record_errstr);
+	}
+	return ret;
+}
+
+/* ---- hooks ---- */
+
+static bool is_recorded(struct mailbox *box)
+{
+	static const char *const others[] = { "virtual", "raw", "shared", "fail", NULL };
+	struct mail_namespace *ns = mailbox_get_namespace(box);
+
+	/* Shared and public mailboxes belong to somebody else's journal. */
+	return ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
+		(box->flags & MAILBOX_FLAG_NO_INDEX_FILES) == 0 &&
+		!str_array_find(others, box->storage->name);
+}
+
+void crdt_mailbox_allocated(struct mailbox *box)
+{
+	struct crdt_user *cuser = crdt_user_get(box->storage->user);
+	struct mailbox_vfuncs *v = box->vlast;
+	struct crdt_mailbox *cbox;
+
+	if (cuser == NULL || !is_recorded(box))
+		return;
+	cbox = p_new(box->pool, struct crdt_mailbox, 1);
+	cbox->cuser = cuser;
+	cbox->box = box;
+	cbox->module_ctx.super = *v;
+	box->vlast = &cbox->module_ctx.super;
+	v->open = crdt_mailbox_open;
+	v->free = crdt_mailbox_free;
+	v->get_status = crdt_mailbox_get_status;
+	v->create_box = crdt_mailbox_create;
+	v->update_box = crdt_mailbox_update;
+	v->delete_box = crdt_mailbox_delete;
+	v->rename_box = crdt_mailbox_rename;
+	v->set_subscribed = crdt_mailbox_set_subscribed;
+	v->transaction_save_commit_pre = crdt_numbering_save_commit_pre;
+	v->transaction_commit = crdt_mailbox_transaction_commit;
+	MODULE_CONTEXT_SET(box, crdt_mailbox_module, cbox);
+	DLLIST_PREPEND(&crdt_mailboxes, cbox);
+}
+
+void crdt_mailbox_opened(struct mailbox *box)
+{
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT(box);
+
+	if (cbox == NULL || MAIL_INDEX_IS_IN_MEMORY(box->index))
+		return;
+	cbox->ext_id = mail_index_ext_register(box->index, CRDT_MAILBOX_EXT_NAME,
+					       CRDT_MAILBOX_EXT_SIZE, 0, 0);
+	cbox->ext_registered = TRUE;
+	guid_128_empty(cbox->guid);
+}

@@ -1,0 +1,83 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "crdt-private.h"
+#include "hash.h"
+#include "module-context.h"
+#include "mail-storage-hooks.h"
+#include "crdt-plugin.h"
+
+#define CRDT_USER_CONTEXT(obj) MODULE_CONTEXT(obj, crdt_user_module)
+
+const char *crdt_plugin_version = DOVECOT_ABI_VERSION;
+
+static MODULE_CONTEXT_DEFINE_INIT(crdt_user_module, &mail_user_module_register);
+
+struct crdt_user *crdt_user_get(struct mail_user *user)
+{
+	return CRDT_USER_CONTEXT(user);
+}
+
+static void crdt_user_deinit(struct mail_user *user)
+{
+	struct crdt_user *cuser = CRDT_USER_CONTEXT(user);
+
+	i_assert(cuser != NULL);
+	/* mailboxes, and so transactions, end in super */
+	cuser->module_ctx.super.deinit(user);
+	if (hash_table_is_created(cuser->checked))
+		hash_table_destroy(&cuser->checked);
+	crdt_journal_close(&cuser->journal);
+}
+
+static void crdt_user_created(struct mail_user *user)
+{
+	struct mail_user_vfuncs *v = user->vlast;
+	struct crdt_settings set;
+	struct crdt_user *cuser;
+	const char *error;
+
+	/* Not people: the raw user that lmtp and lda read from, the owners of
+	 * shared mailboxes.  Before anything else: an error here would fail
+	 * all deliveries. */
+	if (user->autocreated)
+		return;
+	if (crdt_settings_read(user, &set, &error) < 0) {
+		user->error = p_strdup(user->pool, error);
+		return;
+	}
+	if (set.mode == CRDT_MODE_OFF)
+		return;
+	if (strlen(user->username) > CRDT_JOURNAL_USER_MAX || strchr(user->username, '\n') != NULL) {
+		user->error = p_strdup_printf(user->pool,
+			"crdt: User name is longer than %u bytes or has a line break",
+			CRDT_JOURNAL_USER_MAX);
+		return;
+	}
+
+	cuser = p_new(user->pool, struct crdt_user, 1);
+	cuser->user = user;
+	cuser->set = set;
+	cuser->session = strcmp(user->service, "imap") == 0 || strcmp(user->service, "pop3") == 0;
+	cuser->module_ctx.super = *v;
+	user->vlast = &cuser->module_ctx.super;
+	v->deinit = crdt_user_deinit;
+	MODULE_CONTEXT_SET(user, crdt_user_module, cuser);
+}
+
+static struct mail_storage_hooks crdt_storage_hooks = {
+	.mail_user_created = crdt_user_created,
+	.mailbox_allocated = crdt_mailbox_allocated,
+	.mailbox_opened = crdt_mailbox_opened,
+};
+
+void crdt_plugin_init(struct module *module)
+{
+	mail_storage_hooks_add(module, &crdt_storage_hooks);
+	crdt_messages_init();
+}
+
+void crdt_plugin_deinit(void)
+{
+	crdt_messages_deinit();
+	mail_storage_hooks_remove(&crdt_storage_hooks);
+	crdt_record_deinit();
+}

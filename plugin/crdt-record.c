@@ -1,0 +1,232 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* [2] What was captured goes into the user's journal. */
+#include "crdt-private.h"
+#include "mail-namespace.h"
+#include "mailbox-list.h"
+#include "mail-user.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#define NOTIFY_FIFO "crdt-notify"
+
+/* Of the process: it has nothing of a user in it. */
+static int notify_fd = -1;
+
+static struct mailbox_list *journal_list(struct crdt_user *cuser)
+{
+	return mail_namespace_find_inbox(cuser->user->namespaces)->list;
+}
+
+/* In the CONTROL directory: not counted as mail, on the disk that the
+ * administrator chose, there with the user's first mailbox. */
+static int record_open(struct crdt_user *cuser, const char **error_r)
+{
+	struct crdt_journal_ident ident = {
+		.slot = cuser->set.slot,
+		.replica = cuser->set.replica,
+		.user = cuser->user->username,
+	};
+	struct mailbox_list *list = journal_list(cuser);
+	const char *dir;
+
+	if (cuser->journal != NULL)
+		return 0;
+	if (!mailbox_list_get_root_path(list, MAILBOX_LIST_PATH_TYPE_CONTROL, &dir)) {
+		*error_r = "the INBOX namespace has no CONTROL directory";
+		errno = 0;
+		return -1;
+	}
+	cuser->journal = crdt_journal_open(dir, &ident, error_r);
+	if (cuser->journal == NULL && errno == ENOENT &&
+	    mailbox_list_mkdir_root(list, dir, MAILBOX_LIST_PATH_TYPE_CONTROL) == 0)
+		cuser->journal = crdt_journal_open(dir, &ident, error_r);
+	return cuser->journal == NULL ? -1 : 0;
+}
+
+static int record_lock(struct crdt_user *cuser, const char **error_r)
+{
+	if (record_open(cuser, error_r) < 0)
+		return -1;
+	return crdt_journal_lock(cuser->journal, error_r);
+}
+
+int crdt_record_reserve(struct crdt_user *cuser, size_t bytes, const char **error_r)
+{
+	if (cuser->set.mode == CRDT_MODE_OBSERVE)
+		return 0;
+	if (record_open(cuser, error_r) < 0)
+		return -1;
+	return crdt_journal_reserve(cuser->journal, bytes, error_r);
+}
+
+int crdt_record(struct crdt_user *cuser, struct crdt_jrec *recs, unsigned int n,
+		struct crdt_dot *last_r, const char **error_r)
+{
+	const struct crdt_journal_info *info;
+	const char *error;
+	int ret;
+
+	i_zero(last_r);
+	if (cuser->set.mode == CRDT_MODE_OBSERVE) {
+		e_debug(cuser->user->event, "crdt: %u changes seen, first of kind %u", n, recs[0].kind);
+		return 0;
+	}
+	if (record_lock(cuser, error_r) < 0)
+		return -1;
+	info = crdt_journal_info(cuser->journal);
+	if (info->base_seq == info->next_seq &&
+	    crdt_dirty_mark(cuser->set.state_dir, cuser->user->username, &error) < 0) {
+		/* Found later all the same: this process wakes the service. */
+		e_error(cuser->user->event, "crdt: %s (does crdt_state_dir have a directory "
+			"dirty/ with mode 1733?)", error);
+	}
+	ret = crdt_journal_append(cuser->journal, recs, n, error_r);
+	if (ret == 0) {
+		last_r->origin = info->origin;
+		last_r->seq = recs[n - 1].seq;
+	}
+	crdt_journal_unlock(cuser->journal);
+	return ret;
+}
+
+void crdt_record_abort(struct crdt_user *cuser, const struct crdt_dot *last, unsigned int n)
+{
+	struct crdt_jrec *recs;
+	struct crdt_dot dot;
+	const char *error;
+	unsigned int i;
+
+	if (last->seq == 0)
+		return;
+	recs = t_new(struct crdt_jrec, n);
+	for (i = 0; i < n; i++) {
+		recs[i].kind = CRDT_JREC_ABORT;
+		recs[i].abort_seq = last->seq - n + 1 + i;
+	}
+	if (crdt_record(cuser, recs, n, &dot, &error) < 0) {
+		e_error(cuser->user->event, "crdt: A change that failed stays recorded: %s", error);
+		return;
+	}
+	if (dot.origin != last->origin) {
+		e_error(cuser->user->event, "crdt: A change that failed stays recorded: "
+			"the journal was replaced meanwhile");
+	}
+	crdt_record_finish(cuser);
+}
+
+static void notify(struct crdt_user *cuser)
+{
+	const char *line = t_strconcat(cuser->user->username, "\n", NULL);
+	const char *path;
+	unsigned int i;
+
+	for (i = 0; i < 2; i++) {
+		if (notify_fd == -1) {
+			path = t_strconcat(cuser->user->set->base_dir, "/" NOTIFY_FIFO, NULL);
+			notify_fd = open(path, O_WRONLY | O_NONBLOCK | O_CLOEXEC);
+			/* Not running: it reads the markers when it starts. */
+			if (notify_fd == -1)
+				return;
+		}
+		if (write(notify_fd, line, strlen(line)) >= 0 || errno == EAGAIN)
+			return;
+		/* it was restarted: once more */
+		i_close_fd(&notify_fd);
+	}
+}
+
+void crdt_record_finish(struct crdt_user *cuser)
+{
+	const char *error;
+
+	if (cuser->set.mode == CRDT_MODE_OBSERVE || cuser->journal == NULL)
+		return;
+	if (cuser->set.fsync_always && crdt_journal_sync(cuser->journal, &error) < 0)
+		e_error(cuser->user->event, "crdt: %s", error);
+	T_BEGIN {
+		notify(cuser);
+	} T_END;
+}
+
+const struct crdt_journal_info *crdt_record_info(struct crdt_user *cuser, const char **error_r)
+{
+	if (record_lock(cuser, error_r) < 0)
+		return NULL;
+	crdt_journal_unlock(cuser->journal);
+	return crdt_journal_info(cuser->journal);
+}
+
+uint32_t crdt_record_choose_uidvalidity(struct crdt_user *cuser, bool inbox, uint32_t highest_known,
+					const char **error_r)
+{
+	const struct crdt_journal_info *info;
+	uint32_t value;
+
+	if (record_lock(cuser, error_r) < 0)
+		return 0;
+	info = crdt_journal_info(cuser->journal);
+	if (inbox && !info->inbox_made) {
+		value = crdt_inbox_uidvalidity(cuser->user->username);
+	} else {
+		value = crdt_uidvalidity_next(cuser->set.slot,
+					      I_MAX(info->uidvalidity_high, highest_known));
+		if (value == 0)
+			*error_r = "UIDVALIDITY values are used up";
+	}
+	if (value != 0 && crdt_journal_raise_uidvalidity(cuser->journal, value, error_r) < 0)
+		value = 0;
+	crdt_journal_unlock(cuser->journal);
+	return value;
+}
+
+int crdt_record_know_uidvalidity(struct crdt_user *cuser, bool inbox, uint32_t uidvalidity,
+				 const char **error_r)
+{
+	int ret;
+
+	if (record_lock(cuser, error_r) < 0)
+		return -1;
+	ret = crdt_journal_raise_uidvalidity(cuser->journal, uidvalidity, error_r);
+	if (ret == 0 && inbox)
+		ret = crdt_journal_set_inbox_made(cuser->journal, error_r);
+	crdt_journal_unlock(cuser->journal);
+	return ret;
+}
+
+uint64_t crdt_record_generation(struct crdt_user *cuser)
+{
+	uint64_t generation = 0;
+	const char *dir, *error;
+
+	if (cuser->journal == NULL) {
+		/* Looking at a STATUS is no reason to make one. */
+		if (!mailbox_list_get_root_path(journal_list(cuser), MAILBOX_LIST_PATH_TYPE_CONTROL, &dir) ||
+		    access(t_strconcat(dir, "/" CRDT_JOURNAL_NAME, NULL), F_OK) < 0 ||
+		    record_open(cuser, &error) < 0)
+			return 0;
+	}
+	if (!crdt_journal_generation(cuser->journal, &generation) &&
+	    crdt_record_info(cuser, &error) != NULL)
+		(void)crdt_journal_generation(cuser->journal, &generation);
+	return generation;
+}
+
+void crdt_record_set_error(struct mailbox *box, const char *error)
+{
+	const char *text;
+	enum mail_error code;
+
+	/* The user gets what Dovecot says for a full disk; the log, where. */
+	if (mail_error_from_errno(&code, &text)) {
+		e_error(box->event, "crdt: Change can't be recorded: %s", error);
+		mail_storage_set_error(box->storage, code, text);
+	} else {
+		mailbox_set_critical(box, "crdt: Change can't be recorded: %s", error);
+	}
+}
+
+void crdt_record_deinit(void)
+{
+	i_close_fd(&notify_fd);
+}

@@ -1,0 +1,92 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "crdt-compat.h"
+#include "crdt-settings.h"
+#include "strnum.h"
+#include "../journal/journal.h"
+#include "../crdt/uid.h"
+
+#include <ctype.h>
+
+struct crdt_setting {
+	const char *name;
+	const char *def;		/* NULL: must be set */
+	const char *hint;		/* completes "... must be " */
+	bool (*parse)(const char *value, struct crdt_settings *set);
+};
+
+static bool parse_mode(const char *value, struct crdt_settings *set)
+{
+	if (strcmp(value, "on") == 0)
+		set->mode = CRDT_MODE_ON;
+	else if (strcmp(value, "observe") == 0)
+		set->mode = CRDT_MODE_OBSERVE;
+	else if (strcmp(value, "off") == 0)
+		set->mode = CRDT_MODE_OFF;
+	else
+		return FALSE;
+	return TRUE;
+}
+
+static bool parse_replica(const char *value, struct crdt_settings *set)
+{
+	size_t i, len = strlen(value);
+
+	for (i = 0; i < len; i++) {
+		if (!i_isalnum(value[i]) && strchr("._-", value[i]) == NULL)
+			return FALSE;
+	}
+	set->replica = value;
+	return len > 0 && len <= CRDT_JOURNAL_REPLICA_MAX;
+}
+
+static bool parse_slot(const char *value, struct crdt_settings *set)
+{
+	return str_to_uint(value, &set->slot) == 0 && set->slot < CRDT_SLOTS;
+}
+
+static bool parse_state_dir(const char *value, struct crdt_settings *set)
+{
+	set->state_dir = value;
+	return *value == '/';
+}
+
+static bool parse_fsync(const char *value, struct crdt_settings *set)
+{
+	set->fsync_always = strcmp(value, "always") == 0;
+	return set->fsync_always || strcmp(value, "optimized") == 0;
+}
+
+static const struct crdt_setting settings[] = {
+	/* first: off stops here */
+	{ "crdt_mode", "on", "on, observe or off", parse_mode },
+	{ "crdt_replica", NULL, "the name of this replica: 1 to 64 letters, digits, '.', '_' or '-', "
+		"another one on each worker", parse_replica },
+	{ "crdt_slot", NULL, "a number from 0 to 63, another one on each worker", parse_slot },
+	{ "crdt_state_dir", "/var/lib/dovecot-crdt", "an absolute path", parse_state_dir },
+	{ "crdt_fsync", "optimized", "optimized or always", parse_fsync },
+};
+
+int crdt_settings_read(struct mail_user *user, struct crdt_settings *set_r, const char **error_r)
+{
+	unsigned int i;
+
+	i_zero(set_r);
+	for (i = 0; i < N_ELEMENTS(settings); i++) {
+		const struct crdt_setting *s = &settings[i];
+		const char *value = crdt_compat_setting(user, s->name);
+
+		if (value == NULL && s->def == NULL) {
+			*error_r = t_strdup_printf("crdt: %s is not set in plugin {}: it must be %s",
+						   s->name, s->hint);
+			return -1;
+		}
+		if (!s->parse(value != NULL ? value : s->def, set_r)) {
+			*error_r = t_strdup_printf("crdt: Invalid %s in plugin {}: '%s': it must be %s",
+						   s->name, value, s->hint);
+			return -1;
+		}
+		if (set_r->mode == CRDT_MODE_OFF)
+			return 0;
+	}
+	return 0;
+}

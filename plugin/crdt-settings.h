@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_SETTINGS_H
+#define CRDT_SETTINGS_H
+/* The settings that the mail processes need; conf.d/90-crdt.conf has them all. */
+
+struct mail_user;
+
+enum crdt_mode { CRDT_MODE_ON, CRDT_MODE_OBSERVE, CRDT_MODE_OFF };
+
+struct crdt_settings {
+	enum crdt_mode mode;
+	const char *replica;
+	unsigned int slot;
+	const char *state_dir;
+	bool fsync_always;
+};
+
+/* 0, or -1 and *error_r, a text that says what to do.  Strings belong to the
+ * user.  With mode off nothing else is looked at. */
+int crdt_settings_read(struct mail_user *user, struct crdt_settings *set_r, const char **error_r);
+#endif

@@ -52,6 +52,8 @@ enum ms_uid_policy {
 	MS_UID_HOLD,			/* follower: do nothing, report held and UIDNEXT */
 	MS_UID_OWN,			/* numberer: own UID at or above UIDNEXT and floor */
 };
+/* Mails of one GUID in a mailbox that are told apart after an interruption. */
+#define MS_OTHERS_MAX 8
 struct ms_cmd {
 	enum ms_cmd_kind kind;
 	struct crdt_dot dots[4]; unsigned dots_n;	/* what this makes seen (0: nothing) */
@@ -61,6 +63,12 @@ struct ms_cmd {
 	uint32_t floor;
 	enum ms_uid_policy policy;
 	struct crdt_str key;		/* mail key, copied into the applier record */
+	/* A SAVE or MOVE of this mail was tried and its outcome is not known: a mail
+	 * of this GUID at a UID that is none of `others` is its result.  (Copies
+	 * inside a folder share their GUID.)  It gets its applier record; a MOVE
+	 * goes on with removing c->uid. */
+	bool tried;
+	uint32_t others[MS_OTHERS_MAX]; unsigned others_n;
 	/* SAVE */
 	struct crdt_str guid;
 	struct crdt_content content;
@@ -88,7 +96,7 @@ struct ms_apply {
 	struct crdt_vv seen;
 	struct crdt_numberer numberer;	/* highest known; the mailbox keeps the higher */
 	size_t n; struct ms_cmd *cmds;	/* at most 256; SAVEs ascending by want_uid */
-	bool verify;			/* outcome of an earlier apply is unknown: look for GUIDs first */
+	bool verify;			/* some command has `tried` set */
 	uint32_t uidnext_r;		/* out: UIDNEXT after it */
 };
 

@@ -395,11 +395,6 @@ void node_frame(struct node *n, int64_t now, unsigned storage, const void *p, si
 		node_bodies_link_down(n, storage);
 }
 
-void node_writable(struct node *n, unsigned storage)
-{
-	uplink_pump(n->storages[storage].uplink);
-}
-
 bool node_storage_is_up(const struct node *n, unsigned storage)
 {
 	return uplink_is_up(n->storages[storage].uplink);

@@ -81,8 +81,6 @@ void node_synced(struct node *n, int64_t now);
 /* Does what is due, calls back; returns when to be called again at the latest
  * (INT64_MAX: when something happened).  -1 as time: the database failed. */
 int64_t node_run(struct node *n, int64_t now, char **error_r);
-/* Every queued frame may be tried again: the socket of that daemon has room. */
-void node_writable(struct node *n, unsigned storage);
 
 /* ---- status ---- */
 bool node_storage_is_up(const struct node *n, unsigned storage);

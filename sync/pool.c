@@ -209,8 +209,11 @@ static enum visit_mail engine_open(struct pool *p, struct engine *e, struct visi
 		e->gen = v->gen;
 	}
 	if (v->mail) {
-		if (e->ms == NULL)
+		if (e->ms == NULL) {
 			e->ms = p->cfg.open_mail(p->cfg.ctx, v->user);
+			if (e->r != NULL)
+				replica_set_mailstore(e->r, e->ms);
+		}
 		mail = e->ms == NULL ? VISIT_MAIL_LATER : p->cfg.connect_mail(p->cfg.ctx, e->ms);
 		if (mail != VISIT_MAIL_OK && e->ms != NULL && e->ms->error[0] != '\0')
 			v->error = xstrdup(e->ms->error);

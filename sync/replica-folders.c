@@ -135,13 +135,18 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	return STEP_PROGRESS;
 }
 
-static enum step do_rename(struct replica *r, struct box *b, const char *to, char **error_r)
+static enum step do_rename(struct replica *r, struct box *b, const void *path, size_t len, char **error_r)
 {
 	struct ms_mailbox m = box_ms(b);
+	char *to = strndup(path, len);
+	enum step step = STEP_FAILED;
 
-	if (call_begin(r, error_r) < 0)
-		return STEP_FAILED;
-	return call_end(r, r->ms->rename(r->ms, &m, to), error_r);
+	if (to == NULL)
+		abort();
+	if (call_begin(r, error_r) == 0)
+		step = call_end(r, r->ms->rename(r->ms, &m, to), error_r);
+	free(to);
+	return step;
 }
 
 static enum step do_remove(struct replica *r, struct box *b, char **error_r)
@@ -235,13 +240,13 @@ static enum step make_room(struct replica *r, struct box *there, char **error_r)
 	}
 	replica_mark_folder(r, &there->folders[0]);
 	if (!box_at(r, f.path, f.path_len, &occupant)) {
-		step = do_rename(r, there, (const char *)f.path, error_r);
+		step = do_rename(r, there, f.path, f.path_len, error_r);
 	} else {
 		box_free(&occupant);
 		(void)snprintf(aside, sizeof(aside), "crdt-moving-%02x%02x%02x%02x%02x%02x%02x%02x",
 			       there->guid.b[0], there->guid.b[1], there->guid.b[2], there->guid.b[3],
 			       there->guid.b[4], there->guid.b[5], there->guid.b[6], there->guid.b[7]);
-		step = do_rename(r, there, aside, error_r);
+		step = do_rename(r, there, aside, strlen(aside), error_r);
 	}
 	crdt_folder_free(&f);
 	return step;
@@ -255,7 +260,7 @@ static enum step folder_place(struct replica *r, const struct crdt_folder *f, st
 
 	if (!box_at(r, f->path, f->path_len, &there)) {
 		if (b != NULL && !crdt_id_equal(&f->id, &crdt_inbox_id) && box_all_at(r, b, f->path, f->path_len))
-			return do_rename(r, b, (const char *)f->path, error_r);
+			return do_rename(r, b, f->path, f->path_len, error_r);
 		return do_create(r, f, error_r);
 	}
 	if (there.folders_n > 0 && !box_any_at(r, &there, f->path, f->path_len)) {

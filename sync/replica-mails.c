@@ -342,7 +342,6 @@ static void save_cmd(struct slice *s, const struct crdt_mail_key *key, struct cr
 	s->mails[i] = *m;	/* the slice owns it now */
 	memset(m, 0, sizeof(*m));
 	m = &s->mails[i];
-	c->guid = (struct crdt_str){ s->keys[i].guid, s->keys[i].guid_len };
 	s->lists[i] = calloc(m->keywords_n + 1u, sizeof(struct crdt_str));
 	if (s->lists[i] == NULL)
 		abort();
@@ -520,28 +519,6 @@ static void slice_fill(struct slice *s)
 
 /* ---- outcomes ---- */
 
-static bool box_known(const struct replica *r, const struct crdt_id *guid)
-{
-	for (size_t i = 0; i < r->known_n; i++) {
-		if (crdt_id_equal(&r->known[i], guid))
-			return true;
-	}
-	return false;
-}
-
-static void box_set_known(struct replica *r, const struct crdt_id *guid)
-{
-	if (box_known(r, guid))
-		return;
-	if (r->known_n == r->known_cap) {
-		r->known_cap = r->known_cap == 0 ? 16 : r->known_cap * 2;
-		r->known = realloc(r->known, r->known_cap * sizeof(*r->known));
-		if (r->known == NULL)
-			abort();
-	}
-	r->known[r->known_n++] = *guid;
-}
-
 static void cmd_held(struct slice *s, size_t i)
 {
 	struct replica *r = s->r;
@@ -600,6 +577,8 @@ static int outcomes(struct slice *s, const struct ms_apply *a, char **error_r)
 		s->b = b;
 	}
 	for (size_t i = 0; i < s->n; i++) {
+		if (s->cmds[i].outcome != MS_DONE)
+			mail_tried(r, &s->keys[i], false);
 		switch (s->cmds[i].outcome) {
 		case MS_DONE:
 			break;
@@ -658,6 +637,26 @@ static void slice_sort(struct slice *s)
 	for (size_t i = 0; i < s->n; i++) {
 		(void)crdt_mail_key_decode(s->cmds[i].key.p, s->cmds[i].key.n, &s->keys[i]);
 		s->uids[i] = s->cmds[i].uid;
+		s->cmds[i].guid = (struct crdt_str){ s->keys[i].guid, s->keys[i].guid_len };
+	}
+}
+
+/* Notes which mails are about to be added, so that after a kill in between they
+ * are looked for and not added twice. */
+static void slice_tried(struct slice *s, struct ms_apply *a)
+{
+	for (size_t i = 0; i < s->n; i++) {
+		struct ms_cmd *c = &s->cmds[i];
+
+		if (c->kind != MS_SAVE && c->kind != MS_MOVE)
+			continue;
+		c->tried = mail_was_tried(s->r, &s->keys[i]);
+		if (c->tried) {
+			a->verify = true;
+			c->others_n = mail_others(s->r, &s->b, &s->keys[i], c->others, MS_OTHERS_MAX);
+		} else {
+			mail_tried(s->r, &s->keys[i], true);
+		}
 	}
 }
 
@@ -676,14 +675,13 @@ static int slice_run(struct slice *s, bool *more_r, char **error_r)
 	slice_sort(s);
 	a.n = s->n;
 	a.cmds = s->cmds;
-	a.verify = !box_known(r, &s->b.guid);
+	slice_tried(s, &a);
 	if (replica_txn_commit(r, false, error_r) < 0)
 		return REPLICA_FAILED;
 	res = r->ms->apply(r->ms, &a);
 	*more_r = true;
 	switch (res) {
 	case MS_OK:
-		box_set_known(r, &s->b.guid);
 		return outcomes(s, &a, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
 	case MS_RETRY:
 		return REPLICA_DONE;
@@ -692,7 +690,6 @@ static int slice_run(struct slice *s, bool *more_r, char **error_r)
 			return REPLICA_FAILED;
 		return box_lost(r, &s->b, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
 	default:
-		r->known_n = 0;
 		*error_r = strdup(r->ms->error);
 		return REPLICA_LATER;
 	}

@@ -25,6 +25,7 @@
 #define ROW_DIRTY_SUBSCRIPTION 's'
 #define ROW_DIRTY_MAIL 'd'	/* to do */
 #define ROW_WAIT_BODY 'w'	/* waits for its text */
+#define ROW_TRIED 'y'		/* mail key: a SAVE or MOVE was told, its record not seen yet */
 #define ROW_HELD 'h'		/* held by the UID rule */
 #define ROW_ASIDE 'a'		/* the mail store refused it: tried again in the next session */
 extern const char replica_mail_states[4];	/* the last four */
@@ -66,9 +67,6 @@ struct replica {
 		struct ms_position at[MS_JOURNALS_MAX]; size_t n;
 	} checkpoint;
 	struct ms_position pos[MS_JOURNALS_MAX]; size_t pos_n;	/* journals that exist, and how far they are translated */
-	/* Mailboxes where the outcome of every apply is known; others (after the
-	 * start, after an error) are searched for GUIDs before a mail is saved. */
-	struct crdt_id *known; size_t known_n, known_cap;
 	bool retry_aside;
 	/* Claims and floors that are due: made into ops before the commit. */
 	struct claim { struct crdt_mail_key key; uint32_t validity, uid; bool floor; } *claims;
@@ -151,6 +149,11 @@ void place_put(struct replica *r, const struct crdt_mail_key *key, const struct 
 void mail_row_key(struct crdt_buf *b, char state, const struct crdt_mail_key *key);
 void mail_row_move(struct replica *r, const struct crdt_mail_key *key, char from, char to);
 void mail_rows_clear(struct replica *r, const struct crdt_mail_key *key);
+void mail_tried(struct replica *r, const struct crdt_mail_key *key, bool tried);
+bool mail_was_tried(struct replica *r, const struct crdt_mail_key *key);
+/* Other mails of that GUID in mailbox b: their UIDs; how many. */
+unsigned mail_others(struct replica *r, const struct box *b, const struct crdt_mail_key *key,
+		     uint32_t *uids, unsigned max);
 struct row_key { uint8_t *p; size_t n; };
 /* Copies up to max row keys with a prefix (the rows may then be changed). */
 size_t row_keys(struct replica *r, const void *prefix, size_t plen, const void *from, size_t flen,

@@ -569,6 +569,60 @@ void mail_rows_clear(struct replica *r, const struct crdt_mail_key *key)
 	crdt_buf_free(&v);
 }
 
+void mail_tried(struct replica *r, const struct crdt_mail_key *key, bool tried)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+
+	mail_row_key(&k, ROW_TRIED, key);
+	if (tried)
+		rrows(r)->put(rrows(r), k.data, k.len, "", 0);
+	else
+		del(r, &k);
+	crdt_buf_free(&k);
+}
+
+bool mail_was_tried(struct replica *r, const struct crdt_mail_key *key)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	bool tried;
+
+	mail_row_key(&k, ROW_TRIED, key);
+	tried = get(r, &k, &v);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return tried;
+}
+
+unsigned mail_others(struct replica *r, const struct box *b, const struct crdt_mail_key *key,
+		     uint32_t *uids, unsigned max)
+{
+	enum { COPIES = 16 };
+	struct row_key rows[COPIES];
+	struct crdt_buf k = CRDT_BUF_INIT;
+	unsigned n = 0;
+
+	for (unsigned i = 0; i < b->folders_n; i++) {
+		struct crdt_mail_key other = *key;
+		size_t rows_n;
+
+		other.folder = b->folders[i];
+		crdt_buf_clear(&k);
+		mail_row_key(&k, ROW_MAIL, &other);
+		/* All copy numbers: the key without its last 8 bytes. */
+		rows_n = row_keys(r, k.data, k.len - 8, NULL, 0, rows, COPIES);
+		for (size_t j = 0; j < rows_n && n < max; j++) {
+			struct place p;
+
+			if (crdt_mail_key_decode(rows[j].p + 1, rows[j].n - 1, &other) && place_get(r, &other, &p) &&
+			    crdt_id_equal(&p.box, &b->guid))
+				uids[n++] = p.uid;
+		}
+		row_keys_free(rows, rows_n);
+	}
+	crdt_buf_free(&k);
+	return n;
+}
+
 struct keys_ctx { struct row_key *keys; size_t n, max; };
 
 static bool keys_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)

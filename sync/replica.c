@@ -120,7 +120,6 @@ void replica_close(struct replica **_r)
 	*_r = NULL;
 	if (r->txn != NULL)
 		store_abort(&r->txn);
-	free(r->known);
 	free(r->claims);
 	free(r->user);
 	free(r);

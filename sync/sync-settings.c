@@ -1,0 +1,173 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "lib.h"
+#include "array.h"
+#include "str.h"
+#include "strnum.h"
+#include "var-expand.h"
+#include "settings-parser.h"
+#include "master-service.h"
+#include "master-service-settings.h"
+#include "sync-settings.h"
+
+#include <ctype.h>
+
+/* The section plugin {} is known to Dovecot's config process as a part of the
+ * mail settings.  Asking for those and parsing only this one list of them needs
+ * no lib-storage. */
+struct sync_plugin_settings {
+	ARRAY(const char *) plugin_envs;
+};
+
+static const struct setting_define sync_setting_defines[] = {
+	{ .type = SET_STRLIST, .key = "plugin", .offset = offsetof(struct sync_plugin_settings, plugin_envs) },
+	SETTING_DEFINE_LIST_END
+};
+
+static const struct sync_plugin_settings sync_default_settings = { .plugin_envs = ARRAY_INIT };
+
+const struct setting_parser_info sync_setting_parser_info = {
+	.module_name = "mail",
+	.defines = sync_setting_defines,
+	.defaults = &sync_default_settings,
+	.type_offset = SIZE_MAX,
+	.struct_size = sizeof(struct sync_plugin_settings),
+	.parent_offset = SIZE_MAX,
+};
+
+struct sync_setting {
+	const char *name;
+	const char *def;		/* NULL: must be set */
+	const char *hint;		/* completes "... must be " */
+	bool (*parse)(const char *value, struct sync_settings *set);
+};
+
+static bool parse_mode(const char *value, struct sync_settings *set)
+{
+	if (strcmp(value, "on") == 0)
+		set->mode = SYNC_MODE_ON;
+	else if (strcmp(value, "observe") == 0)
+		set->mode = SYNC_MODE_OBSERVE;
+	else if (strcmp(value, "off") == 0)
+		set->mode = SYNC_MODE_OFF;
+	else
+		return FALSE;
+	return TRUE;
+}
+
+static bool parse_replica(const char *value, struct sync_settings *set)
+{
+	size_t i, len = strlen(value);
+
+	for (i = 0; i < len; i++) {
+		if (!i_isalnum(value[i]) && strchr("._-", value[i]) == NULL)
+			return FALSE;
+	}
+	set->replica = value;
+	return len > 0 && len <= CRDT_NODE_NAME_MAX;
+}
+
+static bool parse_slot(const char *value, struct sync_settings *set)
+{
+	return str_to_uint(value, &set->slot) == 0 && set->slot < CRDT_SLOTS;
+}
+
+static bool parse_storage(const char *value, struct sync_settings *set)
+{
+	const char *const *words = t_strsplit_spaces(value, " \t\n");
+
+	for (; *words != NULL; words++) {
+		struct sync_storage_settings *storage = &set->storages[set->storages_n];
+		const char *eq = strchr(*words, '=');
+
+		if (eq == NULL || eq[1] != '/' || !str_begins(*words, "tcp://") || set->storages_n == NODE_STORAGES_MAX)
+			return FALSE;
+		storage->endpoint = i_strdup_until(*words, eq);
+		storage->key_file = i_strdup(eq + 1);
+		for (unsigned int i = 0; i < set->storages_n; i++) {
+			if (strcmp(set->storages[i].endpoint, storage->endpoint) == 0)
+				return FALSE;
+		}
+		set->storages_n++;
+	}
+	return set->storages_n > 0;
+}
+
+static bool parse_key_file(const char *value, struct sync_settings *set)
+{
+	set->key_file = value;
+	return *value == '/';
+}
+
+static bool parse_state_dir(const char *value, struct sync_settings *set)
+{
+	set->state_dir = value;
+	return *value == '/';
+}
+
+static const struct sync_setting settings[] = {
+	/* first: off stops here */
+	{ "crdt_mode", "on", "on, observe or off", parse_mode },
+	{ "crdt_replica", NULL, "the name of this replica: 1 to 63 letters, digits, '.', '_' or '-', "
+		"another one on each worker", parse_replica },
+	{ "crdt_slot", NULL, "a number from 0 to 63, another one on each worker", parse_slot },
+	{ "crdt_storage", NULL, "a list of 1 to 8 storage daemons, each as "
+		"tcp://host:port=/path/to/its/public.key, separated by spaces, none twice", parse_storage },
+	{ "crdt_key_file", NULL, "the absolute path of this worker's secret key (NAME.key_secret, "
+		"made by crdt-keygen)", parse_key_file },
+	{ "crdt_state_dir", "/var/lib/dovecot-crdt", "an absolute path", parse_state_dir },
+};
+
+static int plugin_setting(const struct sync_plugin_settings *set, const char *name,
+			  const char **value_r, const char **error_r)
+{
+	const char *const *envs;
+	unsigned int i, count;
+	string_t *str;
+
+	*value_r = NULL;
+	if (!array_is_created(&set->plugin_envs))
+		return 0;
+	envs = array_get(&set->plugin_envs, &count);
+	for (i = 0; i + 1 < count; i += 2) {
+		if (strcmp(envs[i], name) == 0)
+			*value_r = envs[i + 1];
+	}
+	if (*value_r == NULL)
+		return 0;
+	/* %{hostname} and the like; there is no user here */
+	str = t_str_new(128);
+	if (var_expand(str, *value_r, NULL, error_r) < 0)
+		return -1;
+	*value_r = i_strdup(str_c(str));
+	return 0;
+}
+
+int sync_settings_read(struct master_service *service, struct sync_settings *set_r, const char **error_r)
+{
+	const struct sync_plugin_settings *plugin_set =
+		master_service_settings_get_others(service)[0];
+
+	i_zero(set_r);
+	set_r->base_dir = i_strdup(master_service_settings_get(service)->base_dir);
+	for (unsigned int i = 0; i < N_ELEMENTS(settings); i++) {
+		const struct sync_setting *s = &settings[i];
+		const char *value, *error;
+
+		if (plugin_setting(plugin_set, s->name, &value, &error) < 0) {
+			*error_r = t_strdup_printf("Invalid %s in plugin {}: %s", s->name, error);
+			return -1;
+		}
+		if (value == NULL && s->def == NULL) {
+			*error_r = t_strdup_printf("%s is not set in plugin {}: it must be %s", s->name, s->hint);
+			return -1;
+		}
+		if (!s->parse(value != NULL ? value : s->def, set_r)) {
+			*error_r = t_strdup_printf("Invalid %s in plugin {}: '%s': it must be %s",
+						   s->name, value, s->hint);
+			return -1;
+		}
+		if (set_r->mode == SYNC_MODE_OFF)
+			return 0;
+	}
+	return 0;
+}

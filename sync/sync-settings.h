@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_SYNC_SETTINGS_H
+#define CRDT_SYNC_SETTINGS_H
+/*
+ * The settings of plugin {} that crdt-sync needs; conf.d/90-crdt.conf has them
+ * all.  Read once at the start; a change needs `doveadm reload`.
+ */
+#include "node.h"
+#include "../wire/zcert.h"
+
+enum sync_mode { SYNC_MODE_ON, SYNC_MODE_OBSERVE, SYNC_MODE_OFF };
+
+struct sync_storage_settings {
+	const char *endpoint;		/* tcp://host:port */
+	const char *key_file;		/* its public key */
+};
+
+struct sync_settings {
+	enum sync_mode mode;
+	const char *replica;
+	unsigned int slot;
+	struct sync_storage_settings storages[NODE_STORAGES_MAX];
+	unsigned int storages_n;
+	const char *key_file;		/* our secret key */
+	const char *state_dir;
+	const char *base_dir;
+};
+
+struct master_service;
+/* What master_service_settings_read() must be asked for. */
+struct setting_parser_info;
+extern const struct setting_parser_info sync_setting_parser_info;
+/* 0, or -1 and *error_r, a text that says what to do.  Strings live as long as
+ * the process.  With mode off nothing else is looked at. */
+int sync_settings_read(struct master_service *service, struct sync_settings *set_r, const char **error_r);
+#endif

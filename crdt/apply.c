@@ -137,6 +137,10 @@ static void folder_number(struct folder_edit *e, const struct crdt_op_folder *of
 		heard.numberer.term = 1;
 		heard.numberer.slot = (uint8_t)crdt_origin_slot(e->op->dot.origin);
 	}
+	/* A mailbox can show several folders: its mails are then claimed under the
+	 * UIDVALIDITY of one of them, which is none of the others' business. */
+	if (e->op->kind != CRDT_OP_CREATE && e->op->kind != CRDT_OP_TAKEOVER && of->validity != f->validity)
+		return;
 	if (of->validity == 0 || !crdt_uid_folder_join(&new, &heard))
 		return;
 	if (new.validity != old.validity)

@@ -79,8 +79,8 @@ uint32_t crdt_uid_own_run(unsigned int slot, uint32_t next);
 
 /* UIDVALIDITY of a new mailbox: the smallest 64*k + slot, k >= 1, above
  * highest_known, the highest UIDVALIDITY that this replica knows in any folder
- * of the user, removed ones included (plus CRDT_UIDVALIDITY_GAP, in an
- * incarnation restored from a backup). So no value is chosen twice.
+ * of the user, removed ones included (plus CRDT_UIDVALIDITY_GAP for each time
+ * that this replica came from a backup). So no value is chosen twice.
  * Returns 0 if slot is not 0..63 or nothing is left. */
 uint32_t crdt_uidvalidity_next(unsigned int slot, uint32_t highest_known);
 

@@ -22,7 +22,8 @@
  *      saw, and mails new to it not below that. Excused is what no rule can
  *      do: the replica knew nothing of a takeover under which the client had
  *      seen the folder (for new mails: or two takeovers behind them knew
- *      nothing of each other).
+ *      nothing of each other); a restore counts as a takeover. And a takeover
+ *      that was killed between raising UIDNEXT and its op: nobody can know.
  *  at rest: every replica shows each mail, once, at its claim, all the same;
  *      and rest comes, whether or not a numberer is alive.
  */
@@ -62,6 +63,7 @@ enum fault {
 	FAULT_RULE7,    /* the claim is recorded before the UID is given */
 	FAULT_RULE7B,   /* UIDs and claims are not compared after a crash */
 	FAULT_RULE8,    /* claims under another UIDVALIDITY count */
+	FAULT_RULE9,    /* claims are shown and recorded in any order */
 	FAULT_RULE10,   /* a new incarnation takes the usual gap */
 	FAULT_FETCH,    /* a new incarnation does not fetch what others hold */
 	FAULT_STATED,   /* what a takeover states of UIDNEXT is not used */
@@ -72,7 +74,7 @@ enum fault {
 
 static const char *const fault_names[FAULT_COUNT] = {
 	"none", "everyone", "rule1", "rule2", "rule3", "rule4", "rule5",
-	"rule6", "rule7", "rule7b", "rule8", "rule10", "fetch", "stated", "release",
+	"rule6", "rule7", "rule7b", "rule8", "rule9", "rule10", "fetch", "stated", "release",
 	"reopen",
 };
 
@@ -126,7 +128,8 @@ struct mail {
 	uint8_t origin, seq;   /* op that set the claim */
 	uint8_t lost;          /* FAULT_RULE7B: never to be recorded */
 	uint8_t unnumbered;    /* waits for a UID until all is fetched */
-	uint8_t pad[2];
+	uint8_t late;          /* the text is not here yet: cannot be shown */
+	uint8_t pad;
 };
 
 struct replica {
@@ -141,7 +144,7 @@ struct replica {
 	uint8_t applied[ORIGINS];
 	uint8_t settled[ORIGINS];
 	uint8_t heard[ORIGINS][ORIGINS]; /* settled vectors of the others */
-	uint8_t restored; /* the incarnation came from a backup */
+	uint8_t restored; /* how often it came from a backup */
 	uint8_t fetching; /* and has not fetched all yet */
 	uint8_t numberer; /* its log */
 	uint8_t pad[3];
@@ -168,7 +171,7 @@ struct client {
 /* What may still happen, besides deliveries and what follows from them. */
 struct budget {
 	uint8_t mails, opens, halves, expunges, stores, releases, resets,
-		restores, doubles, pad[7];
+		restores, doubles, lates, pad[6];
 };
 
 struct state {
@@ -184,6 +187,7 @@ struct state {
 	uint16_t log[ORIGINS][OPS]; /* indexes into pool */
 	/* what each takeover knew, itself included; follows from the logs */
 	uint64_t past[ORIGINS * TAKEOVERS];
+	uint64_t halves; /* which of them a kill cut short */
 	struct replica rep[REPLICAS];
 	struct client client[CLIENTS];
 	struct ghost ghost[GHOSTS];
@@ -338,7 +342,7 @@ decide(const struct replica *rep, const struct mail *mail, uint32_t *uid_r)
 	enum crdt_uid_verdict verdict;
 
 	*uid_r = 0;
-	if (!is_live(mail))
+	if (!is_live(mail) || (mail->late && mail->shown == 0))
 		return CRDT_UID_KEEP;
 	switch (opt.fault) {
 	case FAULT_EVERYONE:
@@ -376,6 +380,24 @@ decide(const struct replica *rep, const struct mail *mail, uint32_t *uid_r)
 	if (verdict == CRDT_UID_RECORD_CLAIM && mail->lost)
 		return CRDT_UID_KEEP;
 	return verdict;
+}
+
+/* Rule 9: mails are shown at claims, and claims recorded, in ascending order. */
+static bool is_turn(const struct state *s, const struct replica *rep,
+		    enum crdt_uid_verdict verdict, uint32_t uid)
+{
+	uint32_t other;
+
+	if (opt.fault == FAULT_RULE9 ||
+	    (verdict != CRDT_UID_SHOW_AT_CLAIM &&
+	     verdict != CRDT_UID_RECORD_CLAIM))
+		return true;
+	for (unsigned int m = 0; m < s->mails; m++) {
+		if (decide(rep, &rep->mails[m], &other) == verdict &&
+		    other < uid)
+			return false;
+	}
+	return true;
 }
 
 /* True if the mail waits for a step of this replica. */
@@ -530,7 +552,8 @@ static void client_compare(const struct state *s, const struct client *c)
 	if (rep->folder.validity != c->validity)
 		return;
 	for (unsigned int i = 0; i < c->views; i++) {
-		if ((c->view[i].known & ~rep->served) != 0) {
+		if ((c->view[i].known & ~rep->served) != 0 ||
+		    (c->view[i].known & s->halves) != 0) {
 			stats.excused++;
 			continue;
 		}
@@ -591,10 +614,19 @@ static void show(struct state *s, unsigned int r, unsigned int m, uint32_t uid)
 		set_next(rep, uid + 1);
 }
 
+/* What rep has applied counts as settled when every mail has its answer, and
+ * the answer is recorded. */
 static void settle_vector(const struct state *s, struct replica *rep)
 {
-	if (opt.reclaim && !has_pending(s, rep))
-		memcpy(rep->settled, rep->applied, ORIGINS);
+	if (!opt.reclaim || has_pending(s, rep))
+		return;
+	for (unsigned int m = 0; m < s->mails; m++) {
+		const struct mail *mail = &rep->mails[m];
+
+		if (mail->late && mail->shown == 0 && is_live(mail))
+			return;
+	}
+	memcpy(rep->settled, rep->applied, ORIGINS);
 }
 
 /* Appends an op to the log of r. Its effect on r itself is done already. */
@@ -727,12 +759,16 @@ static void step_drop(struct state *s, unsigned int r, unsigned int m)
 static void settle(struct state *s, unsigned int r)
 {
 	struct replica *rep = &s->rep[r];
+	uint32_t uid;
 
-	for (unsigned int n = 0; n < 100 && has_pending(s, rep); n++) {
+	while (violation == NULL && has_pending(s, rep)) {
 		for (unsigned int m = 0; m < s->mails; m++) {
-			if (rep->mails[m].lower != 0)
+			const struct mail *mail = &rep->mails[m];
+
+			if (mail->lower != 0)
 				step_drop(s, r, m);
-			step_mail(s, r, m, END_WHOLE);
+			if (is_turn(s, rep, decide(rep, mail, &uid), uid))
+				step_mail(s, r, m, END_WHOLE);
 		}
 	}
 }
@@ -871,6 +907,7 @@ static void take_over(struct state *s, unsigned int r, bool half)
 	struct replica *rep = &s->rep[r];
 	struct crdt_uid_folder folder;
 	uint32_t stated = rep->folder.next;
+	uint64_t known = rep->known;
 	unsigned int doubts;
 
 	if (!takeover_plan(rep, &folder)) {
@@ -887,6 +924,7 @@ static void take_over(struct state *s, unsigned int r, bool half)
 	set_next(rep, max32(folder.next, rep->next));
 	if (half) {
 		note_takeover(s, rep);
+		s->halves |= rep->known & ~known;
 		rep->served = 0;
 		return;
 	}
@@ -1026,7 +1064,7 @@ static void step_reset(struct state *s, unsigned int r)
 {
 	struct replica *rep = &s->rep[r];
 	uint32_t highest = rep->folder.validity +
-		(rep->restored ? CRDT_UIDVALIDITY_GAP : 0);
+		rep->restored * CRDT_UIDVALIDITY_GAP;
 	struct crdt_uid_folder folder = {
 		.validity = crdt_uidvalidity_next(rep->slot, highest),
 		.numberer = { .term = 1, .slot = rep->slot },
@@ -1171,7 +1209,8 @@ static void step_restore(struct state *s, unsigned int r,
 	*rep = *copy;
 	rep->origin = s->origins++;
 	rep->takeovers = 0;
-	rep->restored = rep->fetching = 1;
+	rep->restored++;
+	rep->fetching = 1;
 	for (bool more = true; more; ) {
 		more = false;
 		for (o = 0; o < s->origins; o++) {
@@ -1201,6 +1240,7 @@ static void step_restore(struct state *s, unsigned int r,
 
 enum action_type {
 	ACT_MAIL, ACT_DOUBLE, ACT_DROP, ACT_DELIVER, ACT_DELIVER_KEEP,
+	ACT_LATE, ACT_TEXT,
 	ACT_APPEND, ACT_OPEN, ACT_CLOSE, ACT_HALF, ACT_EXPUNGE, ACT_STORE,
 	ACT_RELEASE, ACT_RESET, ACT_LOOK
 };
@@ -1238,6 +1278,14 @@ static void list_own(const struct state *s, struct actions *list)
 
 			if (mail->lower != 0)
 				add(list, ACT_DROP, r, m);
+			if (mail->late && mail->shown == 0)
+				add(list, ACT_TEXT, r, m);
+			if (!is_turn(s, rep, v, uid))
+				continue;
+			if (s->budget.lates > 0 && mail->shown == 0 &&
+			    (v == CRDT_UID_SHOW_AT_CLAIM ||
+			     v == CRDT_UID_CLAIM_OWN))
+				add(list, ACT_LATE, r, m);
 			if (v == CRDT_UID_KEEP || v == CRDT_UID_HOLD)
 				continue;
 			if (mail->lower == 0 || v == CRDT_UID_RECORD_CLAIM ||
@@ -1322,6 +1370,14 @@ static void apply(struct state *s, const struct action *a)
 		break;
 	case ACT_DELIVER_KEEP:
 		step_deliver(s, a->r, a->x, ~0u);
+		break;
+	case ACT_LATE:
+		b->lates--;
+		s->rep[a->r].mails[a->x].late = 1;
+		break;
+	case ACT_TEXT:
+		trace("%c has the text of mail %u\n", name_of(a->r), a->x);
+		s->rep[a->r].mails[a->x].late = 0;
 		break;
 	case ACT_APPEND:
 		b->mails--;
@@ -1520,7 +1576,7 @@ static void drain(struct state *s)
 {
 	static struct actions list;
 
-	s->budget.doubles = 0;
+	s->budget.doubles = s->budget.lates = 0;
 	for (unsigned int n = 0; violation == NULL; n++) {
 		bool any = false;
 
@@ -1544,6 +1600,13 @@ static void random_budget(struct budget *b)
 	b->mails = (uint8_t)(1 + rng(MAILS));
 	b->opens = (uint8_t)rng(7);
 	b->doubles = (uint8_t)rng(4);
+	b->lates = (uint8_t)(rng(2) == 0 ? rng(6) : 0);
+	if (rng(4) == 0) {
+		/* nothing but deliveries and sessions */
+		b->opens = (uint8_t)(4 + rng(10));
+		b->releases = (uint8_t)(opt.release && causal ? rng(7) : 0);
+		return;
+	}
 	b->halves = (uint8_t)(rng(4) == 0 ? rng(3) : 0);
 	b->expunges = (uint8_t)(rng(2) == 0 ? rng(4) : 0);
 	b->stores = (uint8_t)(rng(2) == 0 ? rng(4) : 0);
@@ -1627,12 +1690,12 @@ static void random_run(uint64_t seed)
 			continue;
 		}
 		if (rng(100) == 0) {
-			uint8_t doubles = s.budget.doubles;
+			struct budget budget = s.budget;
 
 			drain(&s);
 			if (violation == NULL && numberer_alive(&s, alive))
 				check_rest(&s, alive);
-			s.budget.doubles = doubles;
+			s.budget = budget;
 			continue;
 		}
 		list.count = 0;
@@ -1668,6 +1731,7 @@ static void calm_run(uint64_t seed)
 	state_init(&s, true);
 	random_budget(&s.budget);
 	s.budget.resets = s.budget.doubles = s.budget.halves = 0;
+	s.budget.lates = 0;
 	for (unsigned int n = 0; n < 40 && violation == NULL; n++) {
 		list.count = 0;
 		list_outside(&s, &list);
@@ -1727,20 +1791,36 @@ struct small_case {
 };
 
 static const struct small_case cases[] = {
-	{ "2 replicas, 1 mail, 2 sessions", 2, true,
-	  { .mails = 1, .opens = 2 }, true },
-	{ "2 replicas, 2 mails, 1 session", 2, true,
-	  { .mails = 2, .opens = 1 }, true },
 	{ "2 replicas, both create, 2 mails", 2, false,
 	  { .mails = 2 }, true },
-	{ "2 replicas, 1 mail, 1 session, kills", 2, true,
-	  { .mails = 1, .opens = 1, .doubles = 2, .halves = 1 }, true },
-	{ "2 replicas, 1 mail, 2 sessions, 1 release", 2, true,
+	{ "2 replicas, 1 mail, 2 sessions, kills", 2, true,
+	  { .mails = 1, .opens = 2, .doubles = 2, .halves = 1 }, true },
+	{ "2 replicas, 2 mails, 1 session", 2, true,
+	  { .mails = 2, .opens = 1 }, true },
+	{ "2 replicas, 2 mails, 2 sessions", 2, true,
+	  { .mails = 2, .opens = 2 }, true },
+	{ "2 replicas, 1 mail, 2 sessions, release", 2, true,
 	  { .mails = 1, .opens = 2, .releases = 1 }, true },
+	{ "2 replicas, 2 mails, 1 session, expunge, store", 2, true,
+	  { .mails = 2, .opens = 1, .expunges = 1, .stores = 1 }, false },
+	{ "2 replicas, 1 mail, 1 session, new UIDVALIDITY", 2, true,
+	  { .mails = 1, .opens = 1, .resets = 1 }, true },
+	{ "2 replicas, 1 mail, 2 new UIDVALIDITYs", 2, true,
+	  { .mails = 1, .resets = 2 }, true },
 	{ "3 replicas, 1 mail, 1 session", 3, true,
 	  { .mails = 1, .opens = 1 }, true },
-	{ "2 replicas, 2 mails, 2 sessions", 2, true,
-	  { .mails = 2, .opens = 2 }, false },
+	{ "3 replicas, 1 mail, 2 sessions", 3, true,
+	  { .mails = 1, .opens = 2 }, false },
+	{ "3 replicas, all create, 2 mails", 3, false,
+	  { .mails = 2 }, true },
+	{ "3 replicas, 2 mails, 1 session", 3, true,
+	  { .mails = 2, .opens = 1 }, false },
+	{ "2 replicas, 3 mails, 1 session", 2, true,
+	  { .mails = 3, .opens = 1 }, false },
+	{ "2 replicas, 2 mails, 2 sessions, release", 2, true,
+	  { .mails = 2, .opens = 2, .releases = 1 }, false },
+	{ "4 replicas, 1 mail, 1 session", 4, true,
+	  { .mails = 1, .opens = 1 }, false },
 };
 
 static uint64_t *table;
@@ -1877,7 +1957,7 @@ static bool exhaust(const struct small_case *sc, bool quiet)
 	rests = 0;
 	n_rep = sc->replicas;
 	n_clients = 1;
-	causal = false;
+	causal = sc->budget.releases > 0;
 	lazy_clients = false;
 	state_init(&s, sc->created);
 	s.budget = sc->budget;

@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_APPLY_TXN_H
+#define CRDT_APPLY_TXN_H
+/*
+ * One transaction of the applier on one mailbox.  Its index transaction also
+ * carries our header extension (what is applied now, numberer, stamp), and while
+ * the index log is locked for it, its applier records go into the journal:
+ *
+ *   [uidlist]  index log  journal  commit  append  unlock all
+ *
+ * So the journal has the changes of a mailbox in their order, whoever makes
+ * them, and a recorder that holds the index-log lock reads exactly what had been
+ * applied.  A kill between commit and append leaves a change without a record,
+ * which ms_apply.verify finds; a record without its change cannot be.
+ *
+ * New mails get their UIDs late: when Dovecot, committing, has the lock under
+ * which it chooses UIDs itself (the same on Maildir, sdbox and mdbox).
+ *
+ * New mails that a mailbox sync of this process finds (files dropped in, saves
+ * of killed processes) are recorded as the plugin does: a native APPEND, before
+ * the commit.
+ */
+#include "worker.h"
+#include "mail-index-private.h"
+#include "mail-index-transaction-private.h"
+#include "../journal/mailbox-ext.h"
+
+/* The UID that a new mail is to have. */
+struct apply_uid {
+	uint32_t want;			/* 0: an own one, at or above floor */
+	uint32_t floor;
+	struct crdt_str key;		/* for the record */
+	uint32_t uid;			/* out: what it got; 0: UIDs are used up */
+};
+
+struct apply_txn {
+	union mail_index_transaction_module_context module_ctx;
+	struct worker_user *user;
+	struct mailbox *box;
+	struct mailbox_transaction_context *t;
+	struct mail_index_transaction *itrans;
+	pool_t pool;
+	struct crdt_id guid;
+
+	/* For the header extension: raised to these. */
+	const struct crdt_vv *seen;
+	struct crdt_numberer numberer;
+	ARRAY(struct apply_uid) uids;	/* of the mails saved, in that order */
+	/* Adds records other than APPENDs of saved mails; head is the index as of
+	 * now, under the lock.  May be NULL. */
+	void (*records)(struct apply_txn *txn, struct mail_index_view *head);
+	void *context;
+
+	ARRAY(struct crdt_jrec) recs;
+	const char *error;		/* the change was made, its record was not */
+	bool committed;
+};
+
+/* seen must live as long as txn. */
+void apply_txn_begin(struct apply_txn *txn, struct worker_user *user, struct mailbox *box,
+		     enum mailbox_transaction_flags flags, const struct crdt_vv *seen,
+		     const struct crdt_numberer *numberer);
+/* MS_TEMP: outcome unknown (or, txn->committed: done, but not recorded). */
+int apply_txn_commit(struct apply_txn *txn, const char **error_r);
+void apply_txn_rollback(struct apply_txn *txn);
+
+/* A record of this mailbox, to be filled in. */
+struct crdt_jrec *apply_txn_record(struct apply_txn *txn, enum crdt_jrec_kind kind);
+/* FLAGS or EXPUNGE of these UIDs, ascending: as many records as it takes, each a
+ * copy of template. */
+void apply_txn_record_uids(struct apply_txn *txn, const struct crdt_jrec *template,
+			   const ARRAY_TYPE(uint32_t) *uids);
+/* A mail of APPEND records, in order of UID. */
+struct crdt_jrec_mail *apply_txn_record_mail(struct apply_txn *txn, uint32_t uid, uint8_t flags,
+					     const struct crdt_str *keywords, unsigned keywords_n,
+					     const struct crdt_str *key);
+/* The same with flags and keywords as in the index. */
+void apply_txn_record_found(struct apply_txn *txn, struct mail_index_view *head, uint32_t seq,
+			    const struct crdt_str *key);
+
+/*
+ * Fills in uid of all as if they were saved now; FALSE: one wants a UID below
+ * next.  numbering: of the header extension.
+ */
+bool apply_uids_choose(struct apply_uid *uids, unsigned n, unsigned slot, uint32_t next,
+		       const struct crdt_uid_folder *numbering);
+
+/* Locks that keep UIDNEXT where it is until the next commit, where the format has
+ * one that can be taken before (Maildir's uidlist).  MS_TEMP. */
+int apply_uids_lock(struct mailbox *box, const char **error_r);
+void apply_uids_unlock(struct mailbox *box);
+/* UIDNEXT of the synced mailbox; exact while locked. */
+uint32_t apply_uidnext(struct mailbox *box);
+
+/* The header extension at the head of the index; exact under the log's lock. */
+void apply_ext_read(struct mailbox *box, struct crdt_mailbox_ext *ext_r);
+/* Locks the index log and maps its head, unless it is locked: then *unlock_r is FALSE. */
+int apply_log_lock(struct mail_index *index, bool *unlock_r);
+void apply_log_unlock(struct mail_index *index);
+
+/* What syncs of this mailbox find is recorded from now on (until it is closed:
+ * apply_unwatch()).  quiet: all of it is known, as after a change of
+ * UIDVALIDITY. */
+void apply_watch(struct worker_user *user, struct mailbox *box, const struct crdt_id *guid);
+void apply_unwatch(struct mailbox *box);
+void apply_watch_quiet(struct mailbox *box, bool quiet);
+#endif

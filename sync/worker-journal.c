@@ -1,0 +1,460 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The user's journals: reading with what only the mails can tell, trimming,
+ * applier records. */
+#include "worker.h"
+#include "mail-user.h"
+
+#include <dirent.h>
+
+/* How often a mail that cannot be read stops the reading (the trouble may pass)
+ * before it is passed over. */
+#define UNREADABLE_TRIES 3
+
+struct journals {
+	unsigned n;
+	struct {
+		struct crdt_journal *j;
+		const char *path;	/* of one that was set aside */
+		struct stat st;
+	} e[MS_JOURNALS_MAX];	/* oldest first; the current one, if any, last */
+	bool have_current;
+	bool complete;		/* all that were set aside are here */
+};
+
+/* Journals */
+
+/* a was closed before b began. */
+static bool journal_is_older(struct crdt_journal *a, const struct stat *a_st,
+			     struct crdt_journal *b, const struct stat *b_st)
+{
+	const struct crdt_journal_info *ai = crdt_journal_info(a), *bi = crdt_journal_info(b);
+
+	if (crdt_vv_get(&bi->closed, ai->origin) > 0)
+		return TRUE;
+	if (crdt_vv_get(&ai->closed, bi->origin) > 0)
+		return FALSE;
+	if (ai->closed.n != bi->closed.n)
+		return ai->closed.n < bi->closed.n;
+	return a_st->st_mtime < b_st->st_mtime;
+}
+
+static void journals_insert(struct journals *js, struct crdt_journal *j, const char *path,
+			    const struct stat *st)
+{
+	unsigned i = js->n;
+
+	/* keep the oldest; room for the current one is kept */
+	if (i == MS_JOURNALS_MAX - 1) {
+		js->complete = FALSE;
+		if (!journal_is_older(j, st, js->e[i - 1].j, &js->e[i - 1].st)) {
+			crdt_journal_close(&j);
+			return;
+		}
+		i--;
+		crdt_journal_close(&js->e[i].j);
+	} else {
+		js->n++;
+	}
+	for (; i > 0 && journal_is_older(j, st, js->e[i - 1].j, &js->e[i - 1].st); i--)
+		js->e[i] = js->e[i - 1];
+	js->e[i].j = j;
+	js->e[i].path = path;
+	js->e[i].st = *st;
+}
+
+static int journals_set_aside(struct worker_user *user, struct journals *js, const char **error_r)
+{
+	const char *prefix = CRDT_JOURNAL_NAME".";
+	struct dirent *d;
+	DIR *dir = opendir(user->control_dir);
+	int ret = MS_OK;
+
+	if (dir == NULL) {
+		if (errno == ENOENT || errno == ENOTDIR)
+			return MS_OK;
+		*error_r = t_strdup_printf("opendir(%s) failed: %m", user->control_dir);
+		return MS_TEMP;
+	}
+	while (ret == MS_OK && (d = readdir(dir)) != NULL) {
+		const char *hex = d->d_name + strlen(prefix), *path;
+		struct crdt_journal *j;
+		struct stat st;
+
+		if (strncmp(d->d_name, prefix, strlen(prefix)) != 0 ||
+		    strlen(hex) != 16 || strspn(hex, "0123456789abcdef") != 16)
+			continue;
+		path = t_strconcat(user->control_dir, "/", d->d_name, NULL);
+		if (stat(path, &st) < 0 && errno == ENOENT)
+			continue;
+		j = crdt_journal_open_file(path, error_r);
+		if (j == NULL)
+			ret = MS_TEMP;
+		else
+			journals_insert(js, j, path, &st);
+	}
+	(void)closedir(dir);
+	return ret;
+}
+
+static void journals_close(struct worker_user *user, struct journals *js)
+{
+	for (unsigned i = 0; i < js->n; i++) {
+		if (js->e[i].j != user->journal)
+			crdt_journal_close(&js->e[i].j);
+	}
+}
+
+/* Locks and unlocks: info is fresh, a replaced file is followed. */
+static int journal_refresh(struct worker_user *user, const char **error_r)
+{
+	if (crdt_journal_lock(user->journal, error_r) < 0)
+		return MS_TEMP;
+	crdt_journal_unlock(user->journal);
+	return MS_OK;
+}
+
+static int journals_open(struct worker_user *user, struct journals *js, const char **error_r)
+{
+	int ret;
+
+	i_zero(js);
+	js->complete = TRUE;
+	/* The current one first: what is set aside by a mail process from now on
+	 * is read another time. */
+	ret = worker_journal_get(user, FALSE, error_r);
+	if (ret == MS_OK)
+		ret = journal_refresh(user, error_r);
+	js->have_current = ret == MS_OK;
+	if (ret != MS_OK && ret != MS_GONE)
+		return ret;
+	if ((ret = journals_set_aside(user, js, error_r)) != MS_OK) {
+		journals_close(user, js);
+		return ret;
+	}
+	if (js->have_current)
+		js->e[js->n++].j = user->journal;
+	return MS_OK;
+}
+
+/* Reading */
+
+struct read_ctx {
+	struct worker_conn *conn;
+	struct worker_user *user;
+	crdt_origin journal;
+	unsigned records;
+	uint64_t bytes;
+	bool more;
+	int ret;
+	const char *error;		/* of ret, in pool */
+	pool_t pool;
+};
+
+static int read_fail(struct read_ctx *ctx, int ret, const char *error)
+{
+	ctx->ret = ret;
+	ctx->error = p_strdup(ctx->pool, error);
+	return ret;
+}
+
+/* A mail that is there and cannot be read: the third time it counts as gone, so
+ * that one broken file does not hold back everything behind it. */
+static bool unreadable_is_gone(struct read_ctx *ctx, uint64_t seq, struct mail *mail)
+{
+	static struct { crdt_origin journal; uint64_t seq; uint32_t uid; unsigned tries; } last;
+	const char *error = mailbox_get_last_internal_error(mail->box, NULL);
+
+	if (last.journal != ctx->journal || last.seq != seq || last.uid != mail->uid) {
+		last.journal = ctx->journal;
+		last.seq = seq;
+		last.uid = mail->uid;
+		last.tries = 0;
+	}
+	error = t_strdup_printf("mailbox %s: UID %u: %s", mail->box->vname, mail->uid, error);
+	if (++last.tries < UNREADABLE_TRIES) {
+		read_fail(ctx, MS_TEMP, error);
+		return FALSE;
+	}
+	e_error(ctx->user->event, "crdt: Mail cannot be read and is not replicated: %s", error);
+	return TRUE;
+}
+
+/* 1; 0: it is not there any more; -1: ctx->ret says why the reading ends. */
+static int mail_tell(struct read_ctx *ctx, uint64_t seq, struct mail *mail, struct worker_msg *msg,
+		     buffer_t *text, size_t text_max)
+{
+	enum mail_error code;
+	const char *guid;
+	time_t received;
+
+	if (worker_mail_guid(mail, &guid) == 0 &&
+	    mail_get_received_date(mail, &received) == 0 &&
+	    worker_mail_text(mail, &msg->mail.content, &msg->mail.size, text, text_max) == 0) {
+		msg->mail.guid = worker_str(guid);
+		msg->mail.received = received;
+		return 1;
+	}
+	code = mailbox_get_last_mail_error(mail->box);
+	if (mail->expunged || code == MAIL_ERROR_EXPUNGED || code == MAIL_ERROR_NOTFOUND)
+		return 0;
+	return unreadable_is_gone(ctx, seq, mail) ? 0 : -1;
+}
+
+static int mail_send(struct read_ctx *ctx, uint64_t seq, struct mail *mail, uint32_t uid, size_t *room)
+{
+	struct worker_msg msg = { .type = WORKER_MAIL };
+	buffer_t *text = t_buffer_create(16 * 1024);
+	int ret = 0;
+
+	if (mail != NULL && mail_set_uid(mail, uid)) {
+		ret = mail_tell(ctx, seq, mail, &msg, text, I_MIN(CRDT_BODY_RIDE, *room));
+		if (ret < 0)
+			return -1;
+	}
+	msg.mail.gone = ret == 0;
+	if (ret > 0 && text->used == msg.mail.size) {
+		msg.data.p = text->data;
+		msg.data.n = text->used;
+		*room -= text->used;
+	}
+	worker_send(ctx->conn, &msg);
+	worker_alive(ctx->conn);
+	ctx->bytes += msg.data.n;
+	return 0;
+}
+
+/* The mails of a native APPEND. */
+static int mails_send(struct read_ctx *ctx, const struct crdt_jrec *rec)
+{
+	struct ms_mailbox msbox = { .guid = rec->mailbox, .uidvalidity = rec->uidvalidity };
+	struct mailbox_transaction_context *t = NULL;
+	struct mailbox *box;
+	struct mail *mail = NULL;
+	const char *error;
+	size_t room = WORKER_RECORD_TEXTS;
+	int ret = worker_box_open(ctx->user, &ctx->user->box, &msbox, &box, &error);
+
+	if (ret == MS_OK) {
+		t = mailbox_transaction_begin(box, 0, "crdt read");
+		mail = mail_alloc(t, MAIL_FETCH_GUID | MAIL_FETCH_RECEIVED_DATE, NULL);
+	} else if (ret != MS_GONE && ret != MS_RETRY) {
+		return read_fail(ctx, ret, error);
+	}
+	/* else: the mailbox, or the numbering that the record is about, has gone */
+	ret = 0;
+	for (unsigned i = 0; i < rec->mails_n && ret == 0; i++) T_BEGIN {
+		ret = mail_send(ctx, rec->seq, mail, rec->mails[i].uid, &room);
+	} T_END;
+	if (mail != NULL) {
+		mail_free(&mail);
+		(void)mailbox_transaction_commit(&t);
+	}
+	return ret < 0 ? ctx->ret : MS_OK;
+}
+
+static bool record_read(void *context, const struct crdt_jrec *rec)
+{
+	struct read_ctx *ctx = context;
+	struct worker_msg msg = { .type = WORKER_RECORD, .journal = ctx->journal };
+	struct crdt_buf buf = CRDT_BUF_INIT;
+
+	if (ctx->records >= WORKER_READ_RECORDS || ctx->bytes >= WORKER_READ_BYTES) {
+		ctx->more = TRUE;
+		return FALSE;
+	}
+	T_BEGIN {
+		if (rec->kind == CRDT_JREC_APPEND && !rec->applier)
+			ctx->ret = mails_send(ctx, rec);
+	} T_END;
+	if (ctx->ret == MS_OK && crdt_jrec_kind_known(rec->kind)) {
+		crdt_jrec_encode(&buf, rec);
+		if (buf.failed)
+			i_fatal_status(FATAL_OUTOFMEM, "out of memory");
+		msg.data.p = buf.data;
+		msg.data.n = buf.len;
+		worker_send(ctx->conn, &msg);
+		ctx->records++;
+		ctx->bytes += buf.len;
+		crdt_buf_free(&buf);
+	}
+	return ctx->ret == MS_OK && !worker_conn_failed(ctx->conn);
+}
+
+static uint64_t position_of(const struct worker_msg *req, crdt_origin journal)
+{
+	for (unsigned i = 0; i < req->pos_n; i++) {
+		if (req->pos[i].journal == journal)
+			return req->pos[i].seq;
+	}
+	return 0;
+}
+
+static void journals_read(struct read_ctx *ctx, struct journals *js, const struct worker_msg *req)
+{
+	for (unsigned i = 0; i < js->n && ctx->ret == MS_OK && !ctx->more; i++) {
+		struct crdt_journal *j = js->e[i].j;
+		const char *error;
+
+		if (j == ctx->user->journal && !js->complete)
+			break;	/* first what was set aside */
+		ctx->journal = crdt_journal_info(j)->origin;
+		if (crdt_journal_read(j, position_of(req, ctx->journal) + 1, record_read, ctx, &error) < 0)
+			read_fail(ctx, MS_FAIL, error);
+	}
+}
+
+int worker_read(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
+		bool *more_r, const char **error_r)
+{
+	struct worker_msg msg = { .type = WORKER_JOURNALS };
+	struct read_ctx ctx = { .conn = conn, .user = user };
+	struct journals js;
+	int ret = journals_open(user, &js, error_r);
+
+	if (ret != MS_OK)
+		return ret;
+	worker_body_free(&user->body);
+	ctx.pool = pool_alloconly_create("crdt read", 512);
+	journals_read(&ctx, &js, req);
+	msg.pos_n = js.n;
+	for (unsigned i = 0; i < js.n; i++) {
+		const struct crdt_journal_info *info = crdt_journal_info(js.e[i].j);
+
+		msg.pos[i].journal = info->origin;
+		msg.pos[i].seq = info->next_seq - 1;
+	}
+	worker_send(conn, &msg);
+	journals_close(user, &js);
+	*more_r = ctx.more;
+	*error_r = t_strdup(ctx.error);
+	pool_unref(&ctx.pool);
+	return ctx.ret;
+}
+
+/* Trimming */
+
+/* Removes the marker of a user whose journals are all empty. */
+static int marker_clear(struct worker_user *user, const char **error_r)
+{
+	struct journals js;
+	const struct crdt_journal_info *info;
+	int ret = journals_open(user, &js, error_r);
+	bool empty;
+
+	if (ret != MS_OK)
+		return ret;
+	empty = js.n == (js.have_current ? 1 : 0);
+	journals_close(user, &js);
+	if (!empty)
+		return MS_OK;
+	/* Who adds the first record makes the marker under the same lock. */
+	if (js.have_current && crdt_journal_lock(user->journal, error_r) < 0)
+		return MS_TEMP;
+	info = js.have_current ? crdt_journal_info(user->journal) : NULL;
+	if (info == NULL || info->base_seq == info->next_seq) {
+		if (crdt_dirty_clear(user->state_dir, user->ident.user, error_r) < 0)
+			ret = MS_TEMP;
+	}
+	if (js.have_current)
+		crdt_journal_unlock(user->journal);
+	return ret;
+}
+
+int worker_trim(struct worker_user *user, const struct ms_position *pos, const char **error_r)
+{
+	struct journals js;
+	int ret;
+
+	if ((ret = journals_open(user, &js, error_r)) != MS_OK)
+		return ret;
+	for (unsigned i = 0; i < js.n; i++) {
+		if (crdt_journal_info(js.e[i].j)->origin == pos->journal &&
+		    crdt_journal_trim(js.e[i].j, pos->seq, error_r) < 0)
+			ret = MS_TEMP;
+	}
+	journals_close(user, &js);
+	return ret == MS_OK ? marker_clear(user, error_r) : ret;
+}
+
+int worker_set_seen(struct worker_user *user, const struct worker_msg *req, const char **error_r)
+{
+	int ret = worker_journal_get(user, TRUE, error_r);
+
+	if (ret != MS_OK)
+		return ret;
+	if (crdt_journal_lock(user->journal, error_r) < 0)
+		return MS_TEMP;
+	if (crdt_journal_set_seen(user->journal, &req->seen, error_r) < 0 ||
+	    crdt_journal_raise_uidvalidity(user->journal, req->uidvalidity, error_r) < 0)
+		ret = MS_TEMP;
+	crdt_journal_unlock(user->journal);
+	return ret;
+}
+
+/* Applier records */
+
+int worker_journal_append(struct worker_user *user, struct crdt_jrec *recs, size_t n,
+			  const char **error_r)
+{
+	const struct crdt_journal_info *info = crdt_journal_info(user->journal);
+
+	/* The engine looks at the journal after this anyway: the marker is for the
+	 * case that it is killed before. */
+	if (info->base_seq == info->next_seq &&
+	    crdt_dirty_mark(user->state_dir, user->ident.user, error_r) < 0)
+		e_error(user->event, "crdt: %s", *error_r);
+	return crdt_journal_append(user->journal, recs, n, error_r) < 0 ? MS_TEMP : MS_OK;
+}
+
+int worker_journal_add(struct worker_user *user, struct crdt_jrec *recs, size_t n,
+		       const char **error_r)
+{
+	int ret = worker_journal_get(user, TRUE, error_r);
+
+	if (ret != MS_OK)
+		return ret;
+	if (crdt_journal_lock(user->journal, error_r) < 0)
+		return MS_TEMP;
+	ret = worker_journal_append(user, recs, n, error_r);
+	crdt_journal_unlock(user->journal);
+	return ret;
+}
+
+struct unchanged_ctx {
+	const struct crdt_id *mailbox;
+	bool changed;
+};
+
+static bool unchanged_cb(void *context, const struct crdt_jrec *rec)
+{
+	struct unchanged_ctx *ctx = context;
+
+	/* A RENAME may be of a parent. */
+	if (!rec->applier && rec->kind != CRDT_JREC_ABORT &&
+	    (rec->kind == CRDT_JREC_RENAME || crdt_id_equal(&rec->mailbox, ctx->mailbox)))
+		ctx->changed = TRUE;
+	return !ctx->changed;
+}
+
+int worker_journal_unchanged(struct worker_user *user, const struct crdt_id *mailbox,
+			     const struct ms_position *known, const char **error_r)
+{
+	struct unchanged_ctx ctx = { .mailbox = mailbox };
+	int ret = worker_journal_get(user, TRUE, error_r);
+
+	if (ret != MS_OK || (ret = journal_refresh(user, error_r)) != MS_OK)
+		return ret;
+	if (crdt_journal_info(user->journal)->origin != known->journal) {
+		/* Nothing was ever read from a journal that has nothing. */
+		const struct crdt_journal_info *info = crdt_journal_info(user->journal);
+
+		ctx.changed = known->journal != 0 || info->next_seq > 1;
+	} else if (crdt_journal_read(user->journal, known->seq + 1, unchanged_cb, &ctx, error_r) < 0) {
+		return MS_TEMP;
+	}
+	if (ctx.changed) {
+		*error_r = "the journal has news of this mailbox";
+		return MS_RETRY;
+	}
+	return MS_OK;
+}

@@ -1,0 +1,479 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The user that a connection is about: settings, names, mailboxes, locks. */
+#include "worker.h"
+#include "ioloop.h"
+#include "module-dir.h"
+#include "str-sanitize.h"
+#include "unichar.h"
+#include "mail-user.h"
+#include "mail-namespace.h"
+#include "mailbox-list.h"
+#include "master-service.h"
+#include "master-service-settings.h"
+#include "mail-storage-service.h"
+#include "mail-storage-settings.h"
+#include "worker-service.h"
+#include "apply-txn.h"
+#include "../plugin/crdt-settings.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+#include <sys/file.h>
+
+#define LOCK_NAME "dovecot.crdt.lock"
+#define LOCK_WAIT_MSECS (30 * 1000)
+#define LOCK_RETRY_MSECS 20
+
+/*
+ * Plugins that change how names and mails are stored: without them the mail
+ * store would be read and written wrongly.  No other one is wanted here: quota
+ * would refuse a mail that another replica took, lazy_expunge would copy what
+ * is expunged, imap_sieve would run a second time, crdt would record what we do.
+ */
+static const char *const storage_plugins[] = {
+	"zlib", "mail_crypt", "mail_compress", "fs_compress", "fs_crypt",
+	"listescape", "mailbox_alias", "var_expand_crypt", "charset_alias", NULL
+};
+
+static const char *plugins_wanted(const char *mail_plugins)
+{
+	const char *const *names = t_strsplit_spaces(mail_plugins, ", ");
+	string_t *str = t_str_new(64);
+
+	for (; *names != NULL; names++) {
+		if (!str_array_find(storage_plugins, *names))
+			continue;
+		if (str_len(str) > 0)
+			str_append_c(str, ' ');
+		str_append(str, *names);
+	}
+	return str_c(str);
+}
+
+/* Loads what of mail_plugins is wanted, after the user lookup (which loads none
+ * because of NO_PLUGINS) and before mail_storage_service_next(). */
+static int plugins_load(struct mail_storage_service_user *service_user, const char **error_r)
+{
+	const struct mail_storage_service_input *input =
+		mail_storage_service_user_get_input(service_user);
+	const struct mail_user_settings *set = mail_storage_service_user_get_set(service_user)[0];
+	struct module_dir_load_settings mod_set;
+	const struct setting_parser_info *user_info;
+	const struct setting_parser_context *parser;
+	const struct mail_user_settings *global_set;
+	const char *wanted;
+	pool_t pool;
+	int ret = 0;
+
+	/* The lookup has emptied mail_plugins in set; userdb's value is in the
+	 * fields, the configured one in what the cache of settings gives. */
+	pool = pool_alloconly_create("crdt plugin settings", 4096);
+	if (mail_storage_service_read_settings(worker_storage_service, input, pool,
+					       &user_info, &parser, error_r) < 0) {
+		pool_unref(&pool);
+		return -1;
+	}
+	global_set = master_service_settings_parser_get_others(master_service, parser)[0];
+	wanted = plugins_wanted(mail_storage_service_fields_var_expand(
+		t_strconcat("mail_plugins:", global_set->mail_plugins, NULL),
+		input->userdb_fields));
+	if (*wanted != '\0') {
+		i_zero(&mod_set);
+		mod_set.abi_version = DOVECOT_ABI_VERSION;
+		mod_set.binary_name = master_service_get_name(master_service);
+		mod_set.setting_name = "mail_plugins";
+		mod_set.require_init_funcs = TRUE;
+		ret = module_dir_try_load_missing(&mail_storage_service_modules,
+						  set->mail_plugin_dir, wanted, &mod_set, error_r);
+		if (ret == 0 && mail_storage_service_user_set_setting(service_user,
+						"mail_plugins", wanted, error_r) <= 0)
+			ret = -1;
+		*error_r = ret < 0 ? t_strdup(*error_r) : NULL;
+	}
+	pool_unref(&pool);
+	return ret;
+}
+
+static int user_open(struct worker_user *user, const char **error_r)
+{
+	struct crdt_settings set;
+	const char *dir;
+
+	if (crdt_settings_read(user->user, &set, error_r) < 0)
+		return -1;
+	if (set.mode == CRDT_MODE_OFF) {
+		*error_r = "crdt_mode is off for this user";
+		return -1;
+	}
+	user->ident.slot = set.slot;
+	user->ident.replica = set.replica;
+	user->ident.user = user->user->username;
+	user->state_dir = set.state_dir;
+	user->user->dsyncing = TRUE;	/* what asks for it treats us like dsync */
+	user->ns = mail_namespace_find_inbox(user->user->namespaces);
+	if (user->ns == NULL) {
+		*error_r = "crdt: no namespace has INBOX";
+		return -1;
+	}
+	if (!mailbox_list_get_root_path(user->ns->list, MAILBOX_LIST_PATH_TYPE_CONTROL, &dir)) {
+		*error_r = "crdt: the mail location has no control directory";
+		return -1;
+	}
+	user->control_dir = p_strdup(user->pool, dir);
+	user->lock_path = p_strconcat(user->pool, dir, "/"LOCK_NAME, NULL);
+	return 0;
+}
+
+int worker_user_init(const char *name, struct worker_user **user_r, const char **error_r)
+{
+	struct mail_storage_service_input input;
+	struct mail_storage_service_user *service_user;
+	struct worker_user *user;
+	struct mail_user *mail_user;
+	pool_t pool;
+	int ret;
+
+	i_zero(&input);
+	input.module = "mail";
+	input.service = "crdt-worker";
+	input.username = name;
+	ret = mail_storage_service_lookup(worker_storage_service, &input, &service_user, error_r);
+	if (ret == 0) {
+		*error_r = "no such user";
+		return MS_GONE;
+	}
+	if (ret < 0)
+		return ret == -1 ? MS_TEMP : MS_FAIL;
+	if (plugins_load(service_user, error_r) < 0)
+		ret = -2;
+	else
+		ret = mail_storage_service_next(worker_storage_service, service_user, &mail_user, error_r);
+	if (ret < 0) {
+		*error_r = t_strdup(*error_r);
+		mail_storage_service_user_unref(&service_user);
+		return ret == -1 ? MS_TEMP : MS_FAIL;
+	}
+
+	pool = pool_alloconly_create("crdt worker user", 2048);
+	user = p_new(pool, struct worker_user, 1);
+	user->pool = pool;
+	user->service_user = service_user;
+	user->user = mail_user;
+	user->event = mail_user->event;
+	user->lock_fd = -1;
+	if (user_open(user, error_r) < 0) {
+		worker_user_deinit(&user);
+		return MS_FAIL;
+	}
+	*user_r = user;
+	return MS_OK;
+}
+
+void worker_user_deinit(struct worker_user **_user)
+{
+	struct worker_user *user = *_user;
+
+	*_user = NULL;
+	worker_boxes_close(user);
+	worker_user_unlock(user);
+	crdt_journal_close(&user->journal);
+	mail_user_deinit(&user->user);
+	mail_storage_service_io_deactivate_user(user->service_user);
+	mail_storage_service_user_unref(&user->service_user);
+	pool_unref(&user->pool);
+	/* back to root, when the privileges were dropped only for this user */
+	if (getuid() == 0 && geteuid() != 0 && seteuid(0) < 0)
+		i_fatal("seteuid(0) failed: %m");
+}
+
+/*
+ * Names.  A path has '/' between levels and "INBOX" for the INBOX; mailboxes of
+ * INBOX's namespace are without its prefix, those of a further private one have
+ * theirs.
+ */
+
+static bool ns_is_recorded(struct worker_user *user, const struct mail_namespace *ns)
+{
+	return ns == user->ns || (ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
+				  ns->alias_for == NULL && ns->prefix_len > 0);
+}
+
+static const char *with_sep(const char *path, char sep)
+{
+	char *str = t_strdup_noconst(path);
+
+	for (char *p = str; *p != '\0'; p++) {
+		if (*p == '/')
+			*p = sep;
+	}
+	return str;
+}
+
+/* The further private namespace whose prefix the path has, or INBOX's. */
+static struct mail_namespace *
+path_namespace(struct worker_user *user, const char *path, const char **vname_r)
+{
+	struct mail_namespace *ns;
+
+	for (ns = user->user->namespaces; ns != NULL; ns = ns->next) {
+		const char *name = with_sep(path, mail_namespace_get_sep(ns));
+
+		if (ns != user->ns && ns_is_recorded(user, ns) && str_begins(name, ns->prefix)) {
+			*vname_r = name;
+			return ns;
+		}
+	}
+	ns = user->ns;
+	*vname_r = with_sep(path, mail_namespace_get_sep(ns));
+	/* A mailbox called INBOX that is not the INBOX keeps the prefix. */
+	if (strcmp(path, "INBOX") != 0 &&
+	    !(ns->prefix_len > 0 && str_begins(*vname_r, ns->prefix) &&
+	      strcasecmp(*vname_r + ns->prefix_len, "INBOX") == 0))
+		*vname_r = t_strconcat(ns->prefix, *vname_r, NULL);
+	return ns;
+}
+
+static bool path_is_valid(const struct crdt_str *path)
+{
+	const char *str, *const *levels;
+
+	if (path->n == 0 || memchr(path->p, '\0', path->n) != NULL ||
+	    !uni_utf8_str_is_valid(str = worker_cstr(path)))
+		return FALSE;
+	for (levels = t_strsplit(str, "/"); *levels != NULL; levels++) {
+		if (**levels == '\0')
+			return FALSE;
+	}
+	return TRUE;
+}
+
+int worker_box_alloc(struct worker_user *user, const struct crdt_str *path,
+		     struct mailbox **box_r, const char **error_r)
+{
+	struct mail_namespace *ns;
+	const char *str, *vname, *name;
+	char sep;
+
+	if (!path_is_valid(path)) {
+		*error_r = "not a valid mailbox name";
+		return MS_FAIL;
+	}
+	str = worker_cstr(path);
+	ns = path_namespace(user, str, &vname);
+	sep = mail_namespace_get_sep(ns);
+	if (sep != '/' && strchr(str, sep) != NULL) {
+		*error_r = t_strdup_printf("mailbox name %s cannot exist here: the separator is '%c'",
+					   str_sanitize(str, 200), sep);
+		return MS_FAIL;
+	}
+	name = vname;
+	if (mail_namespace_find_unalias(user->user->namespaces, &name) != ns) {
+		*error_r = t_strdup_printf("mailbox name %s belongs to another namespace here",
+					   str_sanitize(str, 200));
+		return MS_FAIL;
+	}
+	*box_r = mailbox_alloc(ns->list, vname, MAILBOX_FLAG_IGNORE_ACLS);
+	return MS_OK;
+}
+
+/* Mailboxes */
+
+int worker_box_error(struct mailbox *box, const char *what, const char **error_r)
+{
+	enum mail_error code;
+	const char *text = mailbox_get_last_internal_error(box, &code);
+
+	*error_r = t_strdup_printf("mailbox %s: %s: %s", box->vname, what, text);
+	switch (code) {
+	case MAIL_ERROR_NOTFOUND:
+	case MAIL_ERROR_EXPUNGED:
+		return MS_GONE;
+	case MAIL_ERROR_PARAMS:
+	case MAIL_ERROR_NOTPOSSIBLE:
+	case MAIL_ERROR_INVALIDDATA:
+	case MAIL_ERROR_EXISTS:
+		return MS_FAIL;
+	default:
+		/* disk full, lock timeouts, permissions that an administrator mends */
+		return MS_TEMP;
+	}
+}
+
+void worker_box_close(struct worker_user *user, struct worker_box *wbox)
+{
+	if (wbox == &user->box)
+		worker_body_free(&user->body);
+	if (wbox->box != NULL) {
+		apply_unwatch(wbox->box);
+		mailbox_free(&wbox->box);
+	}
+}
+
+void worker_boxes_close(struct worker_user *user)
+{
+	worker_box_close(user, &user->box);
+	worker_box_close(user, &user->source);
+}
+
+static int box_stat(struct mailbox *box, struct stat *st_r)
+{
+	const char *path;
+
+	return mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 ?
+		stat(path, st_r) : -1;
+}
+
+/* The open mailbox can be used again: same GUID, and its directory is still the
+ * one that was opened (it may have been renamed, and another one have its name). */
+static bool box_is_current(struct worker_box *wbox, const struct crdt_id *guid)
+{
+	struct stat st;
+
+	return wbox->box != NULL && crdt_id_equal(&wbox->guid, guid) &&
+		!mailbox_is_inconsistent(wbox->box) && box_stat(wbox->box, &st) == 0 &&
+		st.st_ino == wbox->st.st_ino && st.st_dev == wbox->st.st_dev;
+}
+
+/* Opens box, which is freed otherwise, if it has this GUID.  1; 0: it has not, or
+ * does not exist; -1. */
+static int box_try(struct worker_user *user, struct worker_box *wbox, struct mailbox *box,
+		   const struct crdt_id *guid, const char **error_r)
+{
+	struct mailbox_metadata metadata;
+	int ret;
+
+	if (mailbox_open(box) < 0 ||
+	    mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0) {
+		ret = worker_box_error(box, "open", error_r) == MS_GONE ? 0 : -1;
+		mailbox_free(&box);
+		return ret;
+	}
+	if (memcmp(metadata.guid, guid->b, sizeof(guid->b)) != 0 || box_stat(box, &wbox->st) < 0) {
+		mailbox_free(&box);
+		return 0;
+	}
+	wbox->box = box;
+	wbox->guid = *guid;
+	apply_watch(user, box, guid);
+	return 1;
+}
+
+static int box_open(struct worker_user *user, struct worker_box *wbox,
+		    const struct ms_mailbox *msbox, const char **error_r)
+{
+	struct mail_namespace *ns;
+	struct mailbox *box;
+	guid_128_t guid;
+	int ret = 0;
+
+	worker_box_close(user, wbox);
+	if (msbox->path.n > 0 && worker_box_alloc(user, &msbox->path, &box, error_r) == MS_OK)
+		ret = box_try(user, wbox, box, &msbox->guid, error_r);
+	/* not at that name: look for the GUID */
+	memcpy(guid, msbox->guid.b, sizeof(guid));
+	for (ns = user->user->namespaces; ret == 0 && ns != NULL; ns = ns->next) {
+		if (!ns_is_recorded(user, ns))
+			continue;
+		box = mailbox_alloc_guid(ns->list, guid, MAILBOX_FLAG_IGNORE_ACLS);
+		ret = box_try(user, wbox, box, &msbox->guid, error_r);
+	}
+	if (ret == 0) {
+		*error_r = t_strdup_printf("no mailbox has GUID %s (was %s)",
+			guid_128_to_string(guid), str_sanitize(worker_cstr(&msbox->path), 200));
+		return MS_GONE;
+	}
+	return ret > 0 ? MS_OK : MS_TEMP;
+}
+
+int worker_box_open(struct worker_user *user, struct worker_box *wbox, const struct ms_mailbox *msbox,
+		    struct mailbox **box_r, const char **error_r)
+{
+	int ret;
+
+	if (!box_is_current(wbox, &msbox->guid) &&
+	    (ret = box_open(user, wbox, msbox, error_r)) != MS_OK)
+		return ret;
+	if (mailbox_sync(wbox->box, 0) < 0) {
+		ret = worker_box_error(wbox->box, "sync", error_r);
+		worker_box_close(user, wbox);
+		return ret == MS_FAIL ? MS_TEMP : ret;
+	}
+	if (msbox->uidvalidity != 0 && worker_uidvalidity(wbox->box) != msbox->uidvalidity) {
+		*error_r = t_strdup_printf("mailbox %s: UIDVALIDITY is %u, not %u", wbox->box->vname,
+					   worker_uidvalidity(wbox->box), msbox->uidvalidity);
+		return MS_RETRY;
+	}
+	*box_r = wbox->box;
+	return MS_OK;
+}
+
+/* Journal and lock */
+
+/* The control directory of a user who never logged in. */
+static int control_dir_create(struct worker_user *user, const char **error_r)
+{
+	struct stat st;
+
+	if (stat(user->control_dir, &st) == 0)
+		return 0;
+	if (mailbox_list_mkdir_root(user->ns->list, user->control_dir,
+				    MAILBOX_LIST_PATH_TYPE_CONTROL) < 0) {
+		*error_r = t_strdup_printf("mkdir(%s) failed: %s", user->control_dir,
+			mailbox_list_get_last_internal_error(user->ns->list, NULL));
+		return -1;
+	}
+	return 0;
+}
+
+int worker_journal_get(struct worker_user *user, bool create, const char **error_r)
+{
+	const char *path = t_strconcat(user->control_dir, "/"CRDT_JOURNAL_NAME, NULL);
+	struct stat st;
+
+	if (user->journal != NULL)
+		return MS_OK;
+	if (!create && stat(path, &st) < 0) {
+		if (errno == ENOENT || errno == ENOTDIR)
+			return MS_GONE;
+		*error_r = t_strdup_printf("stat(%s) failed: %m", path);
+		return MS_TEMP;
+	}
+	if (create && control_dir_create(user, error_r) < 0)
+		return MS_TEMP;
+	user->journal = crdt_journal_open(user->control_dir, &user->ident, error_r);
+	return user->journal != NULL ? MS_OK : MS_TEMP;
+}
+
+int worker_user_lock(struct worker_user *user, const char **error_r)
+{
+	unsigned waited = 0;
+
+	if (user->lock_fd != -1)
+		return MS_OK;
+	if (control_dir_create(user, error_r) < 0)
+		return MS_TEMP;
+	user->lock_fd = open(user->lock_path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+	if (user->lock_fd == -1) {
+		*error_r = t_strdup_printf("open(%s) failed: %m", user->lock_path);
+		return MS_TEMP;
+	}
+	while (flock(user->lock_fd, LOCK_EX | LOCK_NB) < 0) {
+		if (errno != EWOULDBLOCK && errno != EINTR)
+			*error_r = t_strdup_printf("flock(%s) failed: %m", user->lock_path);
+		else if (waited >= LOCK_WAIT_MSECS)
+			*error_r = "another crdt-worker is busy with this user";
+		else {
+			usleep(LOCK_RETRY_MSECS * 1000);
+			waited += LOCK_RETRY_MSECS;
+			continue;
+		}
+		i_close_fd(&user->lock_fd);
+		return MS_TEMP;
+	}
+	return MS_OK;
+}
+
+void worker_user_unlock(struct worker_user *user)
+{
+	i_close_fd(&user->lock_fd);	/* lets go of the lock too */
+}

@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_WORKER_H
+#define CRDT_WORKER_H
+/*
+ * Inside crdt-worker: one process, one connection, one user at a time, with
+ * that user's privileges.  Dovecot's memory dialect (pools, data stack), but
+ * for what the journal and the codecs own.
+ *
+ *  crdt-worker.c        main: wiring
+ *  worker-connection.c  messages in and out, requests to the functions below
+ *  worker-user.c        user, settings, names of mailboxes, opening them
+ *  worker-mail.c        reading mails: GUIDs, texts, digests
+ *  worker-journal.c     read, trim
+ *  apply-txn.c          transactions: index header, UIDs, journal records, locks
+ *  apply-mails.c        SAVE, MOVE, FLAGS, EXPUNGE
+ *  apply-mailbox.c      create, remove, rename, subscribe
+ *  apply-revalidate.c   a new UIDVALIDITY
+ *
+ * Functions that return enum ms_result set *error_r (data stack, or static)
+ * unless it is MS_OK.
+ */
+#include "lib.h"
+#include "array.h"
+#include "str.h"
+#include "mail-storage-private.h"
+#include "worker-proto.h"
+
+#include <sys/stat.h>
+
+struct worker_conn;
+struct worker_body;
+
+/* An open mailbox, and what the file system said of it then. */
+struct worker_box {
+	struct mailbox *box;		/* NULL: none */
+	struct crdt_id guid;
+	struct stat st;
+};
+
+struct worker_user {
+	pool_t pool;
+	struct mail_storage_service_user *service_user;
+	struct mail_user *user;
+	struct mail_namespace *ns;	/* INBOX's: the one that is replicated */
+	struct event *event;
+
+	struct crdt_journal_ident ident;
+	const char *state_dir, *control_dir;
+	struct crdt_journal *journal;	/* NULL: not opened yet */
+	int lock_fd;			/* worker_user_lock(); -1 */
+	const char *lock_path;
+
+	/* The mailbox of the last request, and the one that it copied from. */
+	struct worker_box box, source;
+	struct worker_body *body;	/* mail in `box` that was read last */
+};
+
+/* worker-user.c */
+
+/* MS_GONE: no such user. */
+int worker_user_init(const char *name, struct worker_user **user_r, const char **error_r);
+void worker_user_deinit(struct worker_user **user);
+/* The mailbox that has this path in records (plugin/crdt-path.c). */
+int worker_box_alloc(struct worker_user *user, const struct crdt_str *path,
+		     struct mailbox **box_r, const char **error_r);
+/* Opens and syncs; the box belongs to wbox, which is user->box or user->source,
+ * until another is opened there.  MS_RETRY: its UIDVALIDITY is another one (0 in
+ * box: any). */
+int worker_box_open(struct worker_user *user, struct worker_box *wbox, const struct ms_mailbox *box,
+		    struct mailbox **box_r, const char **error_r);
+void worker_box_close(struct worker_user *user, struct worker_box *wbox);
+void worker_boxes_close(struct worker_user *user);
+/* What the last error of this mailbox means. */
+int worker_box_error(struct mailbox *box, const char *what, const char **error_r);
+/* The current journal.  MS_GONE: there is none and create is FALSE. */
+int worker_journal_get(struct worker_user *user, bool create, const char **error_r);
+/* One process at a time changes a user's mailboxes; waits some time. */
+int worker_user_lock(struct worker_user *user, const char **error_r);
+void worker_user_unlock(struct worker_user *user);
+
+static inline struct crdt_str worker_str(const char *s)
+{
+	size_t n = strlen(s);
+
+	i_assert(n <= UINT16_MAX);
+	return (struct crdt_str){ (const uint8_t *)s, (uint16_t)n };
+}
+static inline const char *worker_cstr(const struct crdt_str *s)	/* data stack */
+{
+	return s->n == 0 ? "" : t_strndup(s->p, s->n);
+}
+static inline uint32_t worker_uidvalidity(struct mailbox *box)
+{
+	return mail_index_get_header(box->view)->uid_validity;
+}
+
+/* worker-mail.c */
+
+/* GUIDs that every mail format of every node can hold: printable, no space or
+ * slash, no leading dot, at most CRDT_GUID_MAX bytes. */
+bool worker_guid_is_portable(const void *guid, size_t n);
+/* GUID of a mail as ops know it: its own, or a digest of it if that is not
+ * portable.  0; -1: see worker_box_error(). */
+int worker_mail_guid(struct mail *mail, const char **guid_r);
+uint8_t worker_mail_flags(struct mail *mail);
+/* Digest and size of the whole text with CRLF; keep (may be NULL): gets the text if it
+ * is no longer than keep_max.  0, -1 and the mail's error. */
+int worker_mail_text(struct mail *mail, struct crdt_content *content_r, uint64_t *size_r,
+		     buffer_t *keep, size_t keep_max);
+int worker_body(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
+		const char **error_r);
+void worker_body_free(struct worker_body **body);
+int worker_list(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
+		const char **error_r);
+
+/* worker-journal.c */
+
+int worker_read(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
+		bool *more_r, const char **error_r);
+int worker_trim(struct worker_user *user, const struct ms_position *pos, const char **error_r);
+int worker_set_seen(struct worker_user *user, const struct worker_msg *req, const char **error_r);
+/* Appends applier records, making the marker of the user first if need be. The
+ * caller has the journal's lock. */
+int worker_journal_append(struct worker_user *user, struct crdt_jrec *recs, size_t n,
+			  const char **error_r);
+/* The same for records that belong to no index transaction, with locking. */
+int worker_journal_add(struct worker_user *user, struct crdt_jrec *recs, size_t n,
+		       const char **error_r);
+/* MS_RETRY: the journal has records of others about this mailbox beyond known. */
+int worker_journal_unchanged(struct worker_user *user, const struct crdt_id *mailbox,
+			     const struct ms_position *known, const char **error_r);
+
+/* worker-connection.c */
+
+void worker_conn_create(int fd);
+void worker_conns_destroy(void);
+/* Sends with the next flush; errors are sticky and end the connection when the
+ * request is done. */
+void worker_send(struct worker_conn *conn, const struct worker_msg *msg);
+bool worker_conn_failed(const struct worker_conn *conn);
+/* To be called between the mails of long work. */
+void worker_alive(struct worker_conn *conn);
+/*
+ * Asks the client for the text of command i.  MS_OK: *input_r has it, of this size
+ * and content; *odd_r: it has CR CR LF somewhere.  MS_GONE: the client has not
+ * got it, or it is damaged.  MS_TEMP.
+ */
+int worker_want_text(struct worker_conn *conn, struct worker_user *user, unsigned i,
+		     const struct ms_cmd *cmd, struct istream **input_r, bool *odd_r,
+		     const char **error_r);
+
+/* apply-*.c: the one place that writes mailboxes */
+
+int apply_cmds(struct worker_conn *conn, struct worker_user *user, struct ms_apply *a,
+	       const char **error_r);
+int apply_create(struct worker_user *user, const struct worker_msg *req,
+		 struct ms_mailbox *made_r, bool *existed_r, const char **error_r);
+int apply_remove(struct worker_user *user, const struct worker_msg *req, const char **error_r);
+int apply_rename(struct worker_user *user, const struct worker_msg *req, const char **error_r);
+int apply_subscribe(struct worker_user *user, const struct worker_msg *req, const char **error_r);
+int apply_revalidate(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
+		     const struct ms_reuid *map, size_t map_n, const char **error_r);
+void apply_init(void);
+void apply_deinit(void);
+#endif

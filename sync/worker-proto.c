@@ -47,7 +47,6 @@ static void put_save(struct crdt_buf *b, const struct worker_msg *m)
 {
 	const struct ms_cmd *cmd = &m->cmd;
 
-	put_str(b, &cmd->guid);
 	crdt_buf_raw(b, cmd->content.b, sizeof(cmd->content.b));
 	crdt_buf_varint(b, cmd->size);
 	crdt_buf_u64(b, (uint64_t)cmd->received);
@@ -73,6 +72,11 @@ static void put_cmd(struct crdt_buf *b, const struct worker_msg *m)
 	crdt_buf_varint(b, cmd->want_uid);
 	crdt_buf_varint(b, cmd->floor);
 	put_str(b, &cmd->key);
+	put_str(b, &cmd->guid);
+	crdt_buf_u8(b, cmd->tried ? 1 : 0);
+	crdt_buf_u8(b, (uint8_t)cmd->others_n);
+	for (unsigned i = 0; i < cmd->others_n; i++)
+		crdt_buf_varint(b, cmd->others[i]);
 	crdt_buf_u8(b, cmd->flags_add);
 	crdt_buf_u8(b, cmd->flags_remove);
 	put_strs(b, cmd->kw_add, cmd->kw_add_n);
@@ -334,7 +338,6 @@ static void get_save(struct crdt_reader *r, struct worker_msg *m)
 {
 	struct ms_cmd *cmd = &m->cmd;
 
-	cmd->guid = get_str(r, CRDT_GUID_MAX);
 	get_fixed(r, cmd->content.b, sizeof(cmd->content.b));
 	cmd->size = crdt_get_varint(r);
 	cmd->received = (int64_t)crdt_get_u64(r);
@@ -373,6 +376,15 @@ static void get_cmd(struct crdt_reader *r, struct worker_msg *m)
 	cmd->want_uid = get_u32(r);
 	cmd->floor = get_u32(r);
 	cmd->key = get_str(r, KEY_MAX);
+	cmd->guid = get_str(r, CRDT_GUID_MAX);
+	cmd->tried = get_bool(r);
+	cmd->others_n = crdt_get_u8(r);
+	if (cmd->others_n > MS_OTHERS_MAX) {
+		r->bad = true;
+		cmd->others_n = 0;
+	}
+	for (unsigned i = 0; i < cmd->others_n; i++)
+		cmd->others[i] = get_u32(r);
 	cmd->flags_add = get_flags(r);
 	cmd->flags_remove = get_flags(r);
 	cmd->kw_add = get_strs(r, &cmd->kw_add_n);

@@ -72,15 +72,15 @@ static struct fetch *fetch_find(const struct user *u, const struct crdt_content 
 	return f;
 }
 
+/* Credit for the next pieces, before what was granted is used up. */
 static bool fetch_more(struct fetch *f)
 {
 	struct node *n = f->u->n;
 
 	if (!uplink_body_want(n->storages[f->storage].uplink, f->u->name, f->u->gen, &f->content,
-			      f->offset, CRDT_BODY_CREDIT))
+			      f->credit_end, CRDT_BODY_CREDIT))
 		return false;
-	f->credit_end = f->offset + CRDT_BODY_CREDIT;
-	f->due = n->now + NODE_FETCH_MSECS;
+	f->credit_end += CRDT_BODY_CREDIT;
 	return true;
 }
 
@@ -95,6 +95,8 @@ static void fetch_ask(struct fetch *f)
 		if ((f->tried & (1u << i)) != 0 || !uplink_is_up(n->storages[i].uplink))
 			continue;
 		f->storage = (int)i;
+		f->credit_end = f->offset;
+		f->due = n->now + NODE_FETCH_MSECS;
 		if (fetch_more(f))
 			return;
 	}
@@ -249,8 +251,8 @@ void node_body_in(struct node *n, unsigned storage, const char *name, uint32_t g
 		if (f->storage != (int)storage)
 			break;
 		f->due = n->now + NODE_FETCH_MSECS;
-		if (f->offset >= f->credit_end && !fetch_more(f))
-			fetch_ask(f);
+		if (f->credit_end < f->size && f->credit_end - f->offset <= CRDT_BODY_CREDIT / 2)
+			(void)fetch_more(f);
 		break;
 	case SPOOL_MISMATCH:
 		node_log(n, 0, "user %s: storage daemon %s sent a text that is not %s...: dropped, and asked for again",

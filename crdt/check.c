@@ -27,8 +27,10 @@ static void fault_at(struct check *c, const struct crdt_buf *key, const char *wh
 		return;
 	len = strlen(what) + 2 * key->len + 8;
 	c->fault = malloc(len);
-	if (c->fault == NULL)
+	if (c->fault == NULL) {
+		c->rows->failed = true;
 		return;
+	}
 	len = (size_t)sprintf(c->fault, "row %c ", key->len > 0 ? key->data[0] : '-');
 	for (i = 1; i < key->len; i++)
 		len += (size_t)sprintf(c->fault + len, "%02x", key->data[i]);

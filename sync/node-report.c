@@ -5,10 +5,7 @@
  * merged changes that were not applied).
  */
 #include "node-private.h"
-
-#include <inttypes.h>
-#include <stdarg.h>
-#include <stdio.h>
+#include "../wire/status.h"
 
 #define CHECK_USERS 2	/* looked at at a time after a start, beside the work that comes in */
 
@@ -58,32 +55,6 @@ static struct user *walk_next(struct node *n, struct walk *w)
 
 /* ---- lines ---- */
 
-static void put(struct crdt_buf *b, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-static void put(struct crdt_buf *b, const char *fmt, ...)
-{
-	char text[256];
-	va_list args;
-	int n;
-
-	va_start(args, fmt);
-	n = vsnprintf(text, sizeof(text), fmt, args);
-	va_end(args);
-	if (n > 0)
-		crdt_buf_raw(b, text, (size_t)n < sizeof(text) ? (size_t)n : sizeof(text) - 1);
-}
-
-static void put_encoded(struct crdt_buf *b, const char *s)
-{
-	for (; *s != '\0'; s++) {
-		unsigned char c = (unsigned char)*s;
-
-		if (c <= 0x20 || c >= 0x7f || c == '%' || c == '=' || c == ',')
-			put(b, "%%%02x", c);
-		else
-			crdt_buf_u8(b, c);
-	}
-}
-
 /* Own ops that some daemon within reach has not acknowledged; without any
  * within reach, those that no daemon has. */
 static uint64_t unsent(const struct user *u)
@@ -107,23 +78,16 @@ static void put_user(struct node_report *r, const struct user *u, const struct r
 		     const uint8_t *digest)
 {
 	static const struct replica_status busy = { .pending = 1 };
-	struct crdt_buf *b = &r->out;
+	struct status_user line = { .name = u->name, .gen = u->gen, .unsent = unsent(u) };
 
 	if (st == NULL)
 		st = &busy;
-	put(b, "user\tname=");
-	put_encoded(b, u->name);
-	put(b, "\tgen=%u\tvv=", u->gen);
-	for (uint32_t i = 0; i < st->vv.n; i++)
-		put(b, "%s%016" PRIx64 ":%" PRIu64, i == 0 ? "" : ",", st->vv.e[i].origin, st->vv.e[i].seq);
-	put(b, "\tunsent=%" PRIu64 "\tpending=%" PRIu64 "\theld=%" PRIu64 "\tbuffered=%" PRIu64,
-	    unsent(u), st->pending, st->held, st->buffered);
-	if (r->digest && digest != NULL) {
-		put(b, "\tdigest=");
-		for (unsigned i = 0; i < 32; i++)
-			put(b, "%02x", digest[i]);
-	}
-	put(b, "\n");
+	line.vv = &st->vv;
+	line.pending = st->pending;
+	line.held = st->held;
+	line.buffered = st->buffered;
+	line.digest = r->digest ? digest : NULL;
+	status_put_user(&r->out, &line);
 }
 
 /* ---- reports ---- */

@@ -395,9 +395,13 @@ void node_frame(struct node *n, int64_t now, unsigned storage, const void *p, si
 		node_bodies_link_down(n, storage);
 }
 
-bool node_storage_is_up(const struct node *n, unsigned storage)
+void node_storage_state(const struct node *n, unsigned storage, bool *up_r, uint64_t *gsn_r, uint64_t *head_r)
 {
-	return uplink_is_up(n->storages[storage].uplink);
+	const struct uplink *u = n->storages[storage].uplink;
+
+	*up_r = uplink_is_up(u);
+	*gsn_r = uplink_durable(u);
+	*head_r = uplink_received(u);
 }
 
 /* ---- wake-ups ---- */

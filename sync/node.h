@@ -83,7 +83,8 @@ void node_synced(struct node *n, int64_t now);
 int64_t node_run(struct node *n, int64_t now, char **error_r);
 
 /* ---- status ---- */
-bool node_storage_is_up(const struct node *n, unsigned storage);
+/* gsn: what is durably fed; head: what came. */
+void node_storage_state(const struct node *n, unsigned storage, bool *up_r, uint64_t *gsn_r, uint64_t *head_r);
 /*
  * Looks at all users of the store; then done() once, with the `user` lines of
  * the status protocol.  Cancelled by node_report_cancel() or node_free()

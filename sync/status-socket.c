@@ -4,9 +4,9 @@
 #include "istream.h"
 #include "ostream.h"
 #include "llist.h"
-#include "str.h"
 #include "master-service.h"
 #include "status-socket.h"
+#include "../wire/status.h"
 
 #include <unistd.h>
 
@@ -52,10 +52,13 @@ static int client_flush(struct status_client *client)
 static void client_report_done(void *ctx, const char *text, size_t len)
 {
 	struct status_client *client = ctx;
+	struct crdt_buf end = CRDT_BUF_INIT;
 
 	client->report = NULL;
 	o_stream_nsend(client->output, text, len);
-	o_stream_nsend_str(client->output, "end\n");
+	status_put_end(&end);
+	o_stream_nsend(client->output, end.data, end.len);
+	crdt_buf_free(&end);
 	o_stream_set_flush_callback(client->output, client_flush, client);
 	o_stream_uncork(client->output);
 	/* Not from within the node: it is still at work. */
@@ -65,15 +68,18 @@ static void client_report_done(void *ctx, const char *text, size_t len)
 static void client_head(struct status_client *client, unsigned int dirty)
 {
 	const struct sync_settings *set = client->src->set;
-	string_t *str = t_str_new(256);
+	const struct status_node head = { set->replica, (int)set->slot, dirty };
+	struct crdt_buf b = CRDT_BUF_INIT;
 
-	/* Names and endpoints have no character that needs to be encoded. */
-	str_printfa(str, "node\tname=%s\tslot=%u\tdirty=%u\n", set->replica, set->slot, dirty);
+	status_put_node(&b, &head);
 	for (unsigned int i = 0; i < set->storages_n; i++) {
-		str_printfa(str, "peer\tname=%s\tconnected=%d\n", set->storages[i].endpoint,
-			    node_storage_is_up(client->src->node, i) ? 1 : 0);
+		struct status_peer peer = { .name = set->storages[i].endpoint };
+
+		node_storage_state(client->src->node, i, &peer.connected, &peer.gsn, &peer.head);
+		status_put_peer(&b, &peer);
 	}
-	o_stream_nsend(client->output, str_data(str), str_len(str));
+	o_stream_nsend(client->output, b.data, b.len);
+	crdt_buf_free(&b);
 }
 
 static void client_input(struct status_client *client)

@@ -2,14 +2,8 @@
 #ifndef CRDT_STATUS_SOCKET_H
 #define CRDT_STATUS_SOCKET_H
 /*
- * The status protocol of crdt-sync and crdt-stored: the client sends one line,
- * "status" or "digest" (digests take a look at all mails), and gets lines of
- * TAB-separated fields, values percent-encoded, up to "end":
- *
- *   node  name= slot= dirty=	users whose journal is not worked off
- *   peer  name= connected=	storage daemons (0 or 1)
- *   user  name= gen= vv= unsent= pending= held= buffered= [digest=]
- *   end
+ * One client of the status socket; wire/status.h has the protocol.  "digest"
+ * takes a look at all mails of all users.
  */
 #include "node.h"
 #include "sync-settings.h"

@@ -560,6 +560,16 @@ uint64_t uplink_merged(const struct uplink *u)
 	return u->merged;
 }
 
+uint64_t uplink_received(const struct uplink *u)
+{
+	return u->received;
+}
+
+uint64_t uplink_durable(const struct uplink *u)
+{
+	return u->durable;
+}
+
 uint64_t uplink_daemon_id(const struct uplink *u)
 {
 	return u->daemon_id;

@@ -101,6 +101,8 @@ bool uplink_forget(struct uplink *u, const char *user, uint32_t gen);
 /* Feed. */
 void uplink_feed_merged(struct uplink *u, uint64_t gsn);
 uint64_t uplink_merged(const struct uplink *u);
+uint64_t uplink_received(const struct uplink *u);
+uint64_t uplink_durable(const struct uplink *u);
 uint64_t uplink_daemon_id(const struct uplink *u);	/* 0: never seen */
 size_t uplink_unacked_feed(const struct uplink *u);	/* bytes merged and not acknowledged */
 void uplink_feed_durable(struct uplink *u, uint64_t daemon_id, uint64_t gsn);

@@ -409,7 +409,7 @@ static void windows(void **state)
 	ack(x, "v0", 10);
 	assert_in_range(x->want_n, 1, 1000 * 1000 / UPLINK_ASK + 1);
 	ack(x, "u", sent);
-	assert_in_range(x->want_n, 2, 2 * (1000 * 1000 / UPLINK_ASK + 1));
+	assert_in_range(x->want_n, 2, UPLINK_WINDOW / UPLINK_ASK);
 	for (struct out *o = x->first; o != NULL; o = o->next)
 		assert_true(o->n <= CRDT_FRAME_MAX);
 }

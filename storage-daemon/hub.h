@@ -32,13 +32,19 @@ void hub_free(struct hub **h);
 /* The members: every worker on the list holds up collection until it has
  * applied; a peer that is gone from the list is cut off at once. */
 void hub_set_peers(struct hub *h, const struct hub_peer_conf *peers, size_t n);
+/* Ops that stay in the log after every listed worker has them, so that one that
+ * lost its database, or joins, is served from it.  Default: a million. */
+void hub_set_log_keep(struct hub *h, uint64_t ops);
 /* peer_name is authenticated.  Malformed or forbidden frames are answered with
  * ERROR and logged; the connection's state is dropped. */
 void hub_frame(struct hub *h, uint64_t conn, const char *peer_name, const void *p, size_t n);
 void hub_disconnected(struct hub *h, uint64_t conn);
-/* 0; -1: the store failed, nothing was acknowledged: stop serving. */
+/* 0; -1 with *error_r (malloc'ed): the store failed, nothing was acknowledged:
+ * stop serving. */
 int hub_commit(struct hub *h, char **error_r);
-/* Sends what can be sent; true when some peer still has something to get. */
+/* Sends what can be sent now.  true: a send was refused or there is more for
+ * some peer than one turn sends: call again soon.  Not true for a peer that has
+ * to acknowledge first. */
 bool hub_pump(struct hub *h);
 /* A slice of background work (collection, trimming, unreferenced bodies);
  * true when more is left. */

@@ -523,6 +523,23 @@ void store_abort(struct store_txn **_t)
 	free(t);
 }
 
+void store_savepoint(struct store_txn *t)
+{
+	rocksdb_writebatch_wi_set_save_point(t->batch);
+}
+
+void store_rollback(struct store_txn *t)
+{
+	char *err = NULL;
+
+	rocksdb_writebatch_wi_rollback_to_save_point(t->batch, &err);
+	if (err != NULL) {
+		/* none was set */
+		t->failed = true;
+		rocksdb_free(err);
+	}
+}
+
 int store_commit(struct store_txn **_t, bool sync, char **error_r)
 {
 	struct store_txn *t = *_t;
@@ -740,8 +757,12 @@ static bool rows_get(struct crdt_rows *rows, const void *key, size_t klen, struc
 {
 	struct store_rows *r = (struct store_rows *)rows;
 	struct row_key k;
+	bool found;
 
-	return row_key_make(&k, r, key, klen) && store_get(r->t, STORE_STATE, k.b, k.n, val);
+	found = row_key_make(&k, r, key, klen) && store_get(r->t, STORE_STATE, k.b, k.n, val);
+	if (r->t->failed)
+		rows->failed = true;	/* not found is not the same as not read */
+	return found;
 }
 
 static void rows_put(struct crdt_rows *rows, const void *key, size_t klen, const void *val, size_t vlen)
@@ -782,10 +803,13 @@ static void rows_scan(struct crdt_rows *rows, const void *prefix, size_t plen, c
 		return;
 	store_scan(r->t, STORE_STATE, p.b, p.n, from != NULL ? f.b : NULL, from != NULL ? f.n : 0,
 		   false, rows_scan_cb, &s);
+	if (r->t->failed)
+		rows->failed = true;
 }
 
 void store_rows_init(struct store_rows *r, struct store_txn *t, uint64_t user_id)
 {
+	r->rows.failed = false;
 	r->rows.get = rows_get;
 	r->rows.put = rows_put;
 	r->rows.del = rows_del;

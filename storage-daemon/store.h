@@ -42,6 +42,9 @@ struct store_txn *store_begin(struct store *s);
 int store_commit(struct store_txn **t, bool sync, char **error_r);
 void store_abort(struct store_txn **t);
 int store_sync(struct store *s, char **error_r);
+/* Takes back what was written since the last savepoint, and that savepoint. */
+void store_savepoint(struct store_txn *t);
+void store_rollback(struct store_txn *t);
 
 /* Reads see the transaction's own writes.  get appends to val. */
 bool store_get(struct store_txn *t, enum store_space sp, const void *key, size_t klen, struct crdt_buf *val);
@@ -55,7 +58,7 @@ void store_scan(struct store_txn *t, enum store_space sp, const void *prefix, si
 bool store_txn_failed(const struct store_txn *t);
 
 /* The rows of one user for the core: STATE rows with key prefix user id (be64).
- * r lives no longer than t. */
+ * r lives no longer than t; a failed read sets rows.failed too. */
 struct store_rows {
 	struct crdt_rows rows;	/* first: pass &r.rows to the core */
 	struct store_txn *t;

@@ -1,0 +1,840 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Message texts.  One is kept once for each user under its content id, in pieces
+ * of CRDT_BODY_CHUNK bytes, with a header row that is written last: no header,
+ * no text.
+ *
+ * Coming in: asked for with BODY_WANT, a credit at a time, a few texts of a
+ * connection at once; or unasked ahead of its op when it is small.  A text that
+ * was interrupted goes on where it stopped, from whoever has it.
+ * Going out: piece by piece in turn, no more than the credit, so that small
+ * frames find their way in between.
+ *
+ * Unless a merged op names it, a text is an orphan; it is dropped when the
+ * connection that brought it is gone and no op that waits needs it.
+ */
+#include "hub-private.h"
+
+#include <openssl/evp.h>
+#include <search.h>
+
+struct body_row { uint64_t size, first_gsn; };
+
+/* user id(be64) content [offset(be64)]; META rows have their letter in front */
+struct key { uint8_t b[1 + 8 + 32 + 8]; size_t n; };
+
+static void key_be64(struct key *k, uint64_t v)
+{
+	int shift;
+
+	for (shift = 56; shift >= 0; shift -= 8)
+		k->b[k->n++] = (uint8_t)(v >> shift);
+}
+
+static void key_init(struct key *k, uint8_t first, const struct body_key *body)
+{
+	k->n = 0;
+	if (first != 0)
+		k->b[k->n++] = first;
+	key_be64(k, body->user);
+	memcpy(k->b + k->n, body->content.b, sizeof(body->content.b));
+	k->n += sizeof(body->content.b);
+}
+
+static void key_init_piece(struct key *k, const struct body_key *body, uint64_t offset)
+{
+	key_init(k, 0, body);
+	key_be64(k, offset);
+}
+
+static bool key_parse(const uint8_t *p, size_t n, struct body_key *key_r)
+{
+	struct crdt_reader r = crdt_reader(p, n);
+
+	memset(key_r, 0, sizeof(*key_r));
+	(void)crdt_get_u8(&r);
+	key_r->user = crdt_get_be64(&r);
+	if (crdt_reader_left(&r) != sizeof(key_r->content.b))
+		return false;
+	memcpy(key_r->content.b, r.p, sizeof(key_r->content.b));
+	return true;
+}
+
+static struct body_key body_key(uint64_t user, const struct crdt_content *content)
+{
+	struct body_key key;
+
+	memset(&key, 0, sizeof(key));
+	key.user = user;
+	key.content = *content;
+	return key;
+}
+
+static bool key_equal(const struct body_key *a, const struct body_key *b)
+{
+	return a->user == b->user && memcmp(&a->content, &b->content, sizeof(a->content)) == 0;
+}
+
+static bool row_get(struct store_txn *t, const struct body_key *key, struct body_row *row_r)
+{
+	struct crdt_buf val = CRDT_BUF_INIT;
+	struct crdt_reader r;
+	struct key k;
+	bool found;
+
+	key_init(&k, 0, key);
+	found = store_get(t, STORE_BODY, k.b, k.n, &val);
+	if (found) {
+		r = crdt_reader(val.data, val.len);
+		row_r->size = crdt_get_varint(&r);
+		row_r->first_gsn = crdt_get_varint(&r);
+		found = !r.bad;
+	}
+	crdt_buf_free(&val);
+	return found;
+}
+
+static void row_put(struct store_txn *t, const struct body_key *key, const struct body_row *row)
+{
+	struct crdt_buf val = CRDT_BUF_INIT;
+	struct key k;
+
+	key_init(&k, 0, key);
+	crdt_buf_varint(&val, row->size);
+	crdt_buf_varint(&val, row->first_gsn);
+	if (val.failed)
+		abort();
+	store_put(t, STORE_BODY, k.b, k.n, val.data, val.len);
+	crdt_buf_free(&val);
+}
+
+static void piece_put(struct store_txn *t, const struct body_key *key, uint64_t offset, const void *p, size_t n)
+{
+	struct key k;
+
+	key_init_piece(&k, key, offset);
+	store_put(t, STORE_BODY, k.b, k.n, p, n);
+}
+
+/* Header and pieces.  By their keys: a scan would read what is to go. */
+static void body_delete(struct store_txn *t, const struct body_key *key, uint64_t size)
+{
+	uint64_t offset;
+	struct key k;
+
+	key_init(&k, 0, key);
+	store_del(t, STORE_BODY, k.b, k.n);
+	for (offset = 0; offset < size; offset += CRDT_BODY_CHUNK) {
+		key_init_piece(&k, key, offset);
+		store_del(t, STORE_BODY, k.b, k.n);
+	}
+}
+
+static void mark(struct hub *h, uint8_t first, const struct body_key *key, bool set)
+{
+	struct key k;
+
+	key_init(&k, first, key);
+	if (set)
+		store_put(hub_txn(h), STORE_META, k.b, k.n, "", 0);
+	else
+		store_del(hub_txn(h), STORE_META, k.b, k.n);
+}
+
+/* ---- orphans ---- */
+
+static int orphan_cmp(const void *_a, const void *_b)
+{
+	const struct body_orphan *a = _a, *b = _b;
+
+	if (a->key.user != b->key.user)
+		return a->key.user < b->key.user ? -1 : 1;
+	return memcmp(&a->key.content, &b->key.content, sizeof(a->key.content));
+}
+
+static struct body_orphan *orphan_find(struct hub *h, const struct body_key *key)
+{
+	struct body_orphan probe = { .key = *key };
+	void *node = tfind(&probe, &h->orphan_tree, orphan_cmp);
+
+	return node == NULL ? NULL : *(struct body_orphan **)node;
+}
+
+static struct body_orphan *orphan_add(struct hub *h, const struct body_key *key, struct hub_conn *from)
+{
+	struct body_orphan *o = orphan_find(h, key);
+
+	if (o == NULL) {
+		o = hub_alloc(sizeof(*o));
+		o->key = *key;
+		o->next = h->orphans;
+		if (o->next != NULL)
+			o->next->prev = o;
+		h->orphans = o;
+		h->orphans_n++;
+		if (tsearch(o, &h->orphan_tree, orphan_cmp) == NULL)
+			abort();
+	}
+	o->from = from;
+	o->kept = false;
+	return o;
+}
+
+static void orphan_free(struct hub *h, struct body_orphan *o)
+{
+	tdelete(o, &h->orphan_tree, orphan_cmp);
+	if (o->prev != NULL)
+		o->prev->next = o->next;
+	else
+		h->orphans = o->next;
+	if (o->next != NULL)
+		o->next->prev = o->prev;
+	h->orphans_n--;
+	free(o);
+}
+
+bool bodies_claimed(struct hub *h, uint64_t user, const struct crdt_content *c, uint64_t gsn)
+{
+	struct body_key key = body_key(user, c);
+	struct body_orphan *o = h->orphans == NULL ? NULL : orphan_find(h, &key);
+	struct body_row row;
+
+	if (o != NULL) {
+		if (o->stored)
+			mark(h, META_ORPHAN, &key, false);
+		orphan_free(h, o);
+	}
+	if (!row_get(hub_txn(h), &key, &row) || row.first_gsn != 0)
+		return false;
+	row.first_gsn = gsn;
+	row_put(h->txn, &key, &row);
+	return true;
+}
+
+/* Nothing merged needs it: is there an op that waits and does? */
+static bool waited_for(struct hub *h, struct crdt_rows *rows, const struct body_key *key)
+{
+	const struct held_user *hu;
+	struct hub_conn *c;
+
+	for (c = h->conns; c != NULL; c = c->next) {
+		for (hu = c->held; hu != NULL; hu = hu->next) {
+			if (hu->user.id == key->user)
+				return true;	/* perhaps; soon known */
+		}
+	}
+	return ingest_buffered_names(rows, &key->content);
+}
+
+/* Drops a text that nothing needs.  false: something that waits may need it. */
+static bool drop_unneeded(struct hub *h, const struct body_key *key)
+{
+	struct store_rows rows;
+	struct body_row row;
+
+	store_rows_init(&rows, hub_txn(h), key->user);
+	if (crdt_content_referenced(&rows.rows, &key->content))
+		return true;
+	if (waited_for(h, &rows.rows, key))
+		return false;
+	/* a damaged row or a failed read is no proof that nobody needs it */
+	if (row_get(h->txn, key, &row) && !rows.rows.failed && !store_txn_failed(h->txn))
+		body_delete(h->txn, key, row.size);
+	return true;
+}
+
+void bodies_before_commit(struct hub *h)
+{
+	struct body_orphan *o;
+	size_t i;
+
+	for (i = 0; i < h->unreferenced_n; i++) {
+		if (!drop_unneeded(h, &h->unreferenced[i]))
+			orphan_add(h, &h->unreferenced[i], NULL)->kept = true;
+	}
+	h->unreferenced_n = 0;
+	for (o = h->orphans; o != NULL && !o->stored; o = o->next) {
+		mark(h, META_ORPHAN, &o->key, true);
+		o->stored = true;
+	}
+}
+
+/* One text of a connection that is gone. */
+static bool orphans_background(struct hub *h)
+{
+	struct body_orphan *o, *next;
+	unsigned int budget = 16;
+
+	for (o = h->orphans; o != NULL && budget > 0; o = next) {
+		next = o->next;
+		if (o->from != NULL || o->kept)
+			continue;
+		budget--;
+		if (drop_unneeded(h, &o->key)) {
+			if (o->stored)
+				mark(h, META_ORPHAN, &o->key, false);
+			orphan_free(h, o);
+		} else {
+			o->kept = true;		/* until that op is merged */
+		}
+	}
+	return budget == 0;
+}
+
+/* ---- coming in ---- */
+
+bool bodies_present(struct store_txn *t, uint64_t user, const struct crdt_content *c)
+{
+	struct body_key key = body_key(user, c);
+	struct body_row row;
+
+	return row_get(t, &key, &row);
+}
+
+static struct body_in *in_find(struct hub *h, const struct body_key *key)
+{
+	struct body_in *in;
+
+	for (in = h->ins; in != NULL; in = in->next) {
+		if (key_equal(&in->key, key))
+			break;
+	}
+	return in;
+}
+
+static void in_release(struct body_in *in)
+{
+	if (in->from != NULL)
+		in->from->in_active--;
+	in->from = NULL;
+}
+
+static void in_free(struct hub *h, struct body_in *in)
+{
+	struct body_in **p;
+
+	for (p = &h->ins; *p != in; p = &(*p)->next) ;
+	*p = in->next;
+	in_release(in);
+	EVP_MD_CTX_free(in->sha);
+	crdt_buf_free(&in->piece);
+	free(in);
+}
+
+/* The row that tells after a kill that pieces without a header lie there. */
+static void partial_mark(struct hub *h, struct body_in *in)
+{
+	struct crdt_buf val = CRDT_BUF_INIT;
+	struct key k;
+
+	key_init(&k, META_PARTIAL, &in->key);
+	crdt_buf_varint(&val, in->size);
+	if (val.failed)
+		abort();
+	store_put(hub_txn(h), STORE_META, k.b, k.n, val.data, val.len);
+	crdt_buf_free(&val);
+	in->marked = true;
+}
+
+static void partial_unmark(struct hub *h, struct body_in *in)
+{
+	if (in->marked)
+		mark(h, META_PARTIAL, &in->key, false);
+	in->marked = false;
+}
+
+/* Gives up: what came so far goes. */
+static void in_discard(struct hub *h, struct body_in *in)
+{
+	if (in->marked)
+		body_delete(hub_txn(h), &in->key, in->size);
+	partial_unmark(h, in);
+	in_free(h, in);
+}
+
+static struct body_in *in_new(struct hub *h, const struct hub_user *user, const struct body_key *key)
+{
+	struct body_in *in = hub_alloc(sizeof(*in));
+
+	in->key = *key;
+	in->user = *user;
+	in->sha = EVP_MD_CTX_new();
+	if (in->sha == NULL || EVP_DigestInit_ex(in->sha, EVP_sha256(), NULL) != 1)
+		abort();
+	in->next = h->ins;
+	h->ins = in;
+	return in;
+}
+
+/* One credit ahead: asks from where the last one ends. */
+static void in_ask(struct body_in *in)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY_WANT };
+
+	hub_frame_user(&f, &in->user);
+	f.content = in->key.content;
+	f.offset = in->granted;
+	f.credit = CRDT_BODY_CREDIT;
+	in->granted += CRDT_BODY_CREDIT;
+	hub_conn_send(in->from, &f);
+}
+
+void bodies_request(struct hub_conn *c, const struct hub_user *user, const struct crdt_content *content)
+{
+	struct body_want *w = hub_alloc(sizeof(*w));
+
+	w->user = *user;
+	w->content = *content;
+	if (c->wants == NULL)
+		c->wants = w;
+	else
+		c->wants_tail->next = w;
+	c->wants_tail = w;
+}
+
+void bodies_pump_in(struct hub_conn *c)
+{
+	struct hub *h = c->h;
+	struct body_want *w;
+	struct body_key key;
+	struct body_in *in;
+
+	while (c->ready && c->in_active < HUB_IN_ACTIVE && (w = c->wants) != NULL) {
+		key = body_key(w->user.id, &w->content);
+		in = in_find(h, &key);
+		if (!bodies_present(hub_txn(h), key.user, &key.content) && (in == NULL || in->from == NULL)) {
+			if (in == NULL)
+				in = in_new(h, &w->user, &key);
+			in->from = c;
+			in->granted = in->received;
+			c->in_active++;
+			in_ask(in);
+		}
+		/* else: it came meanwhile, or another connection sends it */
+		c->wants = w->next;
+		free(w);
+	}
+}
+
+/* The one that sent it is gone or has no more of it: another one may have. */
+static bool in_ask_others(struct hub *h, const struct hub_user *user, const struct body_key *key)
+{
+	struct hub_conn *c;
+
+	for (c = h->conns; c != NULL; c = c->next) {
+		if (c->ready && ingest_held_names(c, key)) {
+			bodies_request(c, user, &key->content);
+			return true;
+		}
+	}
+	return false;
+}
+
+static bool sha_matches(void *sha, const struct crdt_content *content)
+{
+	unsigned char md[EVP_MAX_MD_SIZE];
+
+	return EVP_DigestFinal_ex(sha, md, NULL) == 1 && memcmp(md, content->b, sizeof(content->b)) == 0;
+}
+
+/* The whole text is in the transaction but for its header. */
+static void body_complete(struct hub_conn *c, const struct body_key *key, uint64_t size)
+{
+	struct body_row row = { size, 0 };
+
+	row_put(hub_txn(c->h), key, &row);
+	c->h->txn_sync = true;
+	orphan_add(c->h, key, c);
+	ingest_body_arrived(c->h, key);
+}
+
+static void bad_text(struct hub_conn *c, const struct hub_user *user, const struct crdt_content *content)
+{
+	hub_log(c->h, 0, "peer %s: a mail's text of user %s does not match its content id %s: was the mail file "
+		"changed on that node? The mail is kept without its text", c->peer->conf.name, user->name,
+		hub_content_hex(content));
+}
+
+/* Whole chunks go to the store as they fill. */
+static void in_store(struct hub *h, struct body_in *in, const uint8_t *p, size_t n)
+{
+	size_t part;
+
+	if (EVP_DigestUpdate(in->sha, p, n) != 1)
+		abort();
+	while (n > 0) {
+		part = CRDT_BODY_CHUNK - in->piece.len;
+		if (part > n)
+			part = n;
+		crdt_buf_raw(&in->piece, p, part);
+		if (in->piece.failed)
+			abort();
+		in->received += part;
+		p += part;
+		n -= part;
+		if (in->piece.len < CRDT_BODY_CHUNK && in->received < in->size)
+			continue;
+		if (in->received < in->size && !in->marked)
+			partial_mark(h, in);
+		piece_put(hub_txn(h), &in->key, in->received - in->piece.len, in->piece.data, in->piece.len);
+		crdt_buf_clear(&in->piece);
+	}
+}
+
+static void in_piece(struct hub_conn *c, struct body_in *in, const struct crdt_frame *f)
+{
+	struct body_key key = in->key;
+	struct hub_user user = in->user;
+
+	if (in->received == 0)
+		in->size = f->size;
+	if (f->offset < in->received)
+		return;		/* was asked for twice */
+	if (f->offset > in->received || f->size != in->size ||
+	    (f->data.n < HUB_IN_PIECE_MIN && f->offset + f->data.n < f->size)) {
+		hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent a piece that does not follow the one before it, of a "
+			      "text of user %s", user.name);
+		return;
+	}
+	in_store(c->h, in, f->data.p, f->data.n);
+	if (in->received < in->size) {
+		if (in->granted - in->received <= CRDT_BODY_CREDIT / 2 && in->granted < in->size)
+			in_ask(in);
+		return;
+	}
+	if (!sha_matches(in->sha, &key.content)) {
+		bad_text(c, &user, &key.content);
+		body_delete(hub_txn(c->h), &key, in->size);
+		in_discard(c->h, in);
+		ingest_body_none(c, &key);
+		(void)in_ask_others(c->h, &user, &key);
+		return;
+	}
+	partial_unmark(c->h, in);
+	in_free(c->h, in);
+	body_complete(c, &key, f->size);
+}
+
+/* Ahead of its op. */
+static void unasked(struct hub_conn *c, const struct hub_user *user, const struct crdt_frame *f)
+{
+	struct body_key key = body_key(user->id, &f->content);
+	struct body_in *in = in_find(c->h, &key);
+	EVP_MD_CTX *sha;
+	bool ok;
+
+	if (f->offset != 0 || f->data.n != f->size || f->size > CRDT_BODY_RIDE)
+		return;		/* the rest of one that came from elsewhere meanwhile */
+	if (bodies_present(hub_txn(c->h), user->id, &f->content))
+		return;
+	if (c->h->orphans_n >= HUB_ORPHANS_MAX)
+		return;		/* will be asked for with its op */
+	sha = EVP_MD_CTX_new();
+	if (sha == NULL || EVP_DigestInit_ex(sha, EVP_sha256(), NULL) != 1 ||
+	    EVP_DigestUpdate(sha, f->data.p, f->data.n) != 1)
+		abort();
+	ok = sha_matches(sha, &f->content);
+	EVP_MD_CTX_free(sha);
+	if (!ok) {
+		bad_text(c, user, &f->content);
+		return;
+	}
+	if (in != NULL)
+		in_discard(c->h, in);
+	if (f->data.n > 0)
+		piece_put(hub_txn(c->h), &key, 0, f->data.p, f->data.n);
+	body_complete(c, &key, f->size);
+}
+
+void bodies_on_body(struct hub_conn *c, const struct crdt_frame *f)
+{
+	struct hub_user user;
+	struct body_key key;
+	struct body_in *in;
+
+	if (!hub_user(c->h, f, true, &user))
+		return;
+	key = body_key(user.id, &f->content);
+	in = in_find(c->h, &key);
+	if (in != NULL && in->from == c)
+		in_piece(c, in, f);
+	else
+		unasked(c, &user, f);
+}
+
+void bodies_on_none(struct hub_conn *c, const struct crdt_frame *f)
+{
+	struct hub_user user;
+	struct body_key key;
+	struct body_in *in;
+
+	if (!hub_user(c->h, f, false, &user))
+		return;
+	key = body_key(user.id, &f->content);
+	in = in_find(c->h, &key);
+	if (in == NULL || in->from != c)
+		return;
+	in_release(in);
+	ingest_body_none(c, &key);
+	if (!in_ask_others(c->h, &user, &key))
+		in_discard(c->h, in);
+}
+
+/* ---- going out ---- */
+
+uint64_t bodies_ride_size(struct store_txn *t, uint64_t user, const struct crdt_content *c, uint64_t gsn)
+{
+	struct body_key key = body_key(user, c);
+	struct body_row row;
+
+	return row_get(t, &key, &row) && row.first_gsn == gsn && row.size <= CRDT_BODY_RIDE ? row.size : 0;
+}
+
+/* Sends one piece.  -1: refused; 0: there is none; its bytes. */
+static ssize_t piece_send(struct hub_conn *c, struct store_txn *t, const struct hub_user *user,
+			  const struct body_key *key, uint64_t size, uint64_t offset)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY };
+	struct crdt_buf data = CRDT_BUF_INIT;
+	size_t skip = offset % CRDT_BODY_CHUNK;
+	ssize_t ret = 0;
+	struct key k;
+
+	key_init_piece(&k, key, offset - skip);
+	if (size == 0 || (store_get(t, STORE_BODY, k.b, k.n, &data) && data.len > skip)) {
+		hub_frame_user(&f, user);
+		f.content = key->content;
+		f.size = size;
+		f.offset = offset;
+		if (size > 0) {
+			f.data.p = data.data + skip;
+			f.data.n = data.len - skip;
+		}
+		ret = hub_conn_try(c, &f) ? (ssize_t)f.data.n : -1;
+	}
+	crdt_buf_free(&data);
+	return ret;
+}
+
+bool bodies_ride(struct hub_conn *c, struct store_txn *t, const struct hub_user *user, const struct crdt_content *content)
+{
+	struct body_key key = body_key(user->id, content);
+	struct body_row row;
+
+	/* one piece: texts of this size came in one frame; otherwise it is asked for */
+	return !row_get(t, &key, &row) || piece_send(c, t, user, &key, row.size, 0) >= 0;
+}
+
+static void send_none(struct hub_conn *c, const struct hub_user *user, const struct crdt_content *content)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY_NONE };
+
+	hub_frame_user(&f, user);
+	f.content = *content;
+	hub_conn_send(c, &f);
+}
+
+/* Takes the first of the line. */
+static struct body_out *out_shift(struct hub_conn *c)
+{
+	struct body_out *out = c->outs;
+
+	c->outs = out->next;
+	if (c->outs == NULL)
+		c->outs_tail = NULL;
+	out->next = NULL;
+	return out;
+}
+
+static void out_append(struct hub_conn *c, struct body_out *out)
+{
+	if (c->outs == NULL)
+		c->outs = out;
+	else
+		c->outs_tail->next = out;
+	c->outs_tail = out;
+}
+
+static struct body_out *out_get(struct hub_conn *c, const struct hub_user *user, const struct body_key *key, uint64_t size)
+{
+	struct body_out *out;
+
+	for (out = c->outs; out != NULL; out = out->next) {
+		if (key_equal(&out->key, key))
+			return out;
+	}
+	out = hub_alloc(sizeof(*out));
+	out->key = *key;
+	out->user = *user;
+	out->size = size;
+	out->sent = UINT64_MAX;
+	out_append(c, out);
+	c->outs_n++;
+	return out;
+}
+
+void bodies_on_want(struct hub_conn *c, const struct crdt_frame *f)
+{
+	struct store_txn *t;
+	struct hub_user user;
+	struct body_key key;
+	struct body_row row;
+	struct body_out *out;
+	bool found;
+
+	if (!hub_user(c->h, f, false, &user)) {
+		send_none(c, &user, &f->content);
+		return;
+	}
+	key = body_key(user.id, &f->content);
+	t = store_begin(c->h->s);	/* what is durable, not what may yet fail */
+	found = row_get(t, &key, &row);
+	store_abort(&t);
+	if (!found) {
+		send_none(c, &user, &f->content);
+		return;
+	}
+	if ((f->offset >= row.size && row.size > 0) || f->credit == 0)
+		return;
+	if (c->outs_n >= HUB_OUT_MAX) {
+		hub_conn_fail(c, CRDT_ERR_LIMIT, "asks for more than %d texts at a time", HUB_OUT_MAX);
+		return;
+	}
+	out = out_get(c, &user, &key, row.size);
+	if (out->sent == UINT64_MAX || f->offset < out->sent || f->offset > out->end)
+		out->sent = f->offset;
+	out->end = f->offset + (f->credit < CRDT_BODY_CREDIT ? f->credit : CRDT_BODY_CREDIT);
+	if (out->end > out->size)
+		out->end = out->size;
+}
+
+bool bodies_pump_out(struct hub_conn *c, size_t *budget, bool *more_r)
+{
+	struct body_out *out;
+	struct store_txn *t = NULL;
+	ssize_t n = 0;
+
+	while ((out = c->outs) != NULL) {
+		if (*budget == 0) {
+			*more_r = true;
+			break;
+		}
+		if (t == NULL)
+			t = store_begin(c->h->s);
+		n = piece_send(c, t, &out->user, &out->key, out->size, out->sent);
+		if (n < 0)
+			break;
+		if (n == 0 && out->size > 0) {
+			/* collected since it was asked for */
+			send_none(c, &out->user, &out->key.content);
+			out->sent = out->end;
+		}
+		out->sent += (size_t)n;
+		*budget -= (size_t)n < *budget ? (size_t)n : *budget;
+		(void)out_shift(c);
+		if (out->sent < out->end) {
+			out_append(c, out);	/* the others first */
+		} else {
+			c->outs_n--;
+			free(out);
+		}
+	}
+	store_abort(&t);
+	return n >= 0;
+}
+
+/* ---- the rest ---- */
+
+struct load_ctx { struct hub *h; struct store_txn *t; };
+
+static bool load_orphan_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct load_ctx *s = ctx;
+	struct body_key body;
+
+	(void)val; (void)vlen;
+	if (key_parse(key, klen, &body))
+		orphan_add(s->h, &body, NULL)->stored = true;
+	return true;
+}
+
+/* Cut off by the last end of the process. */
+static bool load_partial_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct load_ctx *s = ctx;
+	struct crdt_reader r = crdt_reader(val, vlen);
+	uint64_t size = crdt_get_varint_max(&r, CRDT_BODY_SIZE_MAX);
+	struct body_key body;
+
+	if (key_parse(key, klen, &body) && !r.bad) {
+		body_delete(hub_txn(s->h), &body, size);
+		mark(s->h, META_PARTIAL, &body, false);
+	}
+	return true;
+}
+
+void bodies_init(struct hub *h)
+{
+	struct load_ctx s = { h, store_begin(h->s) };
+	uint8_t first = META_ORPHAN;
+
+	store_scan(s.t, STORE_META, &first, 1, NULL, 0, false, load_orphan_cb, &s);
+	first = META_PARTIAL;
+	store_scan(s.t, STORE_META, &first, 1, NULL, 0, false, load_partial_cb, &s);
+	store_abort(&s.t);
+}
+
+void bodies_deinit(struct hub *h)
+{
+	while (h->ins != NULL)
+		in_free(h, h->ins);
+	while (h->orphans != NULL)
+		orphan_free(h, h->orphans);
+	free(h->unreferenced);
+}
+
+bool bodies_background(struct hub *h)
+{
+	struct body_in *in, *oldest = NULL;
+	size_t idle = 0;
+
+	for (in = h->ins; in != NULL; in = in->next) {
+		if (in->from == NULL) {
+			idle++;
+			oldest = in;	/* new ones come to the front */
+		}
+	}
+	if (idle > HUB_IN_IDLE_MAX)
+		in_discard(h, oldest);
+	return orphans_background(h) || idle > HUB_IN_IDLE_MAX + 1;
+}
+
+void bodies_conn_drop(struct hub_conn *c)
+{
+	struct body_orphan *o;
+	struct body_want *w;
+	struct body_out *out;
+	struct body_in *in;
+
+	for (in = c->h->ins; in != NULL; in = in->next) {
+		if (in->from == c) {
+			in_release(in);
+			(void)in_ask_others(c->h, &in->user, &in->key);
+		}
+	}
+	while ((w = c->wants) != NULL) {
+		c->wants = w->next;
+		free(w);
+	}
+	while ((out = c->outs) != NULL) {
+		c->outs = out->next;
+		free(out);
+	}
+	c->wants_tail = NULL;
+	c->outs_tail = NULL;
+	c->outs_n = 0;
+	for (o = c->h->orphans; o != NULL; o = o->next) {
+		if (o->from == c)
+			o->from = NULL;
+	}
+}

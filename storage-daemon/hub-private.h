@@ -1,0 +1,243 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef HUB_PRIVATE_H
+#define HUB_PRIVATE_H
+/*
+ * The parts of the hub.  hub.c: peers, connections, frames, commit, status;
+ * ingest.c: OPS to merged ops; bodies.c: texts in and out; fanout.c: the feed;
+ * stable.c: what every member has applied, and collection.
+ *
+ * State is in the store; what is kept in memory belongs to a connection, is
+ * bounded by a limit here or in wire/frame.h, and may be lost at any time.
+ * Running out of memory ends the process: what was acknowledged is in the store.
+ */
+#include "hub.h"
+#include "../crdt/state.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* META rows of the hub (store.c has 0x00, 'U' and 'I'). */
+#define META_DAEMON_ID 'D'	/* -> u64 */
+#define META_TRIMMED 'T'	/* -> varint gsn: LOG rows up to it are gone */
+#define META_CURSOR 'C'		/* peer name -> varint gsn: fed and acknowledged */
+#define META_APPLIED 'A'	/* user id(be64) peer name -> vv */
+#define META_STABLE 'S'		/* user id(be64) -> vv */
+#define META_PARTIAL 'W'	/* user id(be64) content: a text that arrives in pieces */
+#define META_ORPHAN 'O'		/* user id(be64) content: a text that no merged op names yet */
+
+/* First byte of a LOG row: some text came with this op and may ride with it. */
+#define LOG_FRESH_BODY 0x01
+
+#define HUB_HELD_MAX (2 * CRDT_FEED_WINDOW)	/* bytes of a connection's ops that wait for texts */
+#define HUB_IN_ACTIVE 8			/* texts asked from one connection at a time */
+#define HUB_IN_IDLE_MAX 64		/* interrupted texts kept for resumption */
+#define HUB_IN_PIECE_MIN 4096		/* bytes of a piece that is not the last */
+#define HUB_OUT_MAX 4096		/* texts that one connection may ask for at a time */
+#define HUB_QUEUE_MAX (1024 * 1024)	/* bytes of small frames that a connection does not take */
+#define HUB_ORPHANS_MAX 65536		/* texts without an op */
+#define HUB_CONNS_PER_PEER 4
+#define HUB_SKIP_MAX 256		/* own ops of a peer before its cursor is moved by an empty FEED */
+#define HUB_PUMP_BYTES (1024 * 1024)	/* to one connection in one hub_pump() */
+#define HUB_TRIM_ROWS 1000		/* per slice of background work */
+#define HUB_COLLECT_ROWS 200
+#define HUB_STABLE_USERS 16
+#define HUB_LOG_KEEP_DEFAULT 1000000
+
+struct hub_user { uint64_t id; uint32_t gen; char name[CRDT_USER_MAX + 1]; };
+
+struct hub_peer {
+	struct hub_peer_conf conf;
+	bool listed;			/* false: on its way out in hub_set_peers() */
+	struct hub_conn *conn;		/* the one that said HELLO last */
+	uint64_t cursor;		/* fed and acknowledged */
+	bool cursor_dirty;		/* not in META yet */
+};
+
+/* ---- ingest ---- */
+struct held_op {
+	struct held_op *next;
+	struct crdt_dot dot;
+	size_t missing_n;
+	struct crdt_content *missing;
+	size_t n;
+	uint8_t bytes[];
+};
+struct held_user {			/* ops of one user in their order, behind one that waits */
+	struct held_user *next;
+	struct hub_user user;
+	struct held_op *head, *tail;
+};
+struct hub_touched { uint64_t user; crdt_origin origin; };	/* to be acknowledged */
+
+/* ---- bodies ---- */
+struct body_key { uint64_t user; struct crdt_content content; };
+struct body_want { struct body_want *next; struct hub_user user; struct crdt_content content; };
+struct body_in {			/* a text that arrives */
+	struct body_in *next;
+	struct body_key key;
+	struct hub_user user;
+	struct hub_conn *from;		/* NULL: interrupted */
+	uint64_t size, received, granted;	/* size: known with the first piece */
+	struct crdt_buf piece;		/* received and not yet a whole chunk */
+	bool marked;			/* pieces and their META row are in the store */
+	void *sha;			/* EVP_MD_CTX */
+};
+struct body_out {			/* a text that goes out */
+	struct body_out *next;
+	struct body_key key;
+	struct hub_user user;
+	uint64_t size, sent, end;	/* end: of the credit */
+};
+struct body_orphan {
+	struct body_orphan *prev, *next;
+	struct body_key key;
+	struct hub_conn *from;		/* NULL: check whether anything needs it */
+	bool stored, kept;		/* row written; checked: a waiting op names it */
+};
+
+/* ---- fan-out ---- */
+struct feed_flight { uint64_t gsn; size_t bytes; };
+
+struct hub_queued { struct hub_queued *next; size_t n; uint8_t p[]; };
+
+struct hub_conn {
+	struct hub_conn *next;
+	struct hub *h;
+	uint64_t id;
+	struct hub_peer *peer;
+	bool ready;			/* HELLO accepted */
+	bool told;			/* got an ERROR since */
+	bool resend;			/* to be cut off, so that it sends refused ops again */
+
+	struct hub_queued *queue, *queue_tail;	/* small frames that must not get lost */
+	size_t queued;
+
+	struct hub_touched *touched;
+	size_t touched_n, touched_cap;
+	uint64_t *blocked;		/* users whose ops are refused until the next connection */
+	size_t blocked_n;
+	struct held_user *held;
+	size_t held_bytes;
+
+	struct body_want *wants, *wants_tail;
+	size_t in_active;
+	struct body_out *outs, *outs_tail;
+	size_t outs_n;
+
+	uint64_t feed_pos;		/* LOG row looked at last */
+	uint64_t feed_sent;		/* gsn of the last frame */
+	struct feed_flight *flights;
+	size_t flights_first, flights_n, flights_cap, flight_bytes;
+
+	uint64_t stable_at;		/* STABLE of users from this id on is still to be sent; UINT64_MAX: none */
+};
+
+struct hub_id_set { uint64_t *ids; size_t n, cap; };	/* ascending */
+
+/* What one merge wants written after it. */
+struct hub_applied { uint64_t user; uint8_t slot; size_t at, n, contents_at, contents_n; };
+
+struct hub {
+	struct store *s;
+	struct hub_callbacks cb;
+	char name[CRDT_NODE_NAME_MAX + 1];
+	uint64_t daemon_id, head, trimmed, log_keep;
+	struct hub_peer **peers;
+	size_t peers_n;
+	struct hub_conn *conns;
+
+	struct store_txn *txn;		/* since the last commit */
+	bool txn_sync;			/* it holds what will be acknowledged */
+
+	uint64_t sink_user;
+	struct crdt_sink sink;
+	struct crdt_buf sink_bytes;
+	struct hub_applied *applied;
+	size_t applied_n, applied_cap;
+	struct crdt_content *contents;
+	size_t contents_n, contents_cap;
+	struct body_key *unreferenced;
+	size_t unreferenced_n, unreferenced_cap;
+
+	struct body_in *ins;
+	void *orphan_tree;
+	struct body_orphan *orphans;
+	size_t orphans_n;
+
+	struct hub_id_set changed;	/* users whose stable vector may advance */
+	struct hub_id_set collecting;
+};
+
+/* ---- hub.c ---- */
+void *hub_alloc(size_t n);				/* zeroed; ends the process without memory */
+void *hub_grow(void *p, size_t n, size_t *cap, size_t size);	/* room for n + 1 elements */
+void hub_log(struct hub *h, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+struct store_txn *hub_txn(struct hub *h);
+/* The user of a frame, with his number; false: unknown (and not created). */
+bool hub_user(struct hub *h, const struct crdt_frame *f, bool create, struct hub_user *user_r);
+bool hub_user_by_id(struct store_txn *t, uint64_t id, struct hub_user *user_r);
+void hub_frame_user(struct crdt_frame *f, const struct hub_user *user);
+/* Sends a frame that must arrive; keeps it if the connection does not take it. */
+void hub_conn_send(struct hub_conn *c, const struct crdt_frame *f);
+/* Sends a frame, or not. */
+bool hub_conn_try(struct hub_conn *c, const struct crdt_frame *f);
+/* Answers ERROR, logs and drops the connection's state. */
+void hub_conn_fail(struct hub_conn *c, enum crdt_frame_error code, const char *fmt, ...)
+	__attribute__((format(printf, 3, 4)));
+void hub_id_add(struct hub_id_set *s, uint64_t id);
+const char *hub_content_hex(const struct crdt_content *c);	/* static buffer */
+
+/* ---- ingest.c ---- */
+void ingest_init(struct hub *h);
+void ingest_ops(struct hub_conn *c, const struct crdt_frame *f);
+/* A text is here, or (none) that connection does not have it: goes on with what waited. */
+void ingest_body_arrived(struct hub *h, const struct body_key *key);
+void ingest_body_none(struct hub_conn *c, const struct body_key *key);
+bool ingest_held_names(struct hub_conn *c, const struct body_key *key);
+size_t ingest_held_count(struct hub *h, uint64_t user);
+/* After the commit: ACK what was touched. */
+void ingest_ack(struct hub_conn *c);
+void ingest_conn_drop(struct hub_conn *c);
+/* Calls cb with the state's effects noted; then flush writes them. */
+void ingest_flush_notes(struct hub *h);
+/* Whether an op in a 'B' row names the text. */
+bool ingest_buffered_names(struct crdt_rows *rows, const struct crdt_content *content);
+
+/* ---- bodies.c ---- */
+void bodies_init(struct hub *h);
+void bodies_deinit(struct hub *h);
+bool bodies_present(struct store_txn *t, uint64_t user, const struct crdt_content *c);
+void bodies_request(struct hub_conn *c, const struct hub_user *user, const struct crdt_content *content);
+void bodies_on_body(struct hub_conn *c, const struct crdt_frame *f);
+void bodies_on_none(struct hub_conn *c, const struct crdt_frame *f);
+void bodies_on_want(struct hub_conn *c, const struct crdt_frame *f);
+/* An op that names it was merged as number gsn.  Returns whether it was the first. */
+bool bodies_claimed(struct hub *h, uint64_t user, const struct crdt_content *c, uint64_t gsn);
+/* Size of a text that came with op gsn and may ride with it; 0: none such. */
+uint64_t bodies_ride_size(struct store_txn *t, uint64_t user, const struct crdt_content *c, uint64_t gsn);
+bool bodies_ride(struct hub_conn *c, struct store_txn *t, const struct hub_user *user, const struct crdt_content *content);
+/* Before the commit: unreferenced texts go, orphans are noted. */
+void bodies_before_commit(struct hub *h);
+void bodies_pump_in(struct hub_conn *c);
+/* Returns false if a send was refused; *more_r: the budget ended first. */
+bool bodies_pump_out(struct hub_conn *c, size_t *budget, bool *more_r);
+bool bodies_background(struct hub *h);
+void bodies_conn_drop(struct hub_conn *c);
+
+/* ---- fanout.c ---- */
+void fanout_init(struct hub *h);
+void fanout_peer_init(struct hub *h, struct hub_peer *p);
+bool fanout_hello(struct hub_conn *c, const struct crdt_frame *f);
+void fanout_on_ack(struct hub_conn *c, const struct crdt_frame *f);
+bool fanout_pump(struct hub_conn *c, size_t *budget, bool *more_r);
+void fanout_log_put(struct hub *h, uint64_t user, uint8_t slot, bool fresh, const uint8_t *p, size_t n);
+void fanout_before_commit(struct hub *h);
+bool fanout_trim(struct hub *h);
+void fanout_conn_drop(struct hub_conn *c);
+
+/* ---- stable.c ---- */
+void stable_on_applied(struct hub_conn *c, const struct crdt_frame *f);
+bool stable_pump(struct hub_conn *c, bool *more_r);	/* false: a send was refused */
+bool stable_background(struct hub *h);
+void stable_all_changed(struct hub *h, struct store_txn *t);	/* the members changed */
+#endif

@@ -1,0 +1,691 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The hub's frame: who may say what, one commit for all that was said, and what
+ * goes out after it.  The work is in ingest.c, bodies.c, fanout.c, stable.c.
+ *
+ * Order that makes an acknowledgement true: frames fill one transaction;
+ * hub_commit() makes it durable; only then ACK frames go out, and only then the
+ * feed sees the ops, because it reads what is committed.
+ */
+#include "hub-private.h"
+#include "../wire/status.h"
+
+#include <inttypes.h>
+#include <openssl/evp.h>
+#include <sodium.h>
+#include <stdarg.h>
+#include <stdio.h>
+
+/* ---- small things ---- */
+
+void *hub_alloc(size_t n)
+{
+	void *p = calloc(1, n);
+
+	if (p == NULL)
+		abort();
+	return p;
+}
+
+void *hub_grow(void *p, size_t n, size_t *cap, size_t size)
+{
+	if (n < *cap)
+		return p;
+	*cap = *cap == 0 ? 16 : *cap * 2;
+	p = realloc(p, *cap * size);
+	if (p == NULL)
+		abort();
+	return p;
+}
+
+void hub_log(struct hub *h, int level, const char *fmt, ...)
+{
+	char text[1024];
+	va_list args;
+
+	va_start(args, fmt);
+	vsnprintf(text, sizeof(text), fmt, args);
+	va_end(args);
+	h->cb.log(h->cb.ctx, level, text);
+}
+
+void hub_id_add(struct hub_id_set *s, uint64_t id)
+{
+	size_t lo = 0, hi = s->n, mid;
+
+	while (lo < hi) {
+		mid = lo + (hi - lo) / 2;
+		if (s->ids[mid] < id)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	if (lo < s->n && s->ids[lo] == id)
+		return;
+	s->ids = hub_grow(s->ids, s->n, &s->cap, sizeof(*s->ids));
+	memmove(s->ids + lo + 1, s->ids + lo, (s->n - lo) * sizeof(*s->ids));
+	s->ids[lo] = id;
+	s->n++;
+}
+
+const char *hub_content_hex(const struct crdt_content *c)
+{
+	static char text[2 * sizeof(c->b) + 1];
+	size_t i;
+
+	for (i = 0; i < sizeof(c->b); i++)
+		sprintf(text + 2 * i, "%02x", c->b[i]);
+	return text;
+}
+
+struct store_txn *hub_txn(struct hub *h)
+{
+	if (h->txn == NULL)
+		h->txn = store_begin(h->s);
+	return h->txn;
+}
+
+bool hub_user(struct hub *h, const struct crdt_frame *f, bool create, struct hub_user *user_r)
+{
+	memcpy(user_r->name, f->user.p, f->user.n);
+	user_r->name[f->user.n] = '\0';
+	user_r->gen = f->gen;
+	user_r->id = store_user_id(hub_txn(h), user_r->name, user_r->gen, create);
+	return user_r->id != 0;
+}
+
+bool hub_user_by_id(struct store_txn *t, uint64_t id, struct hub_user *user_r)
+{
+	struct crdt_buf name = CRDT_BUF_INIT;
+	bool ok;
+
+	ok = store_user_name(t, id, &name, &user_r->gen) && name.len <= CRDT_USER_MAX;
+	if (ok) {
+		memcpy(user_r->name, name.data, name.len);
+		user_r->name[name.len] = '\0';
+		user_r->id = id;
+	}
+	crdt_buf_free(&name);
+	return ok;
+}
+
+void hub_frame_user(struct crdt_frame *f, const struct hub_user *user)
+{
+	f->user.p = (const uint8_t *)user->name;
+	f->user.n = (uint16_t)strlen(user->name);
+	f->gen = user->gen;
+}
+
+/* ---- connections ---- */
+
+static struct hub_conn *conn_find(struct hub *h, uint64_t id)
+{
+	struct hub_conn *c;
+
+	for (c = h->conns; c != NULL; c = c->next) {
+		if (c->id == id)
+			break;
+	}
+	return c;
+}
+
+/* What a connection's peer may have sent or asked for is forgotten. */
+static void conn_reset(struct hub_conn *c)
+{
+	struct hub_queued *q;
+
+	c->ready = false;
+	if (c->peer->conn == c)
+		c->peer->conn = NULL;
+	ingest_conn_drop(c);
+	bodies_conn_drop(c);
+	fanout_conn_drop(c);
+	while ((q = c->queue) != NULL) {
+		c->queue = q->next;
+		free(q);
+	}
+	c->queue_tail = NULL;
+	c->queued = 0;
+	c->stable_at = UINT64_MAX;
+	c->resend = false;
+}
+
+static void conn_free(struct hub_conn *c)
+{
+	struct hub_conn **p;
+
+	conn_reset(c);
+	for (p = &c->h->conns; *p != c; p = &(*p)->next) ;
+	*p = c->next;
+	free(c);
+}
+
+static struct hub_conn *conn_new(struct hub *h, uint64_t id, struct hub_peer *peer)
+{
+	struct hub_conn *c, *oldest = NULL;
+	unsigned int n = 0;
+
+	for (c = h->conns; c != NULL; c = c->next) {
+		if (c->peer == peer) {
+			n++;
+			oldest = c;
+		}
+	}
+	if (n >= HUB_CONNS_PER_PEER)
+		conn_free(oldest);
+	c = hub_alloc(sizeof(*c));
+	c->h = h;
+	c->id = id;
+	c->peer = peer;
+	c->stable_at = UINT64_MAX;
+	c->next = h->conns;
+	h->conns = c;
+	return c;
+}
+
+static bool conn_send_bytes(struct hub_conn *c, const void *p, size_t n)
+{
+	return c->h->cb.send(c->h->cb.ctx, c->id, p, n);
+}
+
+/* In order: not past what waits already. */
+bool hub_conn_try(struct hub_conn *c, const struct crdt_frame *f)
+{
+	struct crdt_buf b = CRDT_BUF_INIT;
+	bool ok;
+
+	if (c->queue != NULL)
+		return false;
+	crdt_frame_encode(&b, f);
+	if (b.failed)
+		abort();
+	ok = conn_send_bytes(c, b.data, b.len);
+	crdt_buf_free(&b);
+	return ok;
+}
+
+static void queue_add(struct hub_conn *c, const struct crdt_buf *b)
+{
+	struct hub_queued *q = hub_alloc(sizeof(*q) + b->len);
+
+	q->n = b->len;
+	memcpy(q->p, b->data, b->len);
+	if (c->queue == NULL)
+		c->queue = q;
+	else
+		c->queue_tail->next = q;
+	c->queue_tail = q;
+	c->queued += q->n;
+}
+
+void hub_conn_send(struct hub_conn *c, const struct crdt_frame *f)
+{
+	struct crdt_buf b = CRDT_BUF_INIT;
+
+	crdt_frame_encode(&b, f);
+	if (b.failed)
+		abort();
+	if (c->queue != NULL || !conn_send_bytes(c, b.data, b.len))
+		queue_add(c, &b);
+	crdt_buf_free(&b);
+}
+
+static bool queue_flush(struct hub_conn *c)
+{
+	struct hub_queued *q;
+
+	while ((q = c->queue) != NULL) {
+		if (!conn_send_bytes(c, q->p, q->n))
+			return false;
+		c->queue = q->next;
+		if (c->queue == NULL)
+			c->queue_tail = NULL;
+		c->queued -= q->n;
+		free(q);
+	}
+	return true;
+}
+
+static void conn_error(struct hub_conn *c, enum crdt_frame_error code, const char *text)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_ERROR, .code = (uint8_t)code };
+
+	if (c->told)
+		return;
+	c->told = true;
+	f.name.p = (const uint8_t *)text;
+	f.name.n = (uint16_t)strnlen(text, CRDT_FRAME_TEXT_MAX);
+	hub_conn_send(c, &f);
+}
+
+void hub_conn_fail(struct hub_conn *c, enum crdt_frame_error code, const char *fmt, ...)
+{
+	char text[CRDT_FRAME_TEXT_MAX];
+	va_list args;
+
+	va_start(args, fmt);
+	vsnprintf(text, sizeof(text), fmt, args);
+	va_end(args);
+	hub_log(c->h, code == CRDT_ERR_RESET ? 1 : 0, "peer %s: %s", c->peer->conf.name, text);
+	conn_reset(c);
+	conn_error(c, code, text);
+}
+
+/* ---- peers ---- */
+
+static struct hub_peer *peer_find(struct hub *h, const char *name)
+{
+	size_t i;
+
+	for (i = 0; i < h->peers_n; i++) {
+		if (strcmp(h->peers[i]->conf.name, name) == 0)
+			return h->peers[i];
+	}
+	return NULL;
+}
+
+static void peer_cut_off(struct hub *h, struct hub_peer *p)
+{
+	struct hub_conn *c, *next;
+
+	for (c = h->conns; c != NULL; c = next) {
+		next = c->next;
+		if (c->peer != p)
+			continue;
+		if (c->ready)
+			hub_conn_fail(c, CRDT_ERR_IDENTITY, "was cut off: its entry in the list of peers changed or is gone");
+		conn_free(c);
+	}
+}
+
+static bool conf_equal(const struct hub_peer_conf *a, const struct hub_peer_conf *b)
+{
+	return a->role == b->role && a->slot == b->slot &&
+		memcmp(a->public_key, b->public_key, sizeof(a->public_key)) == 0;
+}
+
+void hub_set_peers(struct hub *h, const struct hub_peer_conf *peers, size_t n)
+{
+	struct hub_peer *p, **list = n == 0 ? NULL : hub_alloc(n * sizeof(*list));
+	struct store_txn *t;
+	size_t i;
+
+	/* a cursor that is not written yet must not get lost with its peer */
+	fanout_before_commit(h);
+	for (i = 0; i < n; i++) {
+		p = peer_find(h, peers[i].name);
+		if (p == NULL) {
+			p = hub_alloc(sizeof(*p));
+			p->conf = peers[i];
+			fanout_peer_init(h, p);
+		} else if (!conf_equal(&p->conf, &peers[i])) {
+			peer_cut_off(h, p);
+			p->conf = peers[i];
+		}
+		p->listed = true;
+		list[i] = p;
+	}
+	for (i = 0; i < h->peers_n; i++) {
+		if (!h->peers[i]->listed) {
+			peer_cut_off(h, h->peers[i]);
+			free(h->peers[i]);
+		}
+	}
+	free(h->peers);
+	h->peers = list;
+	h->peers_n = n;
+	for (i = 0; i < n; i++)
+		list[i]->listed = false;
+	/* whoever held up collection may be gone */
+	t = store_begin(h->s);
+	stable_all_changed(h, t);
+	store_abort(&t);
+}
+
+/* ---- start and end ---- */
+
+/* A number of its own for each database: cursors of another one mean nothing. */
+static int daemon_id_init(struct hub *h, char **error_r)
+{
+	struct crdt_buf val = CRDT_BUF_INIT;
+	struct store_txn *t = store_begin(h->s);
+	uint8_t key = META_DAEMON_ID;
+	struct crdt_reader r;
+	bool found;
+
+	found = store_get(t, STORE_META, &key, 1, &val);
+	if (found) {
+		r = crdt_reader(val.data, val.len);
+		h->daemon_id = crdt_get_u64(&r);
+	} else if (!store_txn_failed(t)) {
+		if (sodium_init() < 0)
+			abort();
+		do {
+			randombytes_buf(&h->daemon_id, sizeof(h->daemon_id));
+		} while (h->daemon_id == 0);
+		crdt_buf_u64(&val, h->daemon_id);
+		store_put(t, STORE_META, &key, 1, val.data, val.len);
+	}
+	crdt_buf_free(&val);
+	/* also tells a failed read */
+	return store_commit(&t, true, error_r);
+}
+
+struct hub *hub_new(struct store *s, const char *name, const struct hub_callbacks *cb, char **error_r)
+{
+	struct hub *h = hub_alloc(sizeof(*h));
+
+	h->s = s;
+	h->cb = *cb;
+	snprintf(h->name, sizeof(h->name), "%s", name);
+	ingest_init(h);
+	if (daemon_id_init(h, error_r) < 0) {
+		hub_free(&h);
+		return NULL;
+	}
+	fanout_init(h);
+	bodies_init(h);
+	if (store_failed(s) != NULL) {
+		*error_r = strdup(store_failed(s));
+		hub_free(&h);
+		return NULL;
+	}
+	return h;
+}
+
+void hub_free(struct hub **_h)
+{
+	struct hub *h = *_h;
+	size_t i;
+
+	if (h == NULL)
+		return;
+	*_h = NULL;
+	while (h->conns != NULL)
+		conn_free(h->conns);
+	for (i = 0; i < h->peers_n; i++)
+		free(h->peers[i]);
+	free(h->peers);
+	bodies_deinit(h);
+	store_abort(&h->txn);
+	crdt_buf_free(&h->sink_bytes);
+	free(h->applied);
+	free(h->contents);
+	free(h->changed.ids);
+	free(h->collecting.ids);
+	free(h);
+}
+
+void hub_set_log_keep(struct hub *h, uint64_t ops)
+{
+	h->log_keep = ops;
+}
+
+/* ---- frames ---- */
+
+static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
+{
+	const struct hub_peer_conf *conf = &c->peer->conf;
+	struct crdt_frame welcome = { .type = CRDT_FRAME_WELCOME };
+
+	conn_reset(c);
+	c->told = false;
+	if (f->name.n != strlen(conf->name) || memcmp(f->name.p, conf->name, f->name.n) != 0) {
+		hub_conn_fail(c, CRDT_ERR_IDENTITY, "calls itself %.*s, but its key belongs to %s",
+			      (int)f->name.n, (const char *)f->name.p, conf->name);
+		return;
+	}
+	if (f->role != (uint8_t)conf->role || (conf->role == HUB_WORKER && f->slot != conf->slot)) {
+		hub_conn_fail(c, CRDT_ERR_IDENTITY, "says it is %s of slot %u, but the list of peers says %s of slot %u",
+			      f->role == HUB_WORKER ? "a worker" : "a storage daemon", f->slot,
+			      conf->role == HUB_WORKER ? "a worker" : "a storage daemon", conf->slot);
+		return;
+	}
+	/* one connection of a peer counts: the newest */
+	if (c->peer->conn != NULL && c->peer->conn != c)
+		conn_free(c->peer->conn);
+	if (!fanout_hello(c, f))
+		return;
+	c->ready = true;
+	c->peer->conn = c;
+	c->stable_at = 0;
+	welcome.name.p = (const uint8_t *)c->h->name;
+	welcome.name.n = (uint16_t)strlen(c->h->name);
+	welcome.daemon_id = c->h->daemon_id;
+	hub_conn_send(c, &welcome);
+	hub_log(c->h, 2, "peer %s: connected", conf->name);
+}
+
+static void on_frame(struct hub_conn *c, const struct crdt_frame *f)
+{
+	if (f->type != CRDT_FRAME_HELLO && !c->ready) {
+		if (f->type == CRDT_FRAME_ERROR || c->told)
+			return;		/* what was on its way when its state was dropped */
+		hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent something before HELLO");
+		return;
+	}
+	switch ((enum crdt_frame_type)f->type) {
+	case CRDT_FRAME_HELLO:
+		on_hello(c, f);
+		break;
+	case CRDT_FRAME_OPS:
+		ingest_ops(c, f);
+		break;
+	case CRDT_FRAME_FEED_ACK:
+		fanout_on_ack(c, f);
+		break;
+	case CRDT_FRAME_BODY:
+		bodies_on_body(c, f);
+		break;
+	case CRDT_FRAME_BODY_WANT:
+		bodies_on_want(c, f);
+		break;
+	case CRDT_FRAME_BODY_NONE:
+		bodies_on_none(c, f);
+		break;
+	case CRDT_FRAME_APPLIED:
+		stable_on_applied(c, f);
+		break;
+	case CRDT_FRAME_ERROR:
+		hub_log(c->h, 1, "peer %s: reports error %u: %.*s", c->peer->conf.name, f->code,
+			(int)f->name.n, (const char *)f->name.p);
+		conn_reset(c);
+		break;
+	case CRDT_FRAME_WELCOME:
+	case CRDT_FRAME_ACK:
+	case CRDT_FRAME_FEED:
+	case CRDT_FRAME_STABLE:
+		hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent a frame of type %u, which only a daemon sends", f->type);
+		break;
+	}
+}
+
+void hub_frame(struct hub *h, uint64_t conn, const char *peer_name, const void *p, size_t n)
+{
+	struct hub_peer *peer = peer_find(h, peer_name);
+	struct hub_conn *c = conn_find(h, conn);
+	struct crdt_frame f;
+	const char *error;
+
+	if (peer == NULL) {
+		/* the driver asks the same list: only for the moment of a change */
+		hub_log(h, 0, "peer %s: is not on the list of peers", peer_name);
+		return;
+	}
+	if (c != NULL && c->peer != peer) {
+		conn_free(c);
+		c = NULL;
+	}
+	if (c == NULL)
+		c = conn_new(h, conn, peer);
+	if (n > 0 && *(const uint8_t *)p != CRDT_WIRE_VERSION) {
+		if (!c->told)
+			hub_conn_fail(c, CRDT_ERR_VERSION, "speaks version %u of the protocol, this daemon speaks %u",
+				      *(const uint8_t *)p, CRDT_WIRE_VERSION);
+		return;
+	}
+	if (crdt_frame_decode(p, n, &f, &error) < 0) {
+		if (!c->told)
+			hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent a frame that was refused: %s", error);
+		return;
+	}
+	on_frame(c, &f);
+	crdt_frame_free(&f);
+}
+
+void hub_disconnected(struct hub *h, uint64_t conn)
+{
+	struct hub_conn *c = conn_find(h, conn);
+
+	if (c == NULL)
+		return;
+	if (c->ready)
+		hub_log(h, 2, "peer %s: disconnected", c->peer->conf.name);
+	conn_free(c);
+}
+
+/* ---- commit, and what follows ---- */
+
+int hub_commit(struct hub *h, char **error_r)
+{
+	struct hub_conn *c;
+	bool sync;
+
+	*error_r = NULL;
+	fanout_before_commit(h);
+	if (h->txn != NULL)
+		bodies_before_commit(h);
+	if (store_failed(h->s) != NULL) {
+		*error_r = strdup(store_failed(h->s));
+		return -1;
+	}
+	if (h->txn == NULL)
+		return 0;
+	sync = h->txn_sync;
+	h->txn_sync = false;
+	if (store_commit(&h->txn, sync, error_r) < 0)
+		return -1;
+	for (c = h->conns; c != NULL; c = c->next) {
+		ingest_ack(c);
+		if (c->resend)
+			hub_conn_fail(c, CRDT_ERR_LIMIT, "ops that were refused may be sent again");
+	}
+	return 0;
+}
+
+/* Small frames first, then the feed, then pieces of large texts.  false: a send
+ * was refused. */
+static bool conn_pump(struct hub_conn *c, bool *more_r)
+{
+	size_t budget = HUB_PUMP_BYTES;
+
+	if (!queue_flush(c)) {
+		if (c->queued > HUB_QUEUE_MAX)
+			hub_conn_fail(c, CRDT_ERR_LIMIT, "asks for much and takes nothing");
+		return false;
+	}
+	if (!c->ready)
+		return true;
+	bodies_pump_in(c);
+	return stable_pump(c, more_r) && fanout_pump(c, &budget, more_r) && bodies_pump_out(c, &budget, more_r);
+}
+
+bool hub_pump(struct hub *h)
+{
+	struct hub_conn *c;
+	bool more = false;
+
+	for (c = h->conns; c != NULL; c = c->next) {
+		if (!conn_pump(c, &more))
+			more = true;
+	}
+	return more;
+}
+
+bool hub_background(struct hub *h)
+{
+	struct hub_conn *c;
+	char *error;
+	bool more;
+
+	more = stable_background(h);
+	more = fanout_trim(h) || more;
+	more = bodies_background(h) || more;
+	/* Not synced: what is lost with the power is done again.  Unless frames
+	 * came in since the last commit; then it is theirs too. */
+	for (c = h->conns; c != NULL && c->touched_n == 0; c = c->next) ;
+	if (h->txn != NULL && c == NULL && !h->txn_sync && hub_commit(h, &error) < 0) {
+		free(error);	/* sticks in the store: the next hub_commit() tells */
+		return false;
+	}
+	return more;
+}
+
+/* ---- status ---- */
+
+struct status { struct hub *h; struct store_txn *t; struct crdt_buf *out; bool digest; };
+
+static bool count_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)key; (void)klen; (void)val; (void)vlen;
+	++*(uint64_t *)ctx;
+	return true;
+}
+
+static void digest_update(void *ctx, const void *p, size_t n)
+{
+	if (EVP_DigestUpdate(ctx, p, n) != 1)
+		abort();
+}
+
+static void state_digest(struct crdt_rows *rows, uint8_t digest_r[32])
+{
+	EVP_MD_CTX *ctx = EVP_MD_CTX_new();
+
+	if (ctx == NULL || EVP_DigestInit_ex(ctx, EVP_sha256(), NULL) != 1)
+		abort();
+	crdt_digest(rows, digest_update, ctx);
+	if (EVP_DigestFinal_ex(ctx, digest_r, NULL) != 1)
+		abort();
+	EVP_MD_CTX_free(ctx);
+}
+
+static bool status_user_cb(void *ctx, uint64_t id, const char *name, uint32_t gen)
+{
+	struct status *s = ctx;
+	struct status_user user = { .name = name, .gen = gen };
+	struct store_rows rows;
+	struct crdt_vv vv;
+	uint8_t digest[32];
+
+	store_rows_init(&rows, s->t, id);
+	crdt_vv_get_merged(&rows.rows, &vv);
+	user.vv = &vv;
+	user.held = ingest_held_count(s->h, id);
+	rows.rows.scan(&rows.rows, "B", 1, NULL, 0, count_cb, &user.buffered);
+	if (s->digest) {
+		state_digest(&rows.rows, digest);
+		user.digest = digest;
+	}
+	status_put_user(s->out, &user);
+	return true;
+}
+
+void hub_status(struct hub *h, bool digest, struct crdt_buf *out)
+{
+	struct status s = { h, store_begin(h->s), out, digest };
+	struct status_node node = { .name = h->name, .slot = -1 };
+	struct status_peer peer = { .head = h->head };
+	size_t i;
+
+	status_put_node(out, &node);
+	for (i = 0; i < h->peers_n; i++) {
+		peer.name = h->peers[i]->conf.name;
+		peer.connected = h->peers[i]->conn != NULL;
+		peer.gsn = h->peers[i]->cursor;
+		status_put_peer(out, &peer);
+	}
+	store_scan_users(s.t, status_user_cb, &s);
+	status_put_end(out);
+	store_abort(&s.t);
+}

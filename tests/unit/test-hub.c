@@ -1,0 +1,1133 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The hub without sockets: frames in, frames out, an in-memory store. */
+#include "../../storage-daemon/hub.h"
+#include "../../crdt/state.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <cmocka.h>
+
+#include <openssl/sha.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ORIGIN1 CRDT_ORIGIN(1, 0x111111)
+#define ORIGIN2 CRDT_ORIGIN(2, 0x222222)
+#define ORIGIN3 CRDT_ORIGIN(3, 0x333333)
+#define CONN1 101
+#define CONN2 102
+#define CONN3 103
+
+/* ---- a world with one hub ---- */
+
+struct sent { struct sent *next; uint64_t conn; uint8_t *p; size_t n; };
+
+struct world {
+	struct store *s;
+	struct hub *h;
+	struct sent *first, *last;
+	uint64_t refuse;		/* a connection whose queue is full */
+	char log[16384];
+	uint64_t seq[4];		/* of ORIGIN1.. */
+};
+
+static bool world_send(void *ctx, uint64_t conn, const void *p, size_t n)
+{
+	struct world *w = ctx;
+	struct sent *s;
+
+	if (conn == w->refuse)
+		return false;
+	assert_true(n <= CRDT_FRAME_MAX);
+	s = calloc(1, sizeof(*s));
+	s->conn = conn;
+	s->n = n;
+	s->p = malloc(n);
+	memcpy(s->p, p, n);
+	if (w->first == NULL)
+		w->first = s;
+	else
+		w->last->next = s;
+	w->last = s;
+	return true;
+}
+
+static void world_log(void *ctx, int level, const char *text)
+{
+	struct world *w = ctx;
+	size_t n = strlen(w->log);
+
+	snprintf(w->log + n, sizeof(w->log) - n, "%d %s\n", level, text);
+}
+
+static struct hub_peer_conf peer_conf(const char *name, enum hub_role role, uint8_t slot)
+{
+	struct hub_peer_conf conf = { .role = role, .slot = slot };
+
+	strcpy(conf.name, name);
+	conf.public_key[0] = slot;
+	return conf;
+}
+
+static void world_open_hub(struct world *w)
+{
+	struct hub_callbacks cb = { world_send, world_log, w };
+	struct hub_peer_conf peers[4];
+	char *error;
+
+	w->h = hub_new(w->s, "s1", &cb, &error);
+	assert_non_null(w->h);
+	hub_set_log_keep(w->h, 0);
+	peers[0] = peer_conf("w1", HUB_WORKER, 1);
+	peers[1] = peer_conf("w2", HUB_WORKER, 2);
+	peers[2] = peer_conf("s2", HUB_STORAGE, 0);
+	hub_set_peers(w->h, peers, 3);
+}
+
+static int setup(void **state)
+{
+	struct world *w = calloc(1, sizeof(*w));
+	struct store_options opts = { .in_memory = true };
+	char *error;
+
+	w->s = store_open(NULL, &opts, &error);
+	assert_non_null(w->s);
+	world_open_hub(w);
+	*state = w;
+	return 0;
+}
+
+static void sent_drop(struct world *w)
+{
+	struct sent *s;
+
+	while ((s = w->first) != NULL) {
+		w->first = s->next;
+		free(s->p);
+		free(s);
+	}
+}
+
+static int teardown(void **state)
+{
+	struct world *w = *state;
+
+	hub_free(&w->h);
+	store_close(&w->s);
+	sent_drop(w);
+	free(w);
+	return 0;
+}
+
+static void commit(struct world *w)
+{
+	char *error;
+
+	assert_int_equal(hub_commit(w->h, &error), 0);
+	(void)hub_pump(w->h);
+}
+
+static void settle(struct world *w)
+{
+	unsigned int i;
+
+	commit(w);
+	for (i = 0; i < 1000 && hub_background(w->h); i++) ;
+	assert_true(i < 1000);
+	commit(w);
+}
+
+/* The next frame to conn, of that type; what came before stays for others. */
+static bool next(struct world *w, uint64_t conn, struct crdt_frame *f, struct sent **hold)
+{
+	struct sent **p, *s;
+	const char *error;
+
+	if (*hold != NULL) {
+		free((*hold)->p);
+		free(*hold);
+		*hold = NULL;
+	}
+	for (p = &w->first; *p != NULL && (*p)->conn != conn; p = &(*p)->next) ;
+	if ((s = *p) == NULL)
+		return false;
+	*p = s->next;
+	if (w->last == s) {
+		w->last = NULL;
+		for (struct sent *e = w->first; e != NULL; e = e->next)
+			w->last = e;
+	}
+	*hold = s;
+	if (crdt_frame_decode(s->p, s->n, f, &error) < 0)
+		fail_msg("%s", error);
+	return true;
+}
+
+/* Reads frames of one connection one by one. */
+struct reader { struct world *w; uint64_t conn; struct sent *hold; struct crdt_frame f; };
+
+static struct crdt_frame *expect(struct reader *r, enum crdt_frame_type type)
+{
+	crdt_frame_free(&r->f);
+	if (!next(r->w, r->conn, &r->f, &r->hold))
+		fail_msg("no frame for connection %d, expected type %d; log:\n%s", (int)r->conn, type, r->w->log);
+	if (r->f.type != type)
+		fail_msg("frame of type %d, expected %d; log:\n%s", r->f.type, type, r->w->log);
+	return &r->f;
+}
+
+static void expect_none(struct reader *r)
+{
+	crdt_frame_free(&r->f);
+	if (next(r->w, r->conn, &r->f, &r->hold))
+		fail_msg("unexpected frame of type %d", r->f.type);
+}
+
+static void reader_free(struct reader *r)
+{
+	crdt_frame_free(&r->f);
+	while (next(r->w, r->conn, &r->f, &r->hold))
+		crdt_frame_free(&r->f);
+}
+
+/* ---- frames ---- */
+
+static void frame(struct world *w, uint64_t conn, const char *peer, const struct crdt_frame *f)
+{
+	struct crdt_buf b = CRDT_BUF_INIT;
+
+	crdt_frame_encode(&b, f);
+	hub_frame(w->h, conn, peer, b.data, b.len);
+	crdt_buf_free(&b);
+}
+
+static struct crdt_str str(const char *s)
+{
+	struct crdt_str ret = { (const uint8_t *)s, (uint16_t)strlen(s) };
+
+	return ret;
+}
+
+static void hello(struct world *w, uint64_t conn, const char *peer, const char *name, uint8_t role, uint8_t slot,
+		  uint64_t daemon_id, uint64_t gsn)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_HELLO, .role = role, .slot = slot,
+				.daemon_id = daemon_id, .gsn = gsn };
+
+	f.name = str(name);
+	frame(w, conn, peer, &f);
+	commit(w);
+}
+
+static void connect_worker(struct world *w, unsigned int n)
+{
+	char name[8];
+
+	snprintf(name, sizeof(name), "w%u", n);
+	hello(w, 100 + n, name, name, HUB_WORKER, (uint8_t)n, 0, 0);
+	struct reader r = { .w = w, .conn = 100 + n };
+	expect(&r, CRDT_FRAME_WELCOME);
+	expect_none(&r);
+}
+
+static void ops_frame(struct world *w, uint64_t conn, const char *peer, const char *user,
+		      const struct crdt_buf *ops, size_t n)
+{
+	struct crdt_bytes bytes[16];
+	struct crdt_frame f = { .type = CRDT_FRAME_OPS, .ops = bytes, .ops_n = n };
+	size_t i;
+
+	for (i = 0; i < n; i++) {
+		bytes[i].p = ops[i].data;
+		bytes[i].n = ops[i].len;
+	}
+	f.user = str(user);
+	frame(w, conn, peer, &f);
+}
+
+static void op_begin(struct crdt_op *op, crdt_origin origin, uint64_t seq, uint8_t kind)
+{
+	memset(op, 0, sizeof(*op));
+	op->dot.origin = origin;
+	op->dot.seq = seq;
+	op->kind = kind;
+}
+
+static struct crdt_buf op_end(const struct crdt_op *op)
+{
+	struct crdt_buf b = CRDT_BUF_INIT;
+
+	crdt_op_encode(&b, op);
+	assert_false(b.failed);
+	return b;
+}
+
+static struct crdt_buf op_subscribe(crdt_origin origin, uint64_t seq, const char *name)
+{
+	struct crdt_op op;
+
+	op_begin(&op, origin, seq, CRDT_OP_SUBSCRIBE);
+	op.name = str(name);
+	return op_end(&op);
+}
+
+static struct crdt_buf op_create_inbox(crdt_origin origin, uint64_t seq)
+{
+	struct crdt_op_folder folder = { .id = crdt_inbox_id, .counter = 1, .validity = 64 };
+	struct crdt_op op;
+
+	op_begin(&op, origin, seq, CRDT_OP_CREATE);
+	folder.path = str("INBOX");
+	op.folders = &folder;
+	op.folders_n = 1;
+	return op_end(&op);
+}
+
+static void content_of(const void *p, size_t n, struct crdt_content *c)
+{
+	SHA256(p, n, c->b);
+}
+
+static struct crdt_buf op_add(crdt_origin origin, uint64_t seq, const char *guid, const void *text, size_t n)
+{
+	struct crdt_op_folder folder = { .id = crdt_inbox_id };
+	struct crdt_op_mail mail = { .size = n, .received = 1000 };
+	struct crdt_op op;
+
+	op_begin(&op, origin, seq, CRDT_OP_ADD);
+	mail.guid = str(guid);
+	content_of(text, n, &mail.content);
+	op.folders = &folder;
+	op.folders_n = 1;
+	op.mails = &mail;
+	op.mails_n = 1;
+	return op_end(&op);
+}
+
+static struct crdt_buf op_expunge(crdt_origin origin, uint64_t seq, const char *guid, const struct crdt_vv *deps)
+{
+	struct crdt_op_folder folder = { .id = crdt_inbox_id };
+	struct crdt_op_mail mail = { .size = 0 };
+	struct crdt_op op;
+
+	op_begin(&op, origin, seq, CRDT_OP_EXPUNGE);
+	if (deps != NULL)
+		op.deps = *deps;
+	mail.guid = str(guid);
+	op.folders = &folder;
+	op.folders_n = 1;
+	op.mails = &mail;
+	op.mails_n = 1;
+	return op_end(&op);
+}
+
+static void send_op(struct world *w, unsigned int n, const char *user, struct crdt_buf op)
+{
+	char name[8];
+
+	snprintf(name, sizeof(name), "w%u", n);
+	ops_frame(w, 100 + n, name, user, &op, 1);
+	crdt_buf_free(&op);
+}
+
+static void send_body(struct world *w, unsigned int n, const char *user, const void *text, size_t size,
+		      uint64_t offset, size_t len)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY, .size = size, .offset = offset };
+	char name[8];
+
+	snprintf(name, sizeof(name), "w%u", n);
+	f.user = str(user);
+	content_of(text, size, &f.content);
+	f.data.p = (const uint8_t *)text + offset;
+	f.data.n = len;
+	frame(w, 100 + n, name, &f);
+}
+
+static void send_want(struct world *w, unsigned int n, const char *user, const struct crdt_content *c, uint64_t offset)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY_WANT, .content = *c, .offset = offset,
+				.credit = CRDT_BODY_CREDIT };
+	char name[8];
+
+	snprintf(name, sizeof(name), "w%u", n);
+	f.user = str(user);
+	frame(w, 100 + n, name, &f);
+}
+
+static void send_none(struct world *w, unsigned int n, const char *user, const struct crdt_content *c)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY_NONE, .content = *c };
+	char name[8];
+
+	snprintf(name, sizeof(name), "w%u", n);
+	f.user = str(user);
+	frame(w, 100 + n, name, &f);
+}
+
+static void send_applied(struct world *w, unsigned int n, const char *user, const struct crdt_vv *vv)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_APPLIED, .vv = *vv };
+	char name[8];
+
+	snprintf(name, sizeof(name), "w%u", n);
+	f.user = str(user);
+	frame(w, 100 + n, name, &f);
+}
+
+static void send_feed_ack(struct world *w, unsigned int n, uint64_t gsn)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_FEED_ACK, .gsn = gsn };
+	char name[8];
+
+	snprintf(name, sizeof(name), "w%u", n);
+	frame(w, 100 + n, name, &f);
+}
+
+static bool status_has(struct world *w, bool digest, const char *part)
+{
+	struct crdt_buf out = CRDT_BUF_INIT;
+	bool found;
+
+	hub_status(w->h, digest, &out);
+	crdt_buf_u8(&out, 0);
+	found = strstr((char *)out.data, part) != NULL;
+	if (!found)
+		print_message("%s", (char *)out.data);
+	crdt_buf_free(&out);
+	return found;
+}
+
+/* ---- who may say what ---- */
+
+static void test_identity(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	static const struct { const char *name; uint8_t role, slot; } bad[] = {
+		{ "w2", HUB_WORKER, 1 }, { "w1", HUB_WORKER, 2 }, { "w1", HUB_STORAGE, 1 }, { "w1", 7, 1 },
+	};
+	unsigned int i;
+
+	for (i = 0; i < 4; i++) {
+		hello(w, CONN1, "w1", bad[i].name, bad[i].role, bad[i].slot, 0, 0);
+		assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_IDENTITY);
+		expect_none(&r1);
+	}
+	assert_non_null(strstr(w->log, "peer w1: calls itself w2"));
+	/* and nothing it says is heard */
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 1, "a"));
+	commit(w);
+	expect_none(&r1);
+	assert_false(status_has(w, false, "user\t"));
+	/* unless it comes to its senses */
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	expect(&r1, CRDT_FRAME_WELCOME);
+	reader_free(&r1);
+}
+
+static void test_nothing_before_hello(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 1, "a"));
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 2, "a"));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_MALFORMED);
+	expect_none(&r1);	/* told once */
+	hub_frame(w->h, CONN3, "stranger", "\1\1", 2);
+	assert_non_null(strstr(w->log, "peer stranger: is not on the list"));
+	reader_free(&r1);
+}
+
+static void test_garbage(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+
+	connect_worker(w, 1);
+	hub_frame(w->h, CONN1, "w1", "\1garbage", 8);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_MALFORMED);
+	connect_worker(w, 1);
+	hub_frame(w->h, CONN1, "w1", "\2garbage", 8);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_VERSION);
+	connect_worker(w, 1);
+	hub_frame(w->h, CONN1, "w1", "", 0);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_MALFORMED);
+	/* frames of a daemon, from a worker */
+	connect_worker(w, 1);
+	struct crdt_frame f = { .type = CRDT_FRAME_STABLE };
+	f.user = str("u");
+	frame(w, CONN1, "w1", &f);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_MALFORMED);
+	reader_free(&r1);
+}
+
+static void test_foreign_origin(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	struct crdt_buf ops[2] = { op_subscribe(ORIGIN1, 1, "mine"), op_subscribe(ORIGIN2, 1, "not mine") };
+
+	connect_worker(w, 1);
+	ops_frame(w, CONN1, "w1", "u", ops, 2);
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_ROLE);
+	expect_none(&r1);
+	assert_non_null(strstr(w->log, "peer w1: sent op 0200000000222222:1 of user u, which is of slot 2; its own slot is 1"));
+	assert_false(status_has(w, false, "user\t"));	/* not even its own op of that frame */
+	/* a storage daemon may */
+	hello(w, CONN3, "s2", "s2", HUB_STORAGE, 0, 0, 0);
+	ops_frame(w, CONN3, "s2", "u", ops, 2);
+	commit(w);
+	assert_true(status_has(w, false, "vv=0100000000111111:1,0200000000222222:1"));
+	crdt_buf_free(&ops[0]);
+	crdt_buf_free(&ops[1]);
+	reader_free(&r1);
+	sent_drop(w);
+}
+
+static void test_peer_removed(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	struct hub_peer_conf peers[2] = { peer_conf("w2", HUB_WORKER, 2), peer_conf("w1", HUB_WORKER, 1) };
+
+	connect_worker(w, 1);
+	hub_set_peers(w->h, peers, 1);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_IDENTITY);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 1, "a"));
+	commit(w);
+	assert_false(status_has(w, false, "user\t"));
+	/* another key under the same name: the old session is over as well */
+	hub_set_peers(w->h, peers, 2);
+	connect_worker(w, 1);
+	peers[1].public_key[5] = 1;
+	hub_set_peers(w->h, peers, 2);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_IDENTITY);
+	reader_free(&r1);
+}
+
+/* ---- ops ---- */
+
+static void test_ack_and_feed(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	struct crdt_buf ops[3] = { op_subscribe(ORIGIN1, 1, "a"), op_subscribe(ORIGIN1, 2, "b"),
+				   op_subscribe(ORIGIN1, 3, "c") };
+	struct crdt_frame *f;
+	char *error;
+
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	ops_frame(w, CONN1, "w1", "u1", ops, 2);
+	(void)hub_pump(w->h);
+	expect_none(&r1);	/* not before it is durable */
+	expect_none(&r2);
+	assert_int_equal(hub_commit(w->h, &error), 0);
+	(void)hub_pump(w->h);
+	f = expect(&r1, CRDT_FRAME_ACK);
+	assert_int_equal(f->vv.n, 1);
+	assert_true(f->vv.e[0].origin == ORIGIN1 && f->vv.e[0].seq == 2);
+	f = expect(&r2, CRDT_FRAME_FEED);
+	assert_int_equal(f->ops_n, 2);
+	assert_int_equal(f->gsn, 2);
+	assert_int_equal(f->gsn_prev, 0);
+	assert_memory_equal(f->ops[1].p, ops[1].data, ops[1].len);
+	expect_none(&r1);	/* no echo */
+
+	/* sent again, as after a lost ACK: acknowledged again, fed once */
+	ops_frame(w, CONN1, "w1", "u1", ops, 3);
+	commit(w);
+	f = expect(&r1, CRDT_FRAME_ACK);
+	assert_int_equal(f->vv.e[0].seq, 3);
+	f = expect(&r2, CRDT_FRAME_FEED);
+	assert_int_equal(f->ops_n, 1);
+	assert_int_equal(f->gsn, 3);
+	assert_int_equal(f->gsn_prev, 2);
+	ops_frame(w, CONN1, "w1", "u1", ops, 3);
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 3);
+	expect_none(&r2);
+	for (int i = 0; i < 3; i++)
+		crdt_buf_free(&ops[i]);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+static void test_gap_and_buffer(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	struct crdt_vv deps;
+	struct crdt_op op;
+
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	/* waits for an op of worker 2: kept, acknowledged, not fed */
+	crdt_vv_init(&deps);
+	crdt_vv_raise(&deps, ORIGIN2, 1);
+	op_begin(&op, ORIGIN1, 1, CRDT_OP_SUBSCRIBE);
+	op.name = str("x");
+	op.deps = deps;
+	send_op(w, 1, "u", op_end(&op));
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 2, "y"));
+	/* with a hole: kept, but not acknowledged beyond the hole */
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 4, "z"));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 2);
+	expect_none(&r2);
+	assert_true(status_has(w, false, "buffered=3"));
+	send_op(w, 2, "u", op_subscribe(ORIGIN2, 1, "first"));
+	commit(w);
+	assert_int_equal(expect(&r2, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	assert_int_equal(expect(&r2, CRDT_FRAME_FEED)->ops_n, 2);
+	assert_int_equal(expect(&r1, CRDT_FRAME_FEED)->ops_n, 1);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 3, "q"));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 4);
+	assert_int_equal(expect(&r2, CRDT_FRAME_FEED)->ops_n, 2);
+	assert_true(status_has(w, false, "buffered=0"));
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+static void test_restart_keeps_all(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	uint64_t id;
+
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 1, "a"));
+	commit(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	/* not committed: not there, and nobody was told */
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 2, "b"));
+	hub_free(&w->h);
+	world_open_hub(w);
+	assert_true(status_has(w, false, "vv=0100000000111111:1\t"));
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 2, "b"));
+	commit(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+	id = expect(&r2, CRDT_FRAME_WELCOME)->daemon_id;
+	assert_int_equal(expect(&r2, CRDT_FRAME_FEED)->gsn, 2);
+	/* the cursor of HELLO counts, if it is of this daemon */
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, id, 1);
+	expect(&r2, CRDT_FRAME_WELCOME);
+	assert_int_equal(expect(&r2, CRDT_FRAME_FEED)->gsn_prev, 1);
+	expect_none(&r2);
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, id, 3);
+	assert_int_equal(expect(&r2, CRDT_FRAME_ERROR)->code, CRDT_ERR_RESET);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+/* ---- texts ---- */
+
+static void test_body_before_op(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	static const char text[] = "From: a\r\n\r\nhello\r\n";
+	struct crdt_content c;
+	struct crdt_frame *f;
+
+	content_of(text, sizeof(text), &c);
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", text, sizeof(text)));
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 3, "behind"));
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", text, sizeof(text)));	/* again */
+	send_op(w, 1, "other", op_subscribe(ORIGIN1, 1, "not behind"));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	f = expect(&r1, CRDT_FRAME_BODY_WANT);
+	assert_memory_equal(&f->content, &c, sizeof(c));
+	assert_int_equal(f->offset, 0);
+	assert_true(status_has(w, false, "held=2"));
+	expect_none(&r1);
+	assert_int_equal(expect(&r2, CRDT_FRAME_FEED)->ops_n, 1);
+	assert_int_equal(expect(&r2, CRDT_FRAME_FEED)->ops_n, 1);
+	expect_none(&r2);
+
+	send_body(w, 1, "u", text, sizeof(text), 0, sizeof(text));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 3);
+	/* the new text rides ahead */
+	f = expect(&r2, CRDT_FRAME_BODY);
+	assert_int_equal(f->data.n, sizeof(text));
+	assert_memory_equal(f->data.p, text, sizeof(text));
+	assert_int_equal(expect(&r2, CRDT_FRAME_FEED)->ops_n, 2);
+	/* a copy of it does not: no text travels twice */
+	send_op(w, 1, "u", op_add(ORIGIN1, 4, "g2", text, sizeof(text)));
+	commit(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	expect(&r2, CRDT_FRAME_FEED);
+	/* but who lacks it gets it */
+	send_want(w, 2, "u", &c, 0);
+	commit(w);
+	assert_int_equal(expect(&r2, CRDT_FRAME_BODY)->data.n, sizeof(text));
+	/* the text of one user is not another's */
+	send_want(w, 2, "other", &c, 0);
+	commit(w);
+	expect(&r2, CRDT_FRAME_BODY_NONE);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+static void test_body_rides_in(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	static const char text[] = "small", bad[] = "other";
+
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_body(w, 1, "u", text, sizeof(text), 0, sizeof(text));
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", text, sizeof(text)));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 2);
+	expect_none(&r1);
+	/* one that is not what it says is asked for, and then taken as missing */
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY, .size = 5 };
+	f.user = str("u");
+	content_of(bad, sizeof(bad), &f.content);
+	f.data.p = (const uint8_t *)"wrong";
+	f.data.n = 5;
+	frame(w, CONN1, "w1", &f);
+	send_op(w, 1, "u", op_add(ORIGIN1, 3, "g2", bad, sizeof(bad)));
+	commit(w);
+	expect(&r1, CRDT_FRAME_BODY_WANT);
+	frame(w, CONN1, "w1", &f);
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 3);
+	assert_non_null(strstr(w->log, "does not match its content id"));
+	reader_free(&r1);
+}
+
+static void test_body_none(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	struct crdt_content c;
+
+	content_of("x", 1, &c);
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", "x", 1));
+	send_op(w, 1, "u", op_expunge(ORIGIN1, 3, "g1", NULL));
+	commit(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	expect(&r1, CRDT_FRAME_BODY_WANT);
+	send_none(w, 1, "u", &c);
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 3);
+	assert_non_null(strstr(w->log, "2 peer w1: op 0100000000111111:2 of user u comes without the mail's text"));
+	reader_free(&r1);
+}
+
+static void test_empty_body(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	struct crdt_content c;
+
+	content_of("", 0, &c);
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", "", 0));
+	commit(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	expect(&r1, CRDT_FRAME_BODY_WANT);
+	send_body(w, 1, "u", "", 0, 0, 0);
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 2);
+	while (expect(&r2, CRDT_FRAME_FEED)->gsn < 2) ;
+	send_want(w, 2, "u", &c, 0);
+	commit(w);
+	assert_int_equal(expect(&r2, CRDT_FRAME_BODY)->size, 0);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+/* 50 MB in, 50 MB out; a small op of another user does not wait for either. */
+static void test_large_body(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	size_t size = 50 * 1024 * 1024 + 17, sent = 0, got = 0, credit = 0, n;
+	uint8_t *text = malloc(size), *copy = malloc(size);
+	struct crdt_content c;
+	struct crdt_frame *f;
+	bool small_sent = false, small_fed = false;
+
+	for (n = 0; n < size; n++)
+		text[n] = (uint8_t)(n * 2654435761u >> 13);
+	content_of(text, size, &c);
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_op(w, 1, "big", op_create_inbox(ORIGIN1, 1));
+	send_op(w, 1, "big", op_add(ORIGIN1, 2, "g1", text, size));
+	commit(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	expect(&r2, CRDT_FRAME_FEED);
+	while (sent < size) {
+		while (sent == credit) {
+			f = expect(&r1, CRDT_FRAME_BODY_WANT);
+			assert_int_equal(f->offset, credit);
+			credit = f->offset + f->credit < size ? f->offset + f->credit : size;
+		}
+		n = credit - sent < 100000 ? credit - sent : 100000;	/* pieces need not be chunks */
+		struct crdt_frame b = { .type = CRDT_FRAME_BODY, .size = size, .offset = sent, .content = c };
+		b.user = str("big");
+		b.data.p = text + sent;
+		b.data.n = n;
+		frame(w, CONN1, "w1", &b);
+		sent += n;
+		if (!small_sent) {
+			small_sent = true;
+			send_op(w, 1, "small", op_subscribe(ORIGIN1, 1, "a"));
+			commit(w);
+			assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->user.n, 5);
+			assert_int_equal(expect(&r2, CRDT_FRAME_FEED)->user.n, 5);
+		} else {
+			commit(w);
+		}
+	}
+	while (next(w, CONN1, &r1.f, &r1.hold) && r1.f.type == CRDT_FRAME_BODY_WANT) ;
+	assert_int_equal(r1.f.type, CRDT_FRAME_ACK);
+	assert_int_equal(r1.f.vv.e[0].seq, 2);
+	expect(&r2, CRDT_FRAME_FEED);	/* too large to ride */
+
+	small_sent = false;
+	while (got < size) {
+		if (got % CRDT_BODY_CREDIT == 0 && got < size)
+			send_want(w, 2, "big", &c, got);
+		if (!small_sent) {
+			/* a queue of a megabyte at most is ahead of it */
+			small_sent = true;
+			send_op(w, 1, "small", op_subscribe(ORIGIN1, 2, "b"));
+		}
+		commit(w);
+		while (next(w, CONN2, &r2.f, &r2.hold)) {
+			if (r2.f.type == CRDT_FRAME_FEED) {
+				small_fed = true;
+				assert_true(got <= CRDT_BODY_CREDIT);
+			} else {
+				assert_int_equal(r2.f.type, CRDT_FRAME_BODY);
+				assert_int_equal(r2.f.offset, got);
+				memcpy(copy + got, r2.f.data.p, r2.f.data.n);
+				got += r2.f.data.n;
+			}
+			crdt_frame_free(&r2.f);
+		}
+	}
+	assert_true(small_fed);
+	assert_memory_equal(text, copy, size);
+	free(text);
+	free(copy);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+static void test_body_resumes(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	size_t size = 700000;
+	uint8_t *text = malloc(size);
+
+	memset(text, 'x', size);
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", text, size));
+	commit(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	expect(&r1, CRDT_FRAME_BODY_WANT);
+	send_body(w, 1, "u", text, size, 0, CRDT_BODY_CHUNK);
+	commit(w);
+	hub_disconnected(w->h, CONN1);
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", text, size));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_BODY_WANT)->offset, CRDT_BODY_CHUNK);
+	send_body(w, 1, "u", text, size, CRDT_BODY_CHUNK, CRDT_BODY_CHUNK);
+	commit(w);
+	/* a restart forgets what came: all from the start */
+	hub_free(&w->h);
+	world_open_hub(w);
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", text, size));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_BODY_WANT)->offset, 0);
+	send_body(w, 1, "u", text, size, 0, 100000);
+	send_body(w, 1, "u", text, size, 100000, CRDT_BODY_CHUNK);
+	send_body(w, 1, "u", text, size, 100000 + CRDT_BODY_CHUNK, size - 100000 - CRDT_BODY_CHUNK < CRDT_BODY_CHUNK ?
+		  size - 100000 - CRDT_BODY_CHUNK : CRDT_BODY_CHUNK);
+	if (100000 + 2 * CRDT_BODY_CHUNK < size)
+		send_body(w, 1, "u", text, size, 100000 + 2 * CRDT_BODY_CHUNK, size - 100000 - 2 * CRDT_BODY_CHUNK);
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 2);
+	free(text);
+	reader_free(&r1);
+}
+
+/* Two workers deliver one text; the first one goes away in between. */
+static void test_body_from_another(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	static const char text[] = "the same mail";
+
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", text, sizeof(text)));
+	commit(w);
+	send_op(w, 2, "u", op_add(ORIGIN2, 1, "g2", text, sizeof(text)));
+	commit(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	expect(&r1, CRDT_FRAME_BODY_WANT);
+	expect(&r2, CRDT_FRAME_FEED);
+	expect_none(&r2);	/* one is asked at a time */
+	hub_disconnected(w->h, CONN1);
+	commit(w);
+	expect(&r2, CRDT_FRAME_BODY_WANT);
+	send_body(w, 2, "u", text, sizeof(text), 0, sizeof(text));
+	commit(w);
+	assert_int_equal(expect(&r2, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+static void test_orphan_goes(void **state)
+{
+	struct world *w = *state;
+	struct reader r2 = { .w = w, .conn = CONN2 };
+	struct crdt_content c;
+
+	content_of("orphan", 6, &c);
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_body(w, 1, "u", "orphan", 6, 0, 6);
+	settle(w);
+	send_want(w, 2, "u", &c, 0);
+	commit(w);
+	expect(&r2, CRDT_FRAME_BODY);	/* its op may still come */
+	hub_disconnected(w->h, CONN1);
+	settle(w);
+	send_want(w, 2, "u", &c, 0);
+	commit(w);
+	expect(&r2, CRDT_FRAME_BODY_NONE);
+	/* the same over a restart */
+	connect_worker(w, 1);
+	send_body(w, 1, "u", "orphan", 6, 0, 6);
+	commit(w);
+	hub_free(&w->h);
+	world_open_hub(w);
+	settle(w);
+	connect_worker(w, 2);
+	send_want(w, 2, "u", &c, 0);
+	commit(w);
+	expect(&r2, CRDT_FRAME_BODY_NONE);
+	reader_free(&r2);
+	sent_drop(w);
+}
+
+/* ---- flow ---- */
+
+static void test_window(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	static char text[60000];
+	size_t bytes = 0, frames = 0;
+	uint64_t seq = 1, last = 0;
+
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	for (seq = 2; seq < 202; seq++) {	/* 12 MB of texts that ride */
+		char guid[16];
+
+		snprintf(text, sizeof(text), "%d", (int)seq);
+		snprintf(guid, sizeof(guid), "g%d", (int)seq);
+		send_body(w, 1, "u", text, sizeof(text), 0, sizeof(text));
+		send_op(w, 1, "u", op_add(ORIGIN1, seq, guid, text, sizeof(text)));
+		commit(w);
+	}
+	for (int i = 0; i < 100; i++)
+		commit(w);
+	while (next(w, CONN2, &r2.f, &r2.hold)) {
+		bytes += r2.hold->n;
+		frames++;
+		if (r2.f.type == CRDT_FRAME_FEED)
+			last = r2.f.gsn;
+		crdt_frame_free(&r2.f);
+	}
+	assert_true(bytes > CRDT_FEED_WINDOW / 2 && bytes < CRDT_FEED_WINDOW + 2 * CRDT_FRAME_MAX);
+	/* each acknowledgement opens it by as much */
+	while (last < 201) {
+		send_feed_ack(w, 2, last);
+		commit(w);
+		assert_true(next(w, CONN2, &r2.f, &r2.hold));
+		do {
+			if (r2.f.type == CRDT_FRAME_FEED)
+				last = r2.f.gsn;
+			crdt_frame_free(&r2.f);
+		} while (next(w, CONN2, &r2.f, &r2.hold));
+	}
+	/* nobody acknowledges what was not sent */
+	send_feed_ack(w, 2, 202);
+	assert_int_equal(expect(&r2, CRDT_FRAME_ERROR)->code, CRDT_ERR_MALFORMED);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+static void test_refused_sends(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	struct crdt_content c;
+
+	content_of("text", 4, &c);
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	w->refuse = CONN2;
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_body(w, 1, "u", "text", 4, 0, 4);
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", "text", 4));
+	send_op(w, 2, "u", op_subscribe(ORIGIN2, 1, "s"));
+	commit(w);
+	send_want(w, 2, "u", &c, 0);
+	commit(w);
+	assert_true(hub_pump(w->h));
+	expect(&r1, CRDT_FRAME_ACK);	/* one slow peer holds up nobody */
+	expect(&r1, CRDT_FRAME_FEED);
+	expect_none(&r2);
+	w->refuse = 0;
+	assert_false(hub_pump(w->h));
+	expect(&r2, CRDT_FRAME_ACK);
+	expect(&r2, CRDT_FRAME_BODY);
+	expect(&r2, CRDT_FRAME_FEED);
+	expect(&r2, CRDT_FRAME_BODY);
+	expect_none(&r2);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+/* Own ops are left out, but the cursor goes over them, and the log is trimmed. */
+static void test_trim_and_reset(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	struct crdt_frame *f;
+	uint64_t seq;
+
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	for (seq = 1; seq <= 300; seq++)
+		send_op(w, 1, "u", op_subscribe(ORIGIN1, seq, "a"));
+	commit(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	f = expect(&r1, CRDT_FRAME_FEED);
+	assert_int_equal(f->ops_n, 0);
+	assert_int_equal(f->gsn, 256);
+	f = expect(&r2, CRDT_FRAME_FEED);
+	assert_int_equal(f->ops_n, 300);
+	send_feed_ack(w, 1, 256);
+	settle(w);
+	assert_true(status_has(w, false, "peer\tname=w1\tconnected=1\tgsn=256\thead=300"));
+	/* worker 2 has nothing yet: all of it stays, also over its absence */
+	hub_disconnected(w->h, CONN2);
+	settle(w);
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+	expect(&r2, CRDT_FRAME_WELCOME);
+	f = expect(&r2, CRDT_FRAME_FEED);
+	assert_int_equal(f->gsn, 300);
+	send_feed_ack(w, 2, 300);
+	settle(w);
+	hub_disconnected(w->h, CONN2);
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+	assert_int_equal(expect(&r2, CRDT_FRAME_ERROR)->code, CRDT_ERR_RESET);
+	assert_non_null(strstr(w->log, "1 peer w2: needs the log from op 1 on, but it begins behind 256"));
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+/* ---- stability ---- */
+
+static void test_stable_and_collect(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	struct crdt_content c;
+	struct crdt_vv vv;
+
+	content_of("text", 4, &c);
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_body(w, 1, "u", "text", 4, 0, 4);
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", "text", 4));
+	send_op(w, 1, "u", op_expunge(ORIGIN1, 3, "g1", NULL));
+	settle(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	expect(&r2, CRDT_FRAME_BODY);
+	expect(&r2, CRDT_FRAME_FEED);
+	crdt_vv_init(&vv);
+	crdt_vv_raise(&vv, ORIGIN1, 3);
+	send_applied(w, 1, "u", &vv);
+	settle(w);
+	expect_none(&r1);	/* worker 2 has not */
+	send_want(w, 2, "u", &c, 0);
+	settle(w);
+	expect(&r2, CRDT_FRAME_BODY);
+	/* worker 2 has, but it did something before that is not here yet */
+	crdt_vv_raise(&vv, ORIGIN2, 1);
+	send_applied(w, 2, "u", &vv);
+	settle(w);
+	expect_none(&r1);
+	send_op(w, 2, "u", op_subscribe(ORIGIN2, 1, "s"));
+	settle(w);
+	expect(&r2, CRDT_FRAME_ACK);
+	expect(&r1, CRDT_FRAME_FEED);
+	assert_int_equal(crdt_vv_get(&expect(&r1, CRDT_FRAME_STABLE)->vv, ORIGIN1), 3);
+	assert_int_equal(crdt_vv_get(&expect(&r2, CRDT_FRAME_STABLE)->vv, ORIGIN1), 3);
+	assert_int_equal(crdt_vv_get(&r2.f.vv, ORIGIN2), 0);
+	/* the text went with the mail */
+	send_want(w, 2, "u", &c, 0);
+	settle(w);
+	expect(&r2, CRDT_FRAME_BODY_NONE);
+	/* who comes later is told what he missed */
+	hub_disconnected(w->h, CONN1);
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	expect(&r1, CRDT_FRAME_WELCOME);
+	expect(&r1, CRDT_FRAME_STABLE);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+#define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+		T(test_identity), T(test_nothing_before_hello), T(test_garbage), T(test_foreign_origin),
+		T(test_peer_removed), T(test_ack_and_feed), T(test_gap_and_buffer), T(test_restart_keeps_all),
+		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_empty_body),
+		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_orphan_goes),
+		T(test_window), T(test_refused_sends), T(test_trim_and_reset), T(test_stable_and_collect),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}

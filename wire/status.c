@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "status.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+static const char hex[] = "0123456789abcdef";
+
+void status_begin(struct crdt_buf *b, const char *kind)
+{
+	crdt_buf_raw(b, kind, strlen(kind));
+}
+
+static void put_key(struct crdt_buf *b, const char *key)
+{
+	crdt_buf_u8(b, '\t');
+	crdt_buf_raw(b, key, strlen(key));
+	crdt_buf_u8(b, '=');
+}
+
+void status_str(struct crdt_buf *b, const char *key, const char *value)
+{
+	const uint8_t *p;
+
+	put_key(b, key);
+	for (p = (const uint8_t *)value; *p != '\0'; p++) {
+		if (*p > 0x20 && *p < 0x7f && *p != '%') {
+			crdt_buf_u8(b, *p);
+		} else {
+			crdt_buf_u8(b, '%');
+			crdt_buf_u8(b, (uint8_t)hex[*p >> 4]);
+			crdt_buf_u8(b, (uint8_t)hex[*p & 15]);
+		}
+	}
+}
+
+void status_uint(struct crdt_buf *b, const char *key, uint64_t value)
+{
+	char text[24];
+
+	put_key(b, key);
+	crdt_buf_raw(b, text, (size_t)snprintf(text, sizeof(text), "%"PRIu64, value));
+}
+
+void status_int(struct crdt_buf *b, const char *key, int64_t value)
+{
+	char text[24];
+
+	put_key(b, key);
+	crdt_buf_raw(b, text, (size_t)snprintf(text, sizeof(text), "%"PRId64, value));
+}
+
+void status_vv(struct crdt_buf *b, const char *key, const struct crdt_vv *vv)
+{
+	char text[48];
+	uint32_t i;
+	int n;
+
+	put_key(b, key);
+	for (i = 0; i < vv->n; i++) {
+		n = snprintf(text, sizeof(text), "%s%016"PRIx64":%"PRIu64, i > 0 ? "," : "",
+			     vv->e[i].origin, vv->e[i].seq);
+		crdt_buf_raw(b, text, (size_t)n);
+	}
+}
+
+void status_hex(struct crdt_buf *b, const char *key, const void *_p, size_t n)
+{
+	const uint8_t *p = _p;
+	size_t i;
+
+	put_key(b, key);
+	for (i = 0; i < n; i++) {
+		crdt_buf_u8(b, (uint8_t)hex[p[i] >> 4]);
+		crdt_buf_u8(b, (uint8_t)hex[p[i] & 15]);
+	}
+}
+
+void status_end(struct crdt_buf *b)
+{
+	crdt_buf_u8(b, '\n');
+}
+
+void status_put_node(struct crdt_buf *b, const struct status_node *s)
+{
+	status_begin(b, "node");
+	status_str(b, "name", s->name);
+	status_int(b, "slot", s->slot);
+	status_uint(b, "dirty", s->dirty);
+	status_end(b);
+}
+
+void status_put_peer(struct crdt_buf *b, const struct status_peer *s)
+{
+	status_begin(b, "peer");
+	status_str(b, "name", s->name);
+	status_uint(b, "connected", s->connected ? 1 : 0);
+	status_uint(b, "gsn", s->gsn);
+	status_uint(b, "head", s->head);
+	status_end(b);
+}
+
+void status_put_user(struct crdt_buf *b, const struct status_user *s)
+{
+	status_begin(b, "user");
+	status_str(b, "name", s->name);
+	status_uint(b, "gen", s->gen);
+	status_vv(b, "vv", s->vv);
+	status_uint(b, "unsent", s->unsent);
+	status_uint(b, "pending", s->pending);
+	status_uint(b, "held", s->held);
+	status_uint(b, "buffered", s->buffered);
+	if (s->digest != NULL)
+		status_hex(b, "digest", s->digest, 32);
+	status_end(b);
+}
+
+void status_put_end(struct crdt_buf *b)
+{
+	crdt_buf_raw(b, "end\n", 4);
+}

@@ -73,9 +73,12 @@ static void folder_close(struct folder_edit *e)
 
 /* ---- facts of a folder ---- */
 
+/* The newest add of each origin stays, also where a later one has seen it: the
+ * context of a DELETE leaves out what was not applied where it was made, so it
+ * may cover the later add and not the earlier one. */
 static void folder_refresh(struct folder_edit *e)
 {
-	crdt_dots_put(&e->f.presence, e->op);
+	(void)crdt_vv_raise(&e->f.presence, e->op->dot.origin, e->op->dot.seq);
 	e->dirty = true;
 }
 

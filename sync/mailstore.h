@@ -66,11 +66,11 @@ struct ms_cmd {
 	/* A SAVE or MOVE of this mail was tried and its outcome is not known: a mail
 	 * of this GUID at a UID that is none of `others` is its result.  (Copies
 	 * inside a folder share their GUID.)  It gets its applier record; a MOVE
-	 * goes on with removing c->uid. */
+	 * goes on with removing c->uid.  An EXPUNGE with uid 0 removes just it. */
 	bool tried;
 	uint32_t others[MS_OTHERS_MAX]; unsigned others_n;
-	/* SAVE */
 	struct crdt_str guid;
+	/* SAVE */
 	struct crdt_content content;
 	uint64_t size;
 	int64_t received;

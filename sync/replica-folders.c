@@ -52,35 +52,61 @@ struct group {
 	size_t n;
 	uint32_t validity;
 	struct crdt_numberer numberer;
+	struct crdt_id primary;
 };
 
-static void group_of(struct replica *r, const uint8_t *path, size_t len, struct group *g)
+static bool folder_is_at(struct replica *r, const struct crdt_id *id, const uint8_t *path, size_t len)
+{
+	struct crdt_folder f;
+	bool at = crdt_folder_get(rrows(r), id, &f) && crdt_folder_live(&f) && f.path_len == len &&
+		  memcmp(f.path, path, len) == 0;
+
+	crdt_folder_free(&f);
+	return at;
+}
+
+static void group_number(struct replica *r, struct group *g)
 {
 	struct crdt_folder f;
 
-	memset(g, 0, sizeof(*g));
-	g->n = crdt_path_folders(rrows(r), path, len, g->ids, GROUP_MAX);
-	if (g->n > GROUP_MAX)
-		g->n = GROUP_MAX;
 	if (g->n == 0)
 		return;
-	if (crdt_folder_get(rrows(r), &g->ids[crdt_path_primary(rrows(r), g->ids, g->n)], &f)) {
+	g->primary = g->ids[crdt_path_primary(rrows(r), g->ids, g->n)];
+	if (crdt_folder_get(rrows(r), &g->primary, &f)) {
 		g->validity = f.validity;
 		g->numberer = f.numberer;
 	}
 	crdt_folder_free(&f);
 }
 
-/* Does every folder that b shows belong to this path now? */
+/* All live folders of a path: what a new mailbox there will show. */
+static void group_of_path(struct replica *r, const uint8_t *path, size_t len, struct group *g)
+{
+	memset(g, 0, sizeof(*g));
+	g->n = crdt_path_folders(rrows(r), path, len, g->ids, GROUP_MAX);
+	if (g->n > GROUP_MAX)
+		g->n = GROUP_MAX;
+	group_number(r, g);
+}
+
+/* Those that a mailbox shows already.  Only they count for its UIDVALIDITY: one
+ * that shares the path in the state and leaves it again before it was shown
+ * here must leave no trace. */
+static void group_of_box(struct replica *r, const struct box *b, struct group *g)
+{
+	memset(g, 0, sizeof(*g));
+	for (unsigned i = 0; i < b->folders_n && g->n < GROUP_MAX; i++) {
+		if (folder_is_at(r, &b->folders[i], b->path, b->path_len))
+			g->ids[g->n++] = b->folders[i];
+	}
+	group_number(r, g);
+}
+
+/* Does every folder (or any) that b shows belong to this path now? */
 static bool box_all_at(struct replica *r, const struct box *b, const uint8_t *path, size_t len)
 {
 	for (unsigned i = 0; i < b->folders_n; i++) {
-		struct crdt_folder f;
-		bool at = crdt_folder_get(rrows(r), &b->folders[i], &f) && crdt_folder_live(&f) &&
-			  f.path_len == len && memcmp(f.path, path, len) == 0;
-
-		crdt_folder_free(&f);
-		if (!at)
+		if (!folder_is_at(r, &b->folders[i], path, len))
 			return false;
 	}
 	return true;
@@ -89,12 +115,7 @@ static bool box_all_at(struct replica *r, const struct box *b, const uint8_t *pa
 static bool box_any_at(struct replica *r, const struct box *b, const uint8_t *path, size_t len)
 {
 	for (unsigned i = 0; i < b->folders_n; i++) {
-		struct crdt_folder f;
-		bool at = crdt_folder_get(rrows(r), &b->folders[i], &f) && crdt_folder_live(&f) &&
-			  f.path_len == len && memcmp(f.path, path, len) == 0;
-
-		crdt_folder_free(&f);
-		if (at)
+		if (folder_is_at(r, &b->folders[i], path, len))
 			return true;
 	}
 	return false;
@@ -111,7 +132,7 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	bool existed = false;
 	int res;
 
-	group_of(r, f->path, f->path_len, &g);
+	group_of_path(r, f->path, f->path_len, &g);
 	memset(&want, 0, sizeof(want));
 	want.guid = f->id;
 	want.path = (struct crdt_str){ f->path, f->path_len };
@@ -207,17 +228,29 @@ static enum step do_numberer(struct replica *r, struct box *b, const struct grou
 	return step;
 }
 
-static void attach(struct replica *r, struct box *b, const struct crdt_id *id)
+/*
+ * The mailbox was shown under a higher UIDVALIDITY than its folders have by now
+ * (it was one with another folder, which went elsewhere).  It cannot go back:
+ * the folder gets a new one, above all.
+ */
+static enum step do_raise_validity(struct replica *r, const struct crdt_id *folder, const struct box *b)
 {
-	struct box old;
+	struct crdt_op_folder of;
+	struct crdt_op op;
+	struct crdt_vv ctx;
+	uint32_t highest = crdt_validity_highest(rrows(r));
 
-	if (box_of(r, id, &old)) {
-		if (!crdt_id_equal(&old.guid, &b->guid))
-			box_detach(r, &old, id);
-		box_free(&old);
-	}
-	box_attach(r, b, id);
-	replica_mark_folder_mails(r, id);
+	memset(&op, 0, sizeof(op));
+	memset(&of, 0, sizeof(of));
+	of.id = *folder;
+	of.validity = crdt_uidvalidity_next(r->cfg->slot, highest > b->uidvalidity ? highest : b->uidvalidity);
+	of.numberer = (struct crdt_numberer){ 1, (uint8_t)r->cfg->slot };
+	of.uidnext = 1;
+	op.kind = CRDT_OP_TAKEOVER;
+	op.folders = &of;
+	op.folders_n = 1;
+	replica_context(r, &ctx);
+	return replica_own_op(r, &op, &ctx) < 0 ? STEP_FAILED : STEP_PROGRESS;
 }
 
 /* The mailbox at the wanted path belongs to other folders, which have to leave
@@ -266,7 +299,7 @@ static enum step folder_place(struct replica *r, const struct crdt_folder *f, st
 	if (there.folders_n > 0 && !box_any_at(r, &there, f->path, f->path_len)) {
 		step = make_room(r, &there, error_r);
 	} else {
-		attach(r, &there, &f->id);
+		box_take(r, &there, &f->id);
 		if (b != NULL && !crdt_id_equal(&there.guid, &b->guid))
 			replica_mark_folder(r, &f->id);
 		step = STEP_PROGRESS;
@@ -286,9 +319,11 @@ static enum step folder_live(struct replica *r, const struct crdt_folder *f, cha
 	if (b.path_len != f->path_len || memcmp(b.path, f->path, b.path_len) != 0) {
 		step = folder_place(r, f, &b, error_r);
 	} else {
-		group_of(r, f->path, f->path_len, &g);
+		group_of_box(r, &b, &g);
 		if (g.validity > b.uidvalidity)
 			step = do_revalidate(r, &b, &g, error_r);
+		else if (g.validity < b.uidvalidity && b.uidvalidity > 0)
+			step = do_raise_validity(r, &g.primary, &b);
 		else if (g.numberer.term > 0 && crdt_numberer_cmp(&g.numberer, &b.pushed) != 0 &&
 			 g.validity == b.uidvalidity)
 			step = do_numberer(r, &b, &g, error_r);
@@ -321,7 +356,7 @@ static enum step folder_dead(struct replica *r, const struct crdt_id *id, char *
 	if (b.folders_n == 1 && !crdt_id_equal(id, &crdt_inbox_id)) {
 		step = do_remove(r, &b, error_r);
 	} else {
-		box_detach(r, &b, id);
+		box_leave(r, &b, id);
 		replica_mark_folder_mails(r, id);
 		step = STEP_PROGRESS;
 	}

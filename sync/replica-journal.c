@@ -473,9 +473,7 @@ static void applied_save(struct replica *r, const struct box *b, const struct cr
 	shadow_put(r, &b->guid, jm->uid, &m->key, jm->flags & CRDT_FLAGS_ALL, kw, jm->keywords_n);
 	text_place_put(r, &m->content, &p, m->size);
 	mail_tried(r, &m->key, false);
-	if (replica_mail_settled(r, &m->key))
-		mail_rows_clear(r, &m->key);
-	else
+	if (!replica_mail_settled(r, &m->key))
 		replica_mark_mail(r, &m->key);
 	free(kw);
 }
@@ -533,9 +531,7 @@ static int applier_flags(struct replica *r, const struct box *b, const struct cr
 
 		(void)change_of(r, b, uids[i], rec, &c);
 		if (c.key.guid_len > 0) {
-			if (replica_mail_settled(r, &c.key))
-				mail_rows_clear(r, &c.key);
-			else
+			if (!replica_mail_settled(r, &c.key))
 				replica_mark_mail(r, &c.key);
 		}
 		change_free(&c);
@@ -587,11 +583,8 @@ static int applier_create(struct replica *r, const struct crdt_jrec *rec)
 	}
 	box_new(r, rec, &b);
 	n = crdt_path_folders(rrows(r), rec->path.p, rec->path.n, ids, 64);
-	for (size_t i = 0; i < n && i < 64; i++) {
-		box_attach(r, &b, &ids[i]);
-		replica_mark_folder(r, &ids[i]);
-		replica_mark_folder_mails(r, &ids[i]);
-	}
+	for (size_t i = 0; i < n && i < 64; i++)
+		box_take(r, &b, &ids[i]);
 	box_free(&b);
 	return 0;
 }

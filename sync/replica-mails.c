@@ -132,7 +132,9 @@ static bool keywords_equal(const struct crdt_mail *m, const struct shadow *s)
 	return true;
 }
 
-static bool shown_settled(struct replica *r, const struct box *b, const struct crdt_mail *m, uint32_t uid)
+/* *held_r: it is shown, but not at its claim; that is the numberer's to mend. */
+static bool shown_settled(struct replica *r, const struct box *b, const struct crdt_mail *m, uint32_t uid,
+			  bool *held_r)
 {
 	enum crdt_uid_verdict v;
 	struct shadow s;
@@ -150,6 +152,7 @@ static bool shown_settled(struct replica *r, const struct box *b, const struct c
 		claim_note(r, &m->key, b->uidvalidity, to, true);
 	else if (v == CRDT_UID_EXHAUSTED)
 		replica_log(r, 0, "mailbox %s has no UIDs left: it needs a new UIDVALIDITY", b->path);
+	*held_r = v == CRDT_UID_HOLD || v == CRDT_UID_HOLD_AND_FLOOR;
 	return same && v != CRDT_UID_SHOW_AT_CLAIM && v != CRDT_UID_CLAIM_OWN;
 }
 
@@ -158,17 +161,22 @@ bool replica_mail_settled(struct replica *r, const struct crdt_mail_key *key)
 	struct crdt_mail m;
 	struct place p;
 	struct box b;
-	bool shown = place_get(r, key, &p), settled;
+	bool shown = place_get(r, key, &p), settled, held = false;
 
 	if (!crdt_mail_get(rrows(r), key, NULL, &m) || !m.live) {
-		settled = !shown;
+		settled = !shown && !mail_was_tried(r, key);
 	} else {
 		memset(&b, 0, sizeof(b));
 		settled = shown && box_of(r, &key->folder, &b) && crdt_id_equal(&b.guid, &p.box) &&
-			  shown_settled(r, &b, &m, p.uid);
+			  shown_settled(r, &b, &m, p.uid, &held);
 		box_free(&b);
 	}
 	crdt_mail_free(&m);
+	if (settled) {
+		mail_rows_clear(r, key);
+		if (held)
+			mail_hold(r, key);
+	}
 	return settled;
 }
 
@@ -427,6 +435,24 @@ static void shown_cmd(struct slice *s, const struct crdt_mail_key *key, struct c
 	shadow_free(&sh);
 }
 
+/* A mail that went while it was being added or moved may have a record that
+ * nobody knows: uid 0 and `tried` say to look for it. */
+static void expunge_cmd(struct slice *s, const struct crdt_mail_key *key, const struct place *p)
+{
+	struct box b;
+
+	if (p != NULL) {
+		if (slice_box(s, &p->box))
+			(void)slice_cmd(s, MS_EXPUNGE, key, p->uid);
+	} else if (!box_of(s->r, &key->folder, &b)) {
+		mail_tried(s->r, key, false);
+	} else {
+		if (slice_box(s, &b.guid))
+			(void)slice_cmd(s, MS_EXPUNGE, key, 0);
+		box_free(&b);
+	}
+}
+
 /* Adds the command that the mail needs, if it is for the slice's mailbox. */
 static void slice_mail(struct slice *s, const struct crdt_mail_key *key)
 {
@@ -443,13 +469,11 @@ static void slice_mail(struct slice *s, const struct crdt_mail_key *key)
 	} else if (shown) {
 		shadow_free(&sh);
 	}
-	if (replica_mail_settled(r, key)) {
-		mail_rows_clear(r, key);
+	if (replica_mail_settled(r, key))
 		return;
-	}
 	if (!crdt_mail_get(rrows(r), key, NULL, &m) || !m.live) {
-		if (s->expunges && shown && slice_box(s, &p.box))
-			(void)slice_cmd(s, MS_EXPUNGE, key, p.uid);
+		if (s->expunges)
+			expunge_cmd(s, key, shown ? &p : NULL);
 	} else if (!s->expunges && box_of(r, &key->folder, &b)) {
 		if (slice_box(s, &b.guid)) {
 			if (!shown || !crdt_id_equal(&p.box, &b.guid))
@@ -530,8 +554,8 @@ static void cmd_held(struct slice *s, size_t i)
 			claim_note(r, &s->keys[i], s->b.uidvalidity, to, true);
 		crdt_mail_free(&m);
 		mail_row_move(r, &s->keys[i], ROW_DIRTY_MAIL, ROW_HELD);
-	} else if (replica_mail_settled(r, &s->keys[i])) {
-		mail_rows_clear(r, &s->keys[i]);
+	} else {
+		(void)replica_mail_settled(r, &s->keys[i]);
 	}
 }
 
@@ -577,7 +601,7 @@ static int outcomes(struct slice *s, const struct ms_apply *a, char **error_r)
 		s->b = b;
 	}
 	for (size_t i = 0; i < s->n; i++) {
-		if (s->cmds[i].outcome != MS_DONE)
+		if (s->cmds[i].kind == MS_EXPUNGE ? s->uids[i] == 0 : s->cmds[i].outcome != MS_DONE)
 			mail_tried(r, &s->keys[i], false);
 		switch (s->cmds[i].outcome) {
 		case MS_DONE:
@@ -648,7 +672,7 @@ static void slice_tried(struct slice *s, struct ms_apply *a)
 	for (size_t i = 0; i < s->n; i++) {
 		struct ms_cmd *c = &s->cmds[i];
 
-		if (c->kind != MS_SAVE && c->kind != MS_MOVE)
+		if (c->kind != MS_SAVE && c->kind != MS_MOVE && (c->kind != MS_EXPUNGE || c->uid != 0))
 			continue;
 		c->tried = mail_was_tried(s->r, &s->keys[i]);
 		if (c->tried) {

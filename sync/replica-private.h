@@ -118,6 +118,10 @@ void box_set_path(struct replica *r, struct box *b, const void *path, size_t len
 bool box_has_folder(const struct box *b, const struct crdt_id *folder);
 void box_attach(struct replica *r, struct box *b, const struct crdt_id *folder);	/* and puts */
 void box_detach(struct replica *r, struct box *b, const struct crdt_id *folder);
+/* The mailbox shows a folder from now on, or no longer: with what is to be
+ * looked at again because of it. */
+void box_take(struct replica *r, struct box *b, const struct crdt_id *folder);
+void box_leave(struct replica *r, struct box *b, const struct crdt_id *folder);
 bool box_at(struct replica *r, const void *path, size_t len, struct box *b_r);
 bool box_of(struct replica *r, const struct crdt_id *folder, struct box *b_r);
 /* Index in b->folders of the folder whose numbering counts; fills f_r. */
@@ -149,6 +153,8 @@ void place_put(struct replica *r, const struct crdt_mail_key *key, const struct 
 void mail_row_key(struct crdt_buf *b, char state, const struct crdt_mail_key *key);
 void mail_row_move(struct replica *r, const struct crdt_mail_key *key, char from, char to);
 void mail_rows_clear(struct replica *r, const struct crdt_mail_key *key);
+/* It is shown, but not at its claim: looked at again when the numbering changes. */
+void mail_hold(struct replica *r, const struct crdt_mail_key *key);
 void mail_tried(struct replica *r, const struct crdt_mail_key *key, bool tried);
 bool mail_was_tried(struct replica *r, const struct crdt_mail_key *key);
 /* Other mails of that GUID in mailbox b: their UIDs; how many. */
@@ -169,7 +175,7 @@ int replica_apply_subscriptions(struct replica *r, char **error_r);
 
 /* replica-mails.c */
 /* Compares a mail's state with its shadow; true: nothing to do in the mail
- * store.  Notes claims and floors that are due (replica_claims_flush()). */
+ * store, and its dirty rows are cleared.  Notes claims and floors that are due (replica_claims_flush()). */
 bool replica_mail_settled(struct replica *r, const struct crdt_mail_key *key);
 /* Makes ops of the claims and floors noted.  0 or -1. */
 int replica_claims_flush(struct replica *r);

@@ -187,6 +187,28 @@ void box_detach(struct replica *r, struct box *b, const struct crdt_id *folder)
 	crdt_buf_free(&v);
 }
 
+void box_leave(struct replica *r, struct box *b, const struct crdt_id *folder)
+{
+	box_detach(r, b, folder);
+	/* Those that stay may be numbered otherwise without it. */
+	for (unsigned i = 0; i < b->folders_n; i++)
+		replica_mark_folder(r, &b->folders[i]);
+}
+
+void box_take(struct replica *r, struct box *b, const struct crdt_id *folder)
+{
+	struct box old;
+
+	if (box_of(r, folder, &old)) {
+		if (!crdt_id_equal(&old.guid, &b->guid))
+			box_leave(r, &old, folder);
+		box_free(&old);
+	}
+	box_attach(r, b, folder);
+	replica_mark_folder(r, folder);
+	replica_mark_folder_mails(r, folder);
+}
+
 static bool box_by_row(struct replica *r, const struct crdt_buf *k, struct box *b_r)
 {
 	struct crdt_buf v = CRDT_BUF_INIT;
@@ -565,6 +587,17 @@ void mail_rows_clear(struct replica *r, const struct crdt_mail_key *key)
 		if (get(r, &k, &v))
 			del(r, &k);
 	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+void mail_hold(struct replica *r, const struct crdt_mail_key *key)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	mail_row_key(&k, ROW_HELD, key);
+	crdt_buf_varint(&v, 0);
+	put(r, &k, &v);
 	crdt_buf_free(&k);
 	crdt_buf_free(&v);
 }

@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef VMAIL_H
+#define VMAIL_H
+/*
+ * A virtual mail store and journal for the simulation: what Dovecot, the plugin
+ * and crdt-worker do to the mail of one user on one node, as far as the
+ * engine can tell, with places where the process can be killed.
+ */
+#include "../../sync/mailstore.h"
+
+struct vmail_mail {
+	uint32_t uid;
+	char guid[40];
+	struct crdt_content content;
+	uint64_t size;
+	int64_t received;
+	uint8_t flags;
+	uint32_t keywords;		/* bit i: keyword "$ki" */
+};
+enum { VMAIL_KEYWORDS = 3 };
+
+struct vmail_box {
+	struct crdt_id guid;
+	char path[256];
+	uint32_t uidvalidity, uidnext;
+	struct crdt_numberer numberer;
+	struct vmail_mail *mails; size_t n, cap;	/* ascending by uid */
+};
+
+struct vmail {
+	struct mailstore ms;		/* first */
+	unsigned slot;
+	uint64_t *rng;			/* seeded, shared with the simulation */
+	struct vmail_box *boxes; size_t boxes_n;
+	char subscriptions[16][64]; size_t subscriptions_n;
+	struct { uint8_t *p; size_t n; } *journal; size_t journal_n, journal_cap;
+	uint64_t journal_base;		/* seq of journal[0] */
+	crdt_origin journal_id;
+	uint32_t uidvalidity_high;
+	/* The texts of this node's mails; shared by all (content addressed). */
+	/* Kill the "process" at a random place inside the next call: the call stops
+	 * half-way and returns MS_TEMP. */
+	bool kill_armed, trace;
+	unsigned native_records;	/* written by users */
+	/* A UID that came to mean another mail, or UIDNEXT fell (I4, I5). */
+	const char *fault;
+};
+
+void vmail_init(struct vmail *v, unsigned slot, uint64_t *rng);
+void vmail_deinit(struct vmail *v);
+uint64_t vmail_random(uint64_t *rng);
+
+/* ---- what users do; 0, or -1 when Dovecot would say NO ---- */
+struct vmail_box *vmail_box(struct vmail *v, const char *path);
+int vmail_create(struct vmail *v, const char *path);
+int vmail_delete(struct vmail *v, const char *path);
+int vmail_rename(struct vmail *v, const char *from, const char *to);
+/* content n: the text of mail number n; guid_r gets its GUID. */
+int vmail_append(struct vmail *v, const char *path, uint64_t content, uint8_t flags, char guid_r[40]);
+int vmail_copy(struct vmail *v, const char *from, uint32_t uid, const char *to);
+int vmail_move(struct vmail *v, const char *from, uint32_t uid, const char *to);
+int vmail_store(struct vmail *v, const char *path, uint32_t uid, uint8_t add, uint8_t remove,
+		uint32_t kw_add, uint32_t kw_remove);
+int vmail_expunge(struct vmail *v, const char *path, uint32_t uid);
+int vmail_subscribe(struct vmail *v, const char *name, bool on);
+/* A client's session opens the folder: takes over if need be. */
+int vmail_open(struct vmail *v, const char *path);
+
+/* The text of a content id, for body callbacks: mail number n is "text n". */
+void vmail_text(uint64_t n, char text_r[64], struct crdt_content *c_r);
+/* Same mailboxes, mails, UIDs, flags, subscriptions?  false: why_r says what differs. */
+bool vmail_equal(const struct vmail *a, const struct vmail *b, char why_r[300]);
+void vmail_dump(const struct vmail *v, const char *name);
+#endif

@@ -221,11 +221,10 @@ static void mail_hear_uid(struct mail_edit *e, const struct crdt_uid_state *new)
 }
 
 /*
- * What an ADD had seen of claims and floors.  It may be about an expunged mail
- * that was put back, and that a replica which has collected it knows nothing of.
- * (An ADD without a UID leaves them: the numberer answers a stale claim as it
- * answers none.  And if the mail was there all the time, whoever gave it the
- * higher UID records that again.)
+ * What an ADD had seen of claims and floors goes, as with flags: the mail may
+ * have been expunged and put back, and a replica that has collected it knows
+ * nothing of them.  (If it was there all the time, whoever gave it a higher UID
+ * records that again.)
  */
 static void mail_forget_uids(struct mail_edit *e)
 {
@@ -287,10 +286,9 @@ static void mail_add(struct mail_edit *e, const struct crdt_op_folder *of, const
 	mail_clear_keywords(e, NULL, 0);
 	for (i = 0; i < om->keywords_n; i++)
 		mail_set_keyword(e, &om->keywords[i]);
-	if (om->uid > 0 && crdt_uid_state_claim(&claim, of->validity, om->uid)) {
-		mail_forget_uids(e);
+	mail_forget_uids(e);
+	if (of->validity > 0 && crdt_uid_state_claim(&claim, of->validity, om->uid))
 		mail_hear_uid(e, &claim);
-	}
 	e->dirty = e->visible = true;
 }
 

@@ -36,7 +36,10 @@ enum crdt_op_kind {
 	CRDT_OP_CREATE = 2,	/* folders[0]: id, path, counter, validity; creator is numberer (term 1) */
 	CRDT_OP_DELETE = 3,	/* folders[*].id: one mailbox may stand for several folders */
 	CRDT_OP_RENAME = 4,	/* folders[*]: id, new path, counter */
-	CRDT_OP_ADD = 5,	/* mails[*] with content, size, date, flags, keywords, uid (claim, 0: none) */
+	/* mails[*] with content, size, date, flags, keywords, uid (claim, 0: none): all
+	 * there is to say about the mail.  What the ADD had seen of flags, keywords,
+	 * claims and floors goes. */
+	CRDT_OP_ADD = 5,
 	CRDT_OP_FLAGS = 6,	/* mails[*] (keys only); add/remove below */
 	CRDT_OP_EXPUNGE = 7,	/* mails[*] (keys only) */
 	CRDT_OP_SUBSCRIBE = 8,	/* name */

@@ -17,7 +17,6 @@ struct watch {
 	struct worker_user *user;
 	struct mailbox *box;
 	struct crdt_id guid;
-	bool quiet;
 };
 
 /* An index transaction of a mailbox sync. */
@@ -285,9 +284,9 @@ static unsigned record_keywords(const struct crdt_jrec *rec)
 	return n;
 }
 
-struct crdt_jrec_mail *apply_txn_record_mail(struct apply_txn *txn, uint32_t uid, uint8_t flags,
-					     const struct crdt_str *keywords, unsigned keywords_n,
-					     const struct crdt_str *key)
+void apply_txn_record_mail(struct apply_txn *txn, uint32_t uid, uint8_t flags,
+			   const struct crdt_str *keywords, unsigned keywords_n,
+			   const struct crdt_str *key)
 {
 	unsigned count = array_count(&txn->recs);
 	struct crdt_jrec *rec = count == 0 ? NULL : array_idx_modifiable(&txn->recs, count - 1);
@@ -306,7 +305,6 @@ struct crdt_jrec_mail *apply_txn_record_mail(struct apply_txn *txn, uint32_t uid
 	mail->keywords_n = keywords_n;
 	if (key != NULL)
 		mail->key = *key;
-	return mail;
 }
 
 static int str_cmp(const struct crdt_str *a, const struct crdt_str *b)
@@ -342,7 +340,7 @@ keyword_names(pool_t pool, struct mail_index *index, const ARRAY_TYPE(keyword_in
 }
 
 void apply_txn_record_found(struct apply_txn *txn, struct mail_index_view *head, uint32_t seq,
-			    const struct crdt_str *key)
+			    uint32_t uid, const struct crdt_str *key)
 {
 	const struct mail_index_record *rec = mail_index_lookup(head, seq);
 	ARRAY_TYPE(keyword_indexes) indexes;
@@ -352,7 +350,7 @@ void apply_txn_record_found(struct apply_txn *txn, struct mail_index_view *head,
 	t_array_init(&indexes, 16);
 	mail_index_lookup_keywords(head, seq, &indexes);
 	keywords = keyword_names(txn->pool, txn->box->index, &indexes, &n);
-	(void)apply_txn_record_mail(txn, rec->uid, rec->flags, keywords, n, key);
+	apply_txn_record_mail(txn, uid, rec->flags, keywords, n, key);
 }
 
 /* Keywords that the transaction gives to the i-th of its new mails. */
@@ -389,14 +387,14 @@ static void record_appends(struct apply_txn *txn, struct mail_index_transaction 
 		const struct crdt_str *keywords;
 		unsigned n;
 
-		if (recs[i].uid == 0)
+		if (recs[i].uid == 0 || (uids == NULL && recs[i].uid < txn->user->known_below))
 			continue;
 		append_keywords(t, i, &indexes);
 		keywords = keyword_names(txn->pool, t->view->index, &indexes, &n);
 		if (uids != NULL)
 			uids[i].uid = recs[i].uid;
-		(void)apply_txn_record_mail(txn, recs[i].uid, recs[i].flags, keywords, n,
-					    uids == NULL ? NULL : &uids[i].key);
+		apply_txn_record_mail(txn, recs[i].uid, recs[i].flags, keywords, n,
+				      uids == NULL ? NULL : &uids[i].key);
 	}
 }
 
@@ -556,14 +554,6 @@ void apply_unwatch(struct mailbox *box)
 	}
 }
 
-void apply_watch_quiet(struct mailbox *box, bool quiet)
-{
-	for (struct watch *w = watches; w != NULL; w = w->next) {
-		if (w->box == box)
-			w->quiet = quiet;
-	}
-}
-
 /* Writes what the sync found, and the stamp into its transaction.  The stamp is
  * all that a kill between the two leaves wrong: the record's mails are there. */
 static int sync_record(struct apply_txn *txn, struct mail_index_transaction *t, const char **error_r)
@@ -613,7 +603,7 @@ static int sync_txn_commit(struct mail_index_transaction *t,
 	const char *error;
 	int ret = MS_OK;
 
-	if (array_is_created(&t->appends) && !w->quiet) T_BEGIN {
+	if (array_is_created(&t->appends)) T_BEGIN {
 		i_zero(&txn);
 		txn.user = w->user;
 		txn.box = w->box;

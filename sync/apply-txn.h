@@ -71,12 +71,12 @@ struct crdt_jrec *apply_txn_record(struct apply_txn *txn, enum crdt_jrec_kind ki
 void apply_txn_record_uids(struct apply_txn *txn, const struct crdt_jrec *template,
 			   const ARRAY_TYPE(uint32_t) *uids);
 /* A mail of APPEND records, in order of UID. */
-struct crdt_jrec_mail *apply_txn_record_mail(struct apply_txn *txn, uint32_t uid, uint8_t flags,
-					     const struct crdt_str *keywords, unsigned keywords_n,
-					     const struct crdt_str *key);
-/* The same with flags and keywords as in the index. */
+void apply_txn_record_mail(struct apply_txn *txn, uint32_t uid, uint8_t flags,
+			   const struct crdt_str *keywords, unsigned keywords_n,
+			   const struct crdt_str *key);
+/* The same with flags and keywords as mail seq has them in the index. */
 void apply_txn_record_found(struct apply_txn *txn, struct mail_index_view *head, uint32_t seq,
-			    const struct crdt_str *key);
+			    uint32_t uid, const struct crdt_str *key);
 
 /*
  * Fills in uid of all as if they were saved now; FALSE: one wants a UID below
@@ -98,10 +98,8 @@ void apply_ext_read(struct mailbox *box, struct crdt_mailbox_ext *ext_r);
 int apply_log_lock(struct mail_index *index, bool *unlock_r);
 void apply_log_unlock(struct mail_index *index);
 
-/* What syncs of this mailbox find is recorded from now on (until it is closed:
- * apply_unwatch()).  quiet: all of it is known, as after a change of
- * UIDVALIDITY. */
+/* New mails that syncs of this mailbox find are recorded from now on, until it is
+ * closed: apply_unwatch(). */
 void apply_watch(struct worker_user *user, struct mailbox *box, const struct crdt_id *guid);
 void apply_unwatch(struct mailbox *box);
-void apply_watch_quiet(struct mailbox *box, bool quiet);
 #endif

@@ -26,19 +26,22 @@ bool worker_guid_is_portable(const void *guid, size_t n)
 	return TRUE;
 }
 
-int worker_mail_guid(struct mail *mail, const char **guid_r)
+const char *worker_guid(const char *guid)
 {
-	const char *guid;
 	unsigned char digest[SHA256_RESULTLEN];
 
-	if (mail_get_special(mail, MAIL_FETCH_GUID, &guid) < 0)
+	if (worker_guid_is_portable(guid, strlen(guid)))
+		return guid;
+	/* e.g. a file name with a space in it */
+	sha256_get_digest(guid, strlen(guid), digest);
+	return t_strconcat("crdt-", binary_to_hex(digest, 16), NULL);
+}
+
+int worker_mail_guid(struct mail *mail, const char **guid_r)
+{
+	if (mail_get_special(mail, MAIL_FETCH_GUID, guid_r) < 0)
 		return -1;
-	if (!worker_guid_is_portable(guid, strlen(guid))) {
-		/* e.g. a file name with a space in it */
-		sha256_get_digest(guid, strlen(guid), digest);
-		guid = t_strconcat("crdt-", binary_to_hex(digest, 16), NULL);
-	}
-	*guid_r = guid;
+	*guid_r = worker_guid(*guid_r);
 	return 0;
 }
 

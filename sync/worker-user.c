@@ -12,6 +12,7 @@
 #include "master-service-settings.h"
 #include "mail-storage-service.h"
 #include "mail-storage-settings.h"
+#include "maildir-storage.h"
 #include "worker-service.h"
 #include "apply-txn.h"
 #include "../plugin/crdt-settings.h"
@@ -334,6 +335,25 @@ static bool box_is_current(struct worker_box *wbox, const struct crdt_id *guid)
 		st.st_ino == wbox->st.st_ino && st.st_dev == wbox->st.st_dev;
 }
 
+int worker_box_exists(struct mailbox *box, const char **error_r)
+{
+	enum mailbox_existence existence;
+	const char *path;
+	struct stat st;
+
+	if (mailbox_exists(box, FALSE, &existence) < 0)
+		return worker_box_error(box, "exists", error_r);
+	if (existence != MAILBOX_EXISTENCE_SELECT)
+		return MS_GONE;
+	/* The directory of a Maildir INBOX may be there for the journal's sake:
+	 * opening it would quietly make an INBOX of it, with any UIDVALIDITY. */
+	if (box->inbox_user && strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0 &&
+	    mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 &&
+	    stat(t_strconcat(path, "/cur", NULL), &st) < 0 && errno == ENOENT)
+		return MS_GONE;
+	return MS_OK;
+}
+
 /* Opens box, which is freed otherwise, if it has this GUID.  1; 0: it has not, or
  * does not exist; -1. */
 static int box_try(struct worker_user *user, struct worker_box *wbox, struct mailbox *box,
@@ -342,6 +362,10 @@ static int box_try(struct worker_user *user, struct worker_box *wbox, struct mai
 	struct mailbox_metadata metadata;
 	int ret;
 
+	if ((ret = worker_box_exists(box, error_r)) != MS_OK) {
+		mailbox_free(&box);
+		return ret == MS_GONE ? 0 : -1;
+	}
 	if (mailbox_open(box) < 0 ||
 	    mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0) {
 		ret = worker_box_error(box, "open", error_r) == MS_GONE ? 0 : -1;
@@ -375,6 +399,13 @@ static int box_open(struct worker_user *user, struct worker_box *wbox,
 		if (!ns_is_recorded(user, ns))
 			continue;
 		box = mailbox_alloc_guid(ns->list, guid, MAILBOX_FLAG_IGNORE_ACLS);
+		if (box->open_error != 0 && box->open_error != MAIL_ERROR_NOTFOUND) {
+			/* not known whether there is one */
+			*error_r = t_strdup_printf("mailbox with GUID %s cannot be looked up",
+						   guid_128_to_string(guid));
+			mailbox_free(&box);
+			return MS_TEMP;
+		}
 		ret = box_try(user, wbox, box, &msbox->guid, error_r);
 	}
 	if (ret == 0) {

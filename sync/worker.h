@@ -50,6 +50,8 @@ struct worker_user {
 	int lock_fd;			/* worker_user_lock(); -1 */
 	const char *lock_path;
 
+	/* What a sync finds below this UID is known (apply-revalidate.c); 0: nothing. */
+	uint32_t known_below;
 	/* The mailbox of the last request, and the one that it copied from. */
 	struct worker_box box, source;
 	struct worker_body *body;	/* mail in `box` that was read last */
@@ -63,6 +65,8 @@ void worker_user_deinit(struct worker_user **user);
 /* The mailbox that has this path in records (plugin/crdt-path.c). */
 int worker_box_alloc(struct worker_user *user, const struct crdt_str *path,
 		     struct mailbox **box_r, const char **error_r);
+/* MS_OK: it exists; MS_GONE: no, or it is an INBOX that opening would make. */
+int worker_box_exists(struct mailbox *box, const char **error_r);
 /* Opens and syncs; the box belongs to wbox, which is user->box or user->source,
  * until another is opened there.  MS_RETRY: its UIDVALIDITY is another one (0 in
  * box: any). */
@@ -102,6 +106,7 @@ bool worker_guid_is_portable(const void *guid, size_t n);
 /* GUID of a mail as ops know it: its own, or a digest of it if that is not
  * portable.  0; -1: see worker_box_error(). */
 int worker_mail_guid(struct mail *mail, const char **guid_r);
+const char *worker_guid(const char *mail_guid);		/* the same for the mail's GUID */
 uint8_t worker_mail_flags(struct mail *mail);
 /* Digest and size of the whole text with CRLF; keep (may be NULL): gets the text if it
  * is no longer than keep_max.  0, -1 and the mail's error. */
@@ -160,6 +165,9 @@ int apply_rename(struct worker_user *user, const struct worker_msg *req, const c
 int apply_subscribe(struct worker_user *user, const struct worker_msg *req, const char **error_r);
 int apply_revalidate(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
 		     const struct ms_reuid *map, size_t map_n, const char **error_r);
+/* Tells the engine of a UIDVALIDITY that it does not expect. */
+int apply_revalidate_tell(struct worker_conn *conn, struct worker_user *user, struct mailbox *box,
+			  const char **error_r);
 void apply_init(void);
 void apply_deinit(void);
 #endif

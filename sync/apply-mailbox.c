@@ -1,0 +1,437 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * [9] Mailboxes: create, remove, rename, subscribe.  Records of mailboxes are
+ * written while the lock of the mailbox list is held, as the plugin does, so
+ * their order is that of the changes.  A kill before the record leaves a change
+ * that the next call of the same kind finds done, and records.
+ */
+#include "apply-txn.h"
+#include "index-storage.h"
+#include "mail-namespace.h"
+#include "mailbox-list-private.h"
+#include "mailbox-list-iter.h"
+#include "maildir-storage.h"
+#include "../plugin/crdt-private.h"
+
+#define CHANGE_FLAGS (MAILBOX_TRANSACTION_FLAG_SYNC | MAILBOX_TRANSACTION_FLAG_NO_NOTIFY)
+/* Where a mailbox waits that is renamed to a place below itself. */
+#define RENAME_TEMP_PREFIX "crdt-rename-"
+
+static int list_lock(struct mailbox_list *list, const char **error_r)
+{
+	if (mailbox_list_lock(list) == 0)
+		return MS_OK;
+	*error_r = t_strdup_printf("mailbox list: %s", mailbox_list_get_last_internal_error(list, NULL));
+	return MS_TEMP;
+}
+
+static const char *box_path_name(struct mailbox *box, const char **error_r)
+{
+	const char *path = crdt_path(box);
+
+	if (path == NULL)
+		*error_r = t_strdup_printf("mailbox %s has a name that is not replicated", box->vname);
+	return path;
+}
+
+static struct crdt_jrec applier_record(enum crdt_jrec_kind kind)
+{
+	return (struct crdt_jrec){ .kind = kind, .applier = TRUE };
+}
+
+/* Create */
+
+static bool guid_is_free(struct worker_user *user, const struct crdt_id *id)
+{
+	struct ms_mailbox other = { .guid = *id };
+	struct mailbox *box;
+	const char *error;
+
+	return worker_box_open(user, &user->source, &other, &box, &error) == MS_GONE;
+}
+
+static int create_new(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
+		      const char **error_r)
+{
+	struct mailbox_update update;
+
+	i_zero(&update);
+	update.uid_validity = req->box.uidvalidity;
+	update.min_next_uid = I_MAX(req->uidnext, 1);
+	/* INBOX has one id for all users: its GUID has to be another one each */
+	if (!box->inbox_user && guid_is_free(user, &req->box.guid))
+		memcpy(update.mailbox_guid, req->box.guid.b, sizeof(update.mailbox_guid));
+	else
+		guid_128_generate(update.mailbox_guid);
+	if (mailbox_create(box, &update, FALSE) == 0)
+		return MS_OK;
+	return worker_box_error(box, "create", error_r);
+}
+
+/* What is there now. */
+static int create_describe(struct worker_user *user, struct mailbox *box, struct ms_mailbox *made_r,
+			   const char **error_r)
+{
+	struct mailbox_metadata metadata;
+	struct ms_mailbox made;
+	const char *path;
+	int ret;
+
+	if ((path = box_path_name(box, error_r)) == NULL)
+		return MS_FAIL;
+	if (mailbox_open(box) < 0 || mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0)
+		return worker_box_error(box, "open", error_r);
+	i_zero(&made);
+	memcpy(made.guid.b, metadata.guid, sizeof(made.guid.b));
+	made.path = worker_str(path);
+	ret = worker_box_open(user, &user->box, &made, &box, error_r);
+	if (ret == MS_OK) {
+		made.uidvalidity = worker_uidvalidity(box);
+		*made_r = made;
+	}
+	return ret;
+}
+
+static int create_record(struct worker_user *user, const struct ms_mailbox *made, const char **error_r)
+{
+	struct crdt_jrec rec = applier_record(CRDT_JREC_CREATE);
+	int ret = worker_journal_get(user, TRUE, error_r);
+
+	if (ret != MS_OK)
+		return ret;
+	rec.mailbox = made->guid;
+	rec.path = made->path;
+	rec.uidvalidity = made->uidvalidity;
+	if (crdt_journal_lock(user->journal, error_r) < 0)
+		return MS_TEMP;
+	if (crdt_journal_raise_uidvalidity(user->journal, made->uidvalidity, error_r) < 0 ||
+	    (user->box.box->inbox_user && crdt_journal_set_inbox_made(user->journal, error_r) < 0))
+		ret = MS_TEMP;
+	else
+		ret = worker_journal_append(user, &rec, 1, error_r);
+	crdt_journal_unlock(user->journal);
+	return ret;
+}
+
+/* The numberer belongs to a UIDVALIDITY. */
+static int create_header(struct worker_user *user, const struct worker_msg *req, const char **error_r)
+{
+	static const struct crdt_vv nothing;
+	struct apply_txn txn;
+
+	if (worker_uidvalidity(user->box.box) != req->box.uidvalidity)
+		return MS_OK;
+	apply_txn_begin(&txn, user, user->box.box, CHANGE_FLAGS, &nothing, &req->numberer);
+	return apply_txn_commit(&txn, error_r);
+}
+
+static int create_locked(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
+			 struct ms_mailbox *made_r, bool *existed_r, const char **error_r)
+{
+	int ret;
+
+	/* Dovecot's create, asked for an existing Maildir, would first give it
+	 * our UIDVALIDITY and GUID and then refuse. */
+	ret = worker_box_exists(box, error_r);
+	if (ret != MS_OK && ret != MS_GONE)
+		return ret;
+	*existed_r = ret == MS_OK;
+	if ((!*existed_r && (ret = create_new(user, box, req, error_r)) != MS_OK) ||
+	    (ret = create_describe(user, box, made_r, error_r)) != MS_OK ||
+	    (ret = create_header(user, req, error_r)) != MS_OK)
+		return ret;
+	return create_record(user, made_r, error_r);
+}
+
+int apply_create(struct worker_user *user, const struct worker_msg *req,
+		 struct ms_mailbox *made_r, bool *existed_r, const char **error_r)
+{
+	struct mailbox *box;
+	int ret;
+
+	worker_boxes_close(user);
+	if ((ret = worker_user_lock(user, error_r)) != MS_OK ||
+	    (ret = worker_box_alloc(user, &req->box.path, &box, error_r)) != MS_OK)
+		return ret;
+	if ((ret = list_lock(box->list, error_r)) == MS_OK) {
+		struct mailbox_list *list = box->list;
+
+		ret = create_locked(user, box, req, made_r, existed_r, error_r);
+		mailbox_list_unlock(list);
+	}
+	mailbox_free(&box);
+	return ret;
+}
+
+/* Remove */
+
+/* The removal that is under way. */
+static struct {
+	struct worker_user *user;
+	const struct worker_msg *req;
+	int (*super)(struct mailbox *box);
+	int ret;
+	const char *error;
+} removing;
+
+static int remove_failed(struct mailbox *box, int ret)
+{
+	removing.ret = ret;
+	mail_storage_set_error(box->storage, MAIL_ERROR_TEMP, removing.error);
+	return -1;
+}
+
+static int remove_unchanged(struct mailbox *box)
+{
+	int ret = worker_journal_unchanged(removing.user, &removing.req->box.guid,
+					   &removing.req->pos[0], &removing.error);
+
+	return ret == MS_OK ? 0 : remove_failed(box, ret);
+}
+
+/*
+ * v.delete_box, with the list locked.  Dovecot would first expunge the mails and
+ * then mark the index as deleted.  On Maildir nothing but the directory has to
+ * go: marked first, no session can change the mailbox any more, and what the
+ * journal says then is final.  (When this fails, mailbox_delete() takes the mark
+ * back.)  Other formats count references to mails: there the mails go first, and
+ * what was changed between the look at the journal and the mark comes back by
+ * the merge, for it is in the journal.
+ */
+static int remove_box(struct mailbox *box)
+{
+	struct crdt_jrec rec = applier_record(CRDT_JREC_DELETE);
+
+	rec.mailbox = removing.req->box.guid;
+	rec.uidvalidity = removing.req->box.uidvalidity;
+	rec.path = removing.req->box.path;
+	if (strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0) {
+		if (mailbox_mark_index_deleted(box, TRUE) < 0)
+			return -1;
+		if (remove_unchanged(box) < 0 || index_storage_mailbox_delete_post(box) < 0)
+			return -1;
+	} else if (remove_unchanged(box) < 0 || removing.super(box) < 0) {
+		return -1;
+	}
+	removing.ret = worker_journal_add(removing.user, &rec, 1, &removing.error);
+	return 0;
+}
+
+int apply_remove(struct worker_user *user, const struct worker_msg *req, const char **error_r)
+{
+	struct mailbox *box;
+	struct ms_mailbox any = req->box;
+	int ret;
+
+	any.uidvalidity = 0;
+	worker_boxes_close(user);
+	if ((ret = worker_user_lock(user, error_r)) != MS_OK ||
+	    (ret = worker_box_open(user, &user->box, &any, &box, error_r)) != MS_OK)
+		return ret;
+	if (box->inbox_user) {
+		*error_r = "INBOX cannot be removed";
+		return MS_FAIL;
+	}
+	i_zero(&removing);
+	removing.user = user;
+	removing.req = req;
+	removing.super = box->v.delete_box;
+	box->v.delete_box = remove_box;
+	if (mailbox_delete(box) < 0) {
+		ret = removing.ret;
+		*error_r = removing.error;
+		if (ret == MS_OK) {
+			ret = worker_box_error(box, "delete", error_r);
+			ret = ret == MS_FAIL ? MS_TEMP : ret;
+		}
+	} else {
+		ret = removing.ret;
+		*error_r = removing.error;
+	}
+	worker_boxes_close(user);
+	return ret;
+}
+
+/* Rename */
+
+struct rename_ctx {
+	struct worker_user *user;
+	const struct worker_msg *req;
+	struct mailbox *src, *dest;
+	struct crdt_str path, new_path;
+	ARRAY(struct crdt_jrec) recs;
+};
+
+/* A record for the mailbox; the engine takes an applier's RENAME for one
+ * mailbox. */
+static void rename_record(struct rename_ctx *ctx, const struct crdt_id *mailbox, const char *path,
+			  const char *new_path)
+{
+	struct crdt_jrec *rec;
+
+	if (strlen(path) > CRDT_PATH_MAX || strlen(new_path) > CRDT_PATH_MAX)
+		return;
+	rec = array_append_space(&ctx->recs);
+	*rec = applier_record(CRDT_JREC_RENAME);
+	if (mailbox != NULL)
+		rec->mailbox = *mailbox;
+	rec->path = worker_str(path);
+	rec->new_path = worker_str(new_path);
+}
+
+/* Dovecot takes the children along: each gets its record. */
+static int rename_children(struct rename_ctx *ctx, const char **error_r)
+{
+	struct mailbox_list *list = ctx->src->list;
+	const char *parent = t_strdup_printf("%s%c", ctx->src->vname, mail_namespace_get_sep(list->ns));
+	const char *path = worker_cstr(&ctx->path), *new_path = worker_cstr(&ctx->new_path);
+	struct mailbox_list_iterate_context *iter;
+	const struct mailbox_info *info;
+
+	iter = mailbox_list_iter_init(list, t_strconcat(parent, "*", NULL),
+				      MAILBOX_LIST_ITER_NO_AUTO_BOXES | MAILBOX_LIST_ITER_RAW_LIST);
+	while ((info = mailbox_list_iter_next(iter)) != NULL) {
+		struct mailbox *child;
+		const char *child_path;
+
+		/* the pattern may match others: '*' can be part of a name */
+		if (!str_begins(info->vname, parent) ||
+		    (info->flags & (MAILBOX_NONEXISTENT | MAILBOX_NOSELECT)) != 0)
+			continue;
+		child = mailbox_alloc(list, info->vname, MAILBOX_FLAG_IGNORE_ACLS);
+		child_path = crdt_path(child);
+		if (child_path != NULL && str_begins(child_path, path))
+			rename_record(ctx, NULL, child_path,
+				      t_strconcat(new_path, child_path + strlen(path), NULL));
+		mailbox_free(&child);
+	}
+	if (mailbox_list_iter_deinit(&iter) < 0) {
+		*error_r = t_strdup_printf("list children: %s",
+					   mailbox_list_get_last_internal_error(list, NULL));
+		return MS_TEMP;
+	}
+	return MS_OK;
+}
+
+static int rename_step_locked(struct rename_ctx *ctx, const char **error_r)
+{
+	int ret;
+
+	ret = worker_box_exists(ctx->dest, error_r);
+	if (ret == MS_OK) {
+		*error_r = t_strdup_printf("mailbox %s exists already", ctx->dest->vname);
+		return MS_RETRY;
+	}
+	if (ret != MS_GONE)
+		return ret;
+	rename_record(ctx, &ctx->req->box.guid, worker_cstr(&ctx->path), worker_cstr(&ctx->new_path));
+	if ((ret = rename_children(ctx, error_r)) != MS_OK)
+		return ret;
+	if (mailbox_rename(ctx->src, ctx->dest) < 0) {
+		bool exists = mailbox_get_last_mail_error(ctx->src) == MAIL_ERROR_EXISTS;
+
+		ret = worker_box_error(ctx->src, "rename", error_r);
+		return exists ? MS_RETRY : ret;
+	}
+	return worker_journal_add(ctx->user, array_front_modifiable(&ctx->recs),
+				  array_count(&ctx->recs), error_r);
+}
+
+static int rename_step(struct worker_user *user, const struct worker_msg *req,
+		       const char *path, const char *new_path, const char **error_r)
+{
+	struct rename_ctx ctx = {
+		.user = user, .req = req, .path = worker_str(path), .new_path = worker_str(new_path),
+	};
+	int ret;
+
+	if ((ret = worker_box_alloc(user, &ctx.path, &ctx.src, error_r)) != MS_OK)
+		return ret;
+	if ((ret = worker_box_alloc(user, &ctx.new_path, &ctx.dest, error_r)) != MS_OK) {
+		mailbox_free(&ctx.src);
+		return ret;
+	}
+	t_array_init(&ctx.recs, 8);
+	/* mailbox_rename() locks the list of dest */
+	if ((ret = list_lock(ctx.dest->list, error_r)) == MS_OK) {
+		struct mailbox_list *list = ctx.dest->list;
+
+		ret = rename_step_locked(&ctx, error_r);
+		mailbox_list_unlock(list);
+	}
+	mailbox_free(&ctx.src);
+	mailbox_free(&ctx.dest);
+	return ret;
+}
+
+/* What an earlier try did, without its record. */
+static int rename_found(struct worker_user *user, const struct worker_msg *req, const char **error_r)
+{
+	struct crdt_jrec rec = applier_record(CRDT_JREC_RENAME);
+
+	rec.mailbox = req->box.guid;
+	rec.path = req->box.path;
+	rec.new_path = req->path;
+	return worker_journal_add(user, &rec, 1, error_r);
+}
+
+int apply_rename(struct worker_user *user, const struct worker_msg *req, const char **error_r)
+{
+	struct ms_mailbox any = req->box;
+	const char *path, *new_path, *temp;
+	struct mailbox *box;
+	int ret;
+
+	any.uidvalidity = 0;
+	worker_boxes_close(user);
+	if ((ret = worker_user_lock(user, error_r)) != MS_OK ||
+	    (ret = worker_box_open(user, &user->box, &any, &box, error_r)) != MS_OK)
+		return ret;
+	if (box->inbox_user) {
+		*error_r = "INBOX cannot be renamed";
+		return MS_FAIL;
+	}
+	if ((path = box_path_name(box, error_r)) == NULL)
+		return MS_FAIL;
+	path = t_strdup(path);
+	worker_boxes_close(user);
+	new_path = worker_cstr(&req->path);
+	if (strcmp(path, new_path) == 0)
+		return rename_found(user, req, error_r);
+	if (strcmp(path, worker_cstr(&req->box.path)) != 0 && !str_begins(path, RENAME_TEMP_PREFIX)) {
+		*error_r = t_strdup_printf("mailbox is now called %s", path);
+		return MS_RETRY;
+	}
+	if (str_begins(new_path, t_strconcat(path, "/", NULL))) {
+		temp = t_strdup_printf(RENAME_TEMP_PREFIX"%s", guid_128_to_string(req->box.guid.b));
+		if ((ret = rename_step(user, req, path, temp, error_r)) != MS_OK)
+			return ret;
+		path = temp;
+	}
+	return rename_step(user, req, path, new_path, error_r);
+}
+
+/* Subscribe */
+
+int apply_subscribe(struct worker_user *user, const struct worker_msg *req, const char **error_r)
+{
+	struct crdt_jrec rec = applier_record(req->flag ? CRDT_JREC_SUBSCRIBE : CRDT_JREC_UNSUBSCRIBE);
+	struct mailbox_list *list;
+	struct mailbox *box;
+	int ret;
+
+	rec.path = req->path;
+	if ((ret = worker_user_lock(user, error_r)) != MS_OK ||
+	    (ret = worker_box_alloc(user, &req->path, &box, error_r)) != MS_OK)
+		return ret;
+	list = box->list;
+	if ((ret = list_lock(list, error_r)) == MS_OK) {
+		if (mailbox_set_subscribed(box, req->flag) < 0)
+			ret = worker_box_error(box, "subscribe", error_r);
+		else
+			ret = worker_journal_add(user, &rec, 1, error_r);
+		mailbox_list_unlock(list);
+	}
+	mailbox_free(&box);
+	return ret;
+}

@@ -1,0 +1,897 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * [9] SAVE, MOVE, FLAGS, EXPUNGE.
+ *
+ *  1. FLAGS, EXPUNGE, and records of what an interrupted try had done: one
+ *     transaction.
+ *  2. SAVE and MOVE: all texts are written; then, for the moment of the commit,
+ *     the lock that keeps UIDNEXT; if a UID that is wanted has meanwhile become
+ *     impossible, all of it again without that one.
+ *  3. MOVE: the old UIDs are expunged, in a transaction of its own (Maildir
+ *     removes the file of a mail only for one that is not EXTERNAL).
+ *
+ * A kill between two of them leaves what `tried` finds; between 2 and 3, a mail
+ * with two records.
+ */
+#include "apply-txn.h"
+#include "hash.h"
+#include "istream.h"
+#include "istream-crlf.h"
+#include "mail-search-build.h"
+
+#define SAVE_FLAGS (MAILBOX_TRANSACTION_FLAG_EXTERNAL | MAILBOX_TRANSACTION_FLAG_ASSIGN_UIDS | \
+		    MAILBOX_TRANSACTION_FLAG_SYNC | MAILBOX_TRANSACTION_FLAG_NO_NOTIFY)
+#define CHANGE_FLAGS (MAILBOX_TRANSACTION_FLAG_SYNC | MAILBOX_TRANSACTION_FLAG_NO_NOTIFY)
+#define ALIVE_MAILS 64		/* of a long pass, between two looks at the clock */
+
+/* A command and what came of it. */
+struct apply_cmd {
+	struct ms_cmd *cmd;
+	unsigned index;
+	struct apply_cmd *same_guid;	/* next one that was tried */
+	uint32_t found_uid;		/* what an interrupted try made; 0: nothing */
+	bool done;			/* its dots are seen */
+};
+
+struct apply_run {
+	struct worker_conn *conn;
+	struct worker_user *user;
+	struct ms_apply *a;
+	struct mailbox *box;
+	pool_t pool;
+	struct apply_cmd *cmds;
+	unsigned n;
+	struct crdt_vv seen, seen_moves;	/* of the open transactions */
+	const char **error_r;
+};
+
+static void set_outcome(struct apply_cmd *c, int value, const char *error)
+{
+	c->cmd->outcome = value;
+	c->done = value == MS_DONE || (value == MS_CMD_GONE && c->cmd->kind != MS_SAVE);
+	if (error != NULL)
+		(void)i_strocpy(c->cmd->error, t_strndup(error, sizeof(c->cmd->error) - 1),
+				sizeof(c->cmd->error));
+}
+
+static bool is_open(const struct apply_cmd *c)
+{
+	return (unsigned)c->cmd->outcome == 0;
+}
+
+/* The target of `seen` without the dots of commands that are not done. */
+static void seen_lowered(struct apply_run *run, struct crdt_vv *seen_r)
+{
+	*seen_r = run->a->seen;
+	for (unsigned i = 0; i < run->n; i++) {
+		const struct ms_cmd *cmd = run->cmds[i].cmd;
+
+		for (unsigned j = 0; j < cmd->dots_n && !run->cmds[i].done; j++) {
+			struct crdt_dot dot = cmd->dots[j];
+
+			if (!crdt_vv_covers(seen_r, dot))
+				continue;
+			crdt_vv_drop(seen_r, dot.origin);
+			if (dot.seq > 1)
+				(void)crdt_vv_raise(seen_r, dot.origin, dot.seq - 1);
+		}
+	}
+}
+
+static int uid_cmp(const uint32_t *a, const uint32_t *b)
+{
+	return *a < *b ? -1 : *a > *b;
+}
+
+static void uids_sort(ARRAY_TYPE(uint32_t) *uids)
+{
+	uint32_t *p;
+	unsigned n, out = 0;
+
+	if (array_count(uids) == 0)
+		return;
+	array_sort(uids, uid_cmp);
+	p = array_get_modifiable(uids, &n);
+	for (unsigned i = 0; i < n; i++) {
+		if (out == 0 || p[out - 1] != p[i])
+			p[out++] = p[i];
+	}
+	array_delete(uids, out, n - out);
+}
+
+/* Interrupted tries */
+
+static bool is_other(const struct ms_cmd *cmd, uint32_t uid)
+{
+	for (unsigned i = 0; i < cmd->others_n; i++) {
+		if (cmd->others[i] == uid)
+			return TRUE;
+	}
+	return uid == cmd->uid;
+}
+
+/* The command that this mail is the result of: the one that asked for its UID,
+ * else one that has none yet, else (two results) the higher UID counts. */
+static void tried_match(struct apply_cmd *first, uint32_t uid)
+{
+	struct apply_cmd *best = NULL;
+
+	for (struct apply_cmd *c = first; c != NULL; c = c->same_guid) {
+		if (is_other(c->cmd, uid))
+			continue;
+		if (c->cmd->want_uid == uid) {
+			best = c;
+			break;
+		}
+		if (best == NULL || (best->found_uid != 0 && c->found_uid == 0))
+			best = c;
+	}
+	if (best != NULL && best->found_uid < uid)
+		best->found_uid = uid;
+}
+
+static int tried_find(struct apply_run *run)
+{
+	HASH_TABLE(const char *, struct apply_cmd *) by_guid;
+	struct mailbox_transaction_context *t;
+	struct mail_search_args *args;
+	struct mail_search_context *search;
+	struct mail *mail;
+	unsigned wanted = 0;
+	int ret = MS_OK;
+
+	hash_table_create(&by_guid, run->pool, 0, str_hash, strcmp);
+	for (unsigned i = run->n; i > 0; i--) {
+		struct apply_cmd *c = &run->cmds[i - 1];
+		const char *guid = p_strndup(run->pool, c->cmd->guid.p, c->cmd->guid.n);
+
+		if (!c->cmd->tried || c->cmd->guid.n == 0)
+			continue;
+		c->same_guid = hash_table_lookup(by_guid, guid);
+		hash_table_update(by_guid, guid, c);
+		wanted++;
+	}
+	if (wanted > 0) {
+		t = mailbox_transaction_begin(run->box, 0, "crdt apply");
+		args = mail_search_build_init();
+		mail_search_build_add_all(args);
+		search = mailbox_search_init(t, args, NULL, MAIL_FETCH_GUID, NULL);
+		mail_search_args_unref(&args);
+		while (mailbox_search_next(search, &mail)) T_BEGIN {
+			const char *guid;
+			struct apply_cmd *c;
+
+			if (worker_mail_guid(mail, &guid) == 0 &&
+			    (c = hash_table_lookup(by_guid, guid)) != NULL)
+				tried_match(c, mail->uid);
+			if (mail->seq % ALIVE_MAILS == 0)
+				worker_alive(run->conn);
+		} T_END;
+		if (mailbox_search_deinit(&search) < 0)
+			ret = worker_box_error(run->box, "search", run->error_r);
+		(void)mailbox_transaction_commit(&t);
+	}
+	hash_table_destroy(&by_guid);
+	return ret == MS_OK || ret == MS_GONE ? ret : MS_TEMP;
+}
+
+/* 1. FLAGS, EXPUNGE, found results */
+
+static const char *const *keyword_list(const struct crdt_str *strs, unsigned n)
+{
+	const char **list = t_new(const char *, n + 1);
+
+	for (unsigned i = 0; i < n; i++)
+		list[i] = worker_cstr(&strs[i]);
+	return list;
+}
+
+static void keywords_update(struct mail *mail, enum modify_type type, const struct crdt_str *strs, unsigned n)
+{
+	struct mail_keywords *keywords;
+
+	if (n == 0)
+		return;
+	/* without those that this server does not allow */
+	keywords = mailbox_keywords_create_valid(mail->box, keyword_list(strs, n));
+	mail_update_keywords(mail, type, keywords);
+	mailbox_keywords_unref(&keywords);
+}
+
+static void change_flags(struct mail *mail, const struct ms_cmd *cmd)
+{
+	if (cmd->flags_add != 0)
+		mail_update_flags(mail, MODIFY_ADD, cmd->flags_add);
+	if (cmd->flags_remove != 0)
+		mail_update_flags(mail, MODIFY_REMOVE, cmd->flags_remove);
+	keywords_update(mail, MODIFY_ADD, cmd->kw_add, cmd->kw_add_n);
+	keywords_update(mail, MODIFY_REMOVE, cmd->kw_remove, cmd->kw_remove_n);
+}
+
+/* The mail that this step expunges for the command; 0: none. */
+static uint32_t expunge_uid(const struct apply_cmd *c)
+{
+	if (c->cmd->kind == MS_EXPUNGE)
+		return c->cmd->uid != 0 ? c->cmd->uid : c->found_uid;
+	return c->cmd->kind == MS_MOVE && c->found_uid != 0 ? c->cmd->uid : 0;
+}
+
+static bool is_change(const struct apply_cmd *c)
+{
+	return is_open(c) && (c->cmd->kind == MS_FLAGS || c->cmd->kind == MS_EXPUNGE || c->found_uid != 0);
+}
+
+static void change_one(struct apply_cmd *c, struct mail *mail)
+{
+	uint32_t uid = c->cmd->kind == MS_FLAGS ? c->cmd->uid : expunge_uid(c);
+	bool there = uid != 0 && mail_set_uid(mail, uid) && !mail->expunged;
+
+	if (there && c->cmd->kind == MS_FLAGS)
+		change_flags(mail, c->cmd);
+	else if (there)
+		mail_expunge(mail);
+	/* what an interrupted try made is there, whether or not the old one is */
+	if (there || (c->found_uid != 0 && c->cmd->kind != MS_EXPUNGE))
+		set_outcome(c, MS_DONE, NULL);
+	else
+		set_outcome(c, MS_CMD_GONE, NULL);
+}
+
+static bool same_change(const struct ms_cmd *a, const struct ms_cmd *b)
+{
+	if (a->flags_add != b->flags_add || a->flags_remove != b->flags_remove ||
+	    a->kw_add_n != b->kw_add_n || a->kw_remove_n != b->kw_remove_n)
+		return FALSE;
+	for (unsigned i = 0; i < a->kw_add_n + a->kw_remove_n; i++) {
+		const struct crdt_str *x = i < a->kw_add_n ? &a->kw_add[i] : &a->kw_remove[i - a->kw_add_n];
+		const struct crdt_str *y = i < a->kw_add_n ? &b->kw_add[i] : &b->kw_remove[i - a->kw_add_n];
+
+		if (x->n != y->n || memcmp(x->p, y->p, x->n) != 0)
+			return FALSE;
+	}
+	return TRUE;
+}
+
+static void record_flags(struct apply_txn *txn, const struct ms_cmd *cmd, ARRAY_TYPE(uint32_t) *uids)
+{
+	struct crdt_jrec template = {
+		.kind = CRDT_JREC_FLAGS,
+		.flags_add = cmd->flags_add, .flags_remove = cmd->flags_remove,
+		.kw_add = cmd->kw_add, .kw_add_n = cmd->kw_add_n,
+		.kw_remove = cmd->kw_remove, .kw_remove_n = cmd->kw_remove_n,
+	};
+
+	uids_sort(uids);
+	apply_txn_record_uids(txn, &template, uids);
+	array_clear(uids);
+}
+
+/* Neighbours that change alike share a record; order is kept. */
+static void changes_record_flags(struct apply_run *run, struct apply_txn *txn, struct mail_index_view *head)
+{
+	ARRAY_TYPE(uint32_t) uids;
+	const struct ms_cmd *last = NULL;
+	uint32_t seq;
+
+	t_array_init(&uids, 64);
+	for (unsigned i = 0; i < run->n; i++) {
+		struct apply_cmd *c = &run->cmds[i];
+
+		if (c->cmd->kind != MS_FLAGS || c->cmd->outcome != MS_DONE)
+			continue;
+		if (!mail_index_lookup_seq(head, c->cmd->uid, &seq)) {
+			set_outcome(c, MS_CMD_GONE, NULL);
+			continue;
+		}
+		if (last != NULL && !same_change(last, c->cmd))
+			record_flags(txn, last, &uids);
+		last = c->cmd;
+		array_push_back(&uids, &c->cmd->uid);
+	}
+	if (last != NULL)
+		record_flags(txn, last, &uids);
+}
+
+static int found_cmp(struct apply_cmd *const *a, struct apply_cmd *const *b)
+{
+	return uid_cmp(&(*a)->found_uid, &(*b)->found_uid);
+}
+
+static void changes_record_found(struct apply_run *run, struct apply_txn *txn, struct mail_index_view *head)
+{
+	ARRAY(struct apply_cmd *) found;
+	struct apply_cmd *c;
+	uint32_t seq;
+
+	t_array_init(&found, 16);
+	for (unsigned i = 0; i < run->n; i++) {
+		c = &run->cmds[i];
+		if (c->found_uid != 0 && c->cmd->kind != MS_EXPUNGE && c->cmd->outcome == MS_DONE)
+			array_push_back(&found, &c);
+	}
+	array_sort(&found, found_cmp);
+	array_foreach_elem(&found, c) {
+		if (mail_index_lookup_seq(head, c->found_uid, &seq))
+			apply_txn_record_found(txn, head, seq, c->found_uid, &c->cmd->key);
+		else
+			set_outcome(c, MS_CMD_GONE, NULL);
+	}
+}
+
+static void changes_record(struct apply_txn *txn, struct mail_index_view *head)
+{
+	struct apply_run *run = txn->context;
+	struct crdt_jrec template = { .kind = CRDT_JREC_EXPUNGE };
+	ARRAY_TYPE(uint32_t) uids;
+	uint32_t uid, seq;
+
+	changes_record_found(run, txn, head);
+	changes_record_flags(run, txn, head);
+	t_array_init(&uids, 64);
+	for (unsigned i = 0; i < run->n; i++) {
+		struct apply_cmd *c = &run->cmds[i];
+
+		if (c->cmd->outcome != MS_DONE || (uid = expunge_uid(c)) == 0)
+			continue;
+		/* a MOVE's old mail may have gone with the interrupted try */
+		if (c->cmd->kind == MS_MOVE || mail_index_lookup_seq(head, uid, &seq))
+			array_push_back(&uids, &uid);
+		else
+			set_outcome(c, MS_CMD_GONE, NULL);
+	}
+	uids_sort(&uids);
+	apply_txn_record_uids(txn, &template, &uids);
+}
+
+/* After the commit: Maildir renames and removes files when it is synced. */
+static int changes_sync(struct apply_run *run)
+{
+	if (mailbox_sync(run->box, MAILBOX_SYNC_FLAG_EXPUNGE) == 0)
+		return MS_OK;
+	return worker_box_error(run->box, "sync", run->error_r) == MS_GONE ? MS_GONE : MS_TEMP;
+}
+
+static int apply_changes(struct apply_run *run)
+{
+	struct apply_txn txn;
+	struct mail *mail;
+	unsigned n = 0;
+	int ret;
+
+	for (unsigned i = 0; i < run->n; i++)
+		n += is_change(&run->cmds[i]) ? 1 : 0;
+	if (n == 0)
+		return MS_OK;
+	apply_txn_begin(&txn, run->user, run->box, CHANGE_FLAGS, &run->seen, &run->a->numberer);
+	txn.records = changes_record;
+	txn.context = run;
+	mail = mail_alloc(txn.t, 0, NULL);
+	for (unsigned i = 0; i < run->n; i++) T_BEGIN {
+		if (is_change(&run->cmds[i]))
+			change_one(&run->cmds[i], mail);
+	} T_END;
+	mail_free(&mail);
+	seen_lowered(run, &run->seen);
+	ret = apply_txn_commit(&txn, run->error_r);
+	return ret == MS_OK ? changes_sync(run) : ret;
+}
+
+/* 2. SAVE, MOVE */
+
+/* Where the mail of a SAVE or MOVE goes under this UIDNEXT: into uid_r, or an
+ * outcome. */
+static bool plan_one(struct apply_run *run, struct apply_cmd *c, uint32_t next, struct apply_uid *uid_r)
+{
+	const struct ms_cmd *cmd = c->cmd;
+	uint32_t seq;
+
+	i_zero(uid_r);
+	if (cmd->kind == MS_MOVE) {
+		if (!mail_index_lookup_seq(run->box->view, cmd->uid, &seq)) {
+			set_outcome(c, MS_CMD_GONE, NULL);
+			return FALSE;
+		}
+		if (cmd->want_uid == cmd->uid) {
+			set_outcome(c, MS_DONE, NULL);
+			return FALSE;
+		}
+	} else if (!worker_guid_is_portable(cmd->guid.p, cmd->guid.n)) {
+		set_outcome(c, MS_CMD_FAILED, "GUID has characters that it must not have");
+		return FALSE;
+	}
+	uid_r->want = cmd->want_uid >= next && cmd->want_uid <= CRDT_UID_MAX ? cmd->want_uid : 0;
+	uid_r->floor = cmd->floor;
+	uid_r->key = cmd->key;
+	if (uid_r->want == 0 && cmd->policy == MS_UID_HOLD) {
+		set_outcome(c, MS_HELD, NULL);
+		return FALSE;
+	}
+	return TRUE;
+}
+
+struct apply_plan {
+	struct apply_cmd *c;
+	struct apply_uid uid;
+};
+ARRAY_DEFINE_TYPE(apply_plan, struct apply_plan);
+
+/* UIDs have to ascend: those asked for, then own ones in the order of commands. */
+static int plan_cmp(const struct apply_plan *a, const struct apply_plan *b)
+{
+	uint32_t x = a->uid.want != 0 ? a->uid.want : UINT32_MAX;
+	uint32_t y = b->uid.want != 0 ? b->uid.want : UINT32_MAX;
+
+	if (x != y)
+		return x < y ? -1 : 1;
+	return a->c->index < b->c->index ? -1 : 1;
+}
+
+static void plan_make(struct apply_run *run, ARRAY_TYPE(apply_plan) *plan)
+{
+	uint32_t next = apply_uidnext(run->box), last = 0;
+	struct apply_plan *p;
+
+	array_clear(plan);
+	for (unsigned i = 0; i < run->n; i++) {
+		struct apply_plan entry = { .c = &run->cmds[i] };
+
+		if (is_open(entry.c) && plan_one(run, entry.c, next, &entry.uid))
+			array_push_back(plan, &entry);
+	}
+	array_sort(plan, plan_cmp);
+	/* two that want one UID */
+	for (unsigned i = 0; i < array_count(plan); ) {
+		p = array_idx_modifiable(plan, i);
+		if (p->uid.want == 0 || p->uid.want != last) {
+			last = p->uid.want;
+			i++;
+		} else if (p->c->cmd->policy == MS_UID_HOLD) {
+			set_outcome(p->c, MS_HELD, NULL);
+			array_delete(plan, i, 1);
+		} else {
+			struct apply_plan own = *p;
+
+			own.uid.want = 0;
+			array_delete(plan, i, 1);
+			array_push_back(plan, &own);
+		}
+	}
+}
+
+/* The transactions of step 2 and 3, and the mail of the second that is read. */
+struct saving {
+	struct apply_run *run;
+	struct apply_txn saves, moves;
+	struct mail *moved;		/* NULL: no MOVEs */
+};
+
+static struct mail_save_context *
+save_alloc(struct saving *s, const struct apply_plan *p, const char *guid, time_t received)
+{
+	struct mail_save_context *ctx = mailbox_save_alloc(s->saves.t);
+
+	/* Only for how Dovecot treats mails that come with a UID: which one it is
+	 * gets decided by the commit. */
+	mailbox_save_set_uid(ctx, p->uid.want != 0 ? p->uid.want : apply_uidnext(s->run->box));
+	mailbox_save_set_guid(ctx, guid);
+	mailbox_save_set_received_date(ctx, received, 0);
+	return ctx;
+}
+
+static void save_set_flags(struct saving *s, struct mail_save_context *ctx, const struct ms_cmd *cmd)
+{
+	struct mail_keywords *keywords = cmd->kw_add_n == 0 ? NULL :
+		mailbox_keywords_create_valid(s->run->box, keyword_list(cmd->kw_add, cmd->kw_add_n));
+
+	mailbox_save_set_flags(ctx, cmd->flags_add, keywords);
+	if (keywords != NULL)
+		mailbox_keywords_unref(&keywords);
+}
+
+/*
+ * Writes a text.  odd: it has CR CR LF, which storing it with bare LFs would
+ * change; then (and for this one mail) it is stored as it is.
+ */
+static int save_text(struct mail_save_context **ctx, struct mailbox *box, struct istream *input, bool odd)
+{
+	struct mail_storage_settings *set = (struct mail_storage_settings *)box->storage->set;
+	bool old = set->mail_save_crlf;
+	int ret;
+
+	set->mail_save_crlf = old || odd;
+	ret = mailbox_save_begin(ctx, input);
+	set->mail_save_crlf = old;
+	if (ret < 0)
+		return -1;
+	do {
+		if (mailbox_save_continue(*ctx) < 0) {
+			ret = -1;
+			break;
+		}
+	} while (i_stream_read(input) > 0);
+	if (ret < 0 || input->stream_errno != 0) {
+		mailbox_save_cancel(ctx);
+		return -1;
+	}
+	return mailbox_save_finish(ctx);
+}
+
+/* 1 for saved, 0 for an outcome of this command alone, -1 for MS_TEMP. */
+static int save_failed(struct saving *s, const struct apply_plan *p, struct istream *input)
+{
+	struct mailbox *box = s->run->box;
+
+	if (input != NULL && input->stream_errno != 0) {
+		set_outcome(p->c, MS_CMD_GONE, i_stream_get_error(input));
+		return 0;
+	}
+	(void)worker_box_error(box, "save", s->run->error_r);
+	return -1;
+}
+
+static int save_from_client(struct saving *s, const struct apply_plan *p)
+{
+	const struct ms_cmd *cmd = p->c->cmd;
+	struct mail_save_context *ctx;
+	struct istream *input;
+	const char *error;
+	bool odd;
+	int ret;
+
+	ret = worker_want_text(s->run->conn, s->run->user, p->c->index, cmd, &input, &odd, &error);
+	if (ret == MS_GONE) {
+		set_outcome(p->c, MS_CMD_GONE, error);
+		return 0;
+	}
+	if (ret != MS_OK) {
+		*s->run->error_r = error;
+		return -1;
+	}
+	ctx = save_alloc(s, p, worker_cstr(&cmd->guid), cmd->received);
+	save_set_flags(s, ctx, cmd);
+	ret = save_text(&ctx, s->run->box, input, odd) < 0 ? save_failed(s, p, input) : 1;
+	i_stream_unref(&input);
+	return ret;
+}
+
+/* Saves the text of a mail anew. */
+static int save_mail_text(struct saving *s, const struct apply_plan *p, struct mail_save_context *ctx,
+			  struct mail *mail)
+{
+	struct istream *input, *crlf;
+	int ret;
+
+	if (mail_get_stream_because(mail, NULL, NULL, "crdt", &input) < 0) {
+		set_outcome(p->c, MS_CMD_GONE, mailbox_get_last_internal_error(mail->box, NULL));
+		mailbox_save_cancel(&ctx);
+		return 0;
+	}
+	crlf = i_stream_create_crlf(input);
+	ret = save_text(&ctx, s->run->box, crlf, TRUE) < 0 ? save_failed(s, p, crlf) : 1;
+	i_stream_unref(&crlf);
+	return ret;
+}
+
+/* Whether the mail has the text that is wanted: by its GUID and size, or read. */
+static bool source_is_good(struct mail *mail, const struct ms_cmd *cmd, bool same_guid)
+{
+	struct crdt_content content;
+	uint64_t size;
+	uoff_t vsize;
+
+	if (same_guid)
+		return mail_get_virtual_size(mail, &vsize) == 0 && vsize == cmd->size;
+	return worker_mail_text(mail, &content, &size, NULL, 0) == 0 && size == cmd->size &&
+		memcmp(&content, &cmd->content, sizeof(content)) == 0;
+}
+
+static int save_copy(struct saving *s, const struct apply_plan *p, struct mail *mail)
+{
+	const struct ms_cmd *cmd = p->c->cmd;
+	struct mail_save_context *ctx;
+	const char *guid = worker_cstr(&cmd->guid), *mail_guid;
+	time_t received;
+	bool same_guid;
+	int ret;
+
+	if (!mail_set_uid(mail, cmd->source_uid) ||
+	    mail_get_special(mail, MAIL_FETCH_GUID, &mail_guid) < 0 ||
+	    mail_get_received_date(mail, &received) < 0 ||
+	    (same_guid = strcmp(guid, mail_guid) == 0, !source_is_good(mail, cmd, same_guid))) {
+		set_outcome(p->c, MS_CMD_GONE, "the mail to copy from is not there");
+		return 0;
+	}
+	ctx = save_alloc(s, p, guid, cmd->received);
+	save_set_flags(s, ctx, cmd);
+	/* A copy (on Maildir a hard link) keeps the GUID and date of its source. */
+	if (same_guid && received == cmd->received)
+		ret = mailbox_copy(&ctx, mail) < 0 ? save_failed(s, p, NULL) : 1;
+	else
+		ret = save_mail_text(s, p, ctx, mail);
+	return ret;
+}
+
+static int save_from_mailbox(struct saving *s, const struct apply_plan *p)
+{
+	struct apply_run *run = s->run;
+	struct mailbox_transaction_context *t;
+	struct mailbox *source;
+	struct mail *mail;
+	const char *error;
+	int ret = worker_box_open(run->user, &run->user->source, &p->c->cmd->source, &source, &error);
+
+	if (ret == MS_GONE || ret == MS_RETRY) {
+		set_outcome(p->c, MS_CMD_GONE, error);
+		return 0;
+	}
+	if (ret != MS_OK) {
+		*run->error_r = error;
+		return -1;
+	}
+	t = mailbox_transaction_begin(source, 0, "crdt apply source");
+	mail = mail_alloc(t, 0, NULL);
+	ret = save_copy(s, p, mail);
+	mail_free(&mail);
+	(void)mailbox_transaction_commit(&t);
+	return ret;
+}
+
+/* MOVE: a copy here, and the old mail goes with the second transaction. */
+static int save_moved(struct saving *s, const struct apply_plan *p)
+{
+	struct mail *mail = s->moved;
+	struct mail_save_context *ctx;
+	const char *guid, *mail_guid;
+	time_t received;
+	int ret;
+
+	if (!mail_set_uid(mail, p->c->cmd->uid) || worker_mail_guid(mail, &guid) < 0 ||
+	    mail_get_special(mail, MAIL_FETCH_GUID, &mail_guid) < 0 ||
+	    mail_get_received_date(mail, &received) < 0) {
+		if (!mail->expunged && mailbox_get_last_mail_error(mail->box) != MAIL_ERROR_EXPUNGED)
+			set_outcome(p->c, MS_CMD_FAILED, mailbox_get_last_internal_error(mail->box, NULL));
+		else
+			set_outcome(p->c, MS_CMD_GONE, NULL);
+		return 0;
+	}
+	ctx = save_alloc(s, p, guid, received);
+	mailbox_save_copy_flags(ctx, mail);
+	if (strcmp(guid, mail_guid) == 0)
+		return mailbox_move(&ctx, mail) < 0 ? save_failed(s, p, NULL) : 1;
+	/* A GUID that no copy can have (worker_mail_guid()). */
+	if ((ret = save_mail_text(s, p, ctx, mail)) > 0)
+		mail_expunge(mail);
+	return ret;
+}
+
+static int save_one(struct saving *s, const struct apply_plan *p)
+{
+	if (p->c->cmd->kind == MS_MOVE)
+		return save_moved(s, p);
+	return p->c->cmd->text != NULL ? save_from_client(s, p) : save_from_mailbox(s, p);
+}
+
+static void moves_record(struct apply_txn *txn, struct mail_index_view *head)
+{
+	struct apply_run *run = txn->context;
+	struct crdt_jrec template = { .kind = CRDT_JREC_EXPUNGE };
+	ARRAY_TYPE(uint32_t) uids;
+	uint32_t seq;
+
+	t_array_init(&uids, 64);
+	for (unsigned i = 0; i < run->n; i++) {
+		const struct ms_cmd *cmd = run->cmds[i].cmd;
+
+		if (cmd->kind == MS_MOVE && is_open(&run->cmds[i]) &&
+		    mail_index_lookup_seq(head, cmd->uid, &seq))
+			array_push_back(&uids, &cmd->uid);
+	}
+	uids_sort(&uids);
+	apply_txn_record_uids(txn, &template, &uids);
+}
+
+static void saving_begin(struct saving *s, struct apply_run *run, ARRAY_TYPE(apply_plan) *plan)
+{
+	const struct apply_plan *p;
+	bool moves = FALSE;
+
+	i_zero(s);
+	s->run = run;
+	array_foreach(plan, p)
+		moves = moves || p->c->cmd->kind == MS_MOVE;
+	if (moves) {
+		apply_txn_begin(&s->moves, run->user, run->box, CHANGE_FLAGS, &run->seen_moves,
+				&run->a->numberer);
+		s->moves.records = moves_record;
+		s->moves.context = run;
+		s->moved = mail_alloc(s->moves.t, 0, NULL);
+	}
+	apply_txn_begin(&s->saves, run->user, run->box, SAVE_FLAGS, &run->seen, &run->a->numberer);
+}
+
+static void saving_rollback_moves(struct saving *s)
+{
+	if (s->moved != NULL)
+		mail_free(&s->moved);
+	if (s->moves.t != NULL)
+		apply_txn_rollback(&s->moves);
+}
+
+/* All that is planned is written: 1; else an outcome was set: 0; -1. */
+static int saving_write(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
+{
+	const struct apply_plan *p;
+	int ret = 1;
+
+	array_foreach(plan, p) {
+		T_BEGIN {
+			const char *error = NULL, **error_r = s->run->error_r;
+
+			s->run->error_r = &error;
+			ret = save_one(s, p);
+			s->run->error_r = error_r;
+			if (ret < 0)
+				*error_r = p_strdup(s->run->pool, error);
+		} T_END;
+		if (ret <= 0)
+			break;
+		array_push_back(&s->saves.uids, &p->uid);
+		worker_alive(s->run->conn);
+	}
+	return ret;
+}
+
+/* Under the lock: whether the plan can still be carried out. */
+static bool saving_check(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
+{
+	struct mailbox *box = s->run->box;
+	struct crdt_mailbox_ext ext;
+	struct crdt_uid_folder numbering;
+	struct apply_uid *uids;
+	unsigned n;
+	bool ok;
+
+	apply_ext_read(box, &ext);
+	numbering = crdt_mailbox_ext_numbering(&ext, worker_uidvalidity(box));
+	uids = array_get_modifiable(&s->saves.uids, &n);
+	ok = apply_uids_choose(uids, n, s->run->user->ident.slot, apply_uidnext(box), &numbering);
+	for (unsigned i = 0; i < n; i++) {
+		const struct apply_plan *p = array_idx(plan, i);
+
+		if (uids[i].uid != 0)
+			continue;
+		set_outcome(p->c, MS_CMD_FAILED, "UIDs are used up: the mailbox needs a new UIDVALIDITY");
+		ok = FALSE;
+	}
+	return ok;
+}
+
+/* 1: carried out; 0: plan anew; -1. */
+static int saving_commit(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
+{
+	struct apply_run *run = s->run;
+	const struct apply_plan *p;
+	int ret;
+
+	if (apply_uids_lock(run->box, run->error_r) != MS_OK) {
+		apply_txn_rollback(&s->saves);
+		return -1;
+	}
+	if (!saving_check(s, plan)) {
+		apply_txn_rollback(&s->saves);
+		apply_uids_unlock(run->box);
+		return 0;
+	}
+	array_foreach(plan, p)
+		p->c->done = p->c->cmd->kind == MS_SAVE;
+	seen_lowered(run, &run->seen);
+	ret = apply_txn_commit(&s->saves, run->error_r);
+	apply_uids_unlock(run->box);
+	if (ret != MS_OK)
+		return -1;
+	if (s->moved != NULL) {
+		array_foreach(plan, p)
+			p->c->done = TRUE;
+		seen_lowered(run, &run->seen_moves);
+		mail_free(&s->moved);
+		ret = apply_txn_commit(&s->moves, run->error_r);
+		s->moves.t = NULL;
+	}
+	return ret == MS_OK ? 1 : -1;
+}
+
+static int apply_saves(struct apply_run *run)
+{
+	ARRAY_TYPE(apply_plan) plan;
+	const struct apply_plan *p;
+	struct saving s;
+	int ret = 0;
+
+	p_array_init(&plan, run->pool, I_MAX(run->n, 1));
+	while (ret == 0) {
+		plan_make(run, &plan);
+		if (array_count(&plan) == 0)
+			return MS_OK;
+		saving_begin(&s, run, &plan);
+		ret = saving_write(&s, &plan);
+		if (ret <= 0)
+			apply_txn_rollback(&s.saves);
+		else
+			ret = saving_commit(&s, &plan);
+		saving_rollback_moves(&s);
+		if (ret == 0 && changes_sync(run) != MS_OK)
+			ret = -1;
+	}
+	if (ret < 0)
+		return MS_TEMP;
+	array_foreach(&plan, p)
+		set_outcome(p->c, MS_DONE, NULL);
+	return changes_sync(run);
+}
+
+/* All */
+
+/* Nothing was committed that could bring seen and numberer. */
+static int apply_header(struct apply_run *run)
+{
+	struct crdt_mailbox_ext ext;
+	struct crdt_uid_folder has, add = { .numberer = run->a->numberer };
+	struct apply_txn txn;
+
+	add.validity = worker_uidvalidity(run->box);
+	seen_lowered(run, &run->seen);
+	apply_ext_read(run->box, &ext);
+	has = crdt_mailbox_ext_numbering(&ext, add.validity);
+	if (crdt_vv_covers_all(&ext.seen, &run->seen) && !crdt_uid_folder_join(&has, &add))
+		return MS_OK;
+	apply_txn_begin(&txn, run->user, run->box, CHANGE_FLAGS, &run->seen, &run->a->numberer);
+	return apply_txn_commit(&txn, run->error_r);
+}
+
+static int apply_run(struct apply_run *run)
+{
+	int ret;
+
+	run->cmds = p_new(run->pool, struct apply_cmd, run->n + 1);
+	for (unsigned i = 0; i < run->n; i++) {
+		run->cmds[i].cmd = &run->a->cmds[i];
+		run->cmds[i].index = i;
+	}
+	if (run->a->verify && (ret = tried_find(run)) != MS_OK)
+		return ret;
+	if ((ret = apply_changes(run)) != MS_OK || (ret = apply_saves(run)) != MS_OK)
+		return ret;
+	/* also when the last outcomes raised what the last transaction wrote */
+	return apply_header(run);
+}
+
+int apply_cmds(struct worker_conn *conn, struct worker_user *user, struct ms_apply *a,
+	       const char **error_r)
+{
+	struct apply_run run = { .conn = conn, .user = user, .a = a, .n = a->n, .error_r = error_r };
+	int ret;
+
+	worker_body_free(&user->body);
+	if ((ret = worker_user_lock(user, error_r)) != MS_OK)
+		return ret;
+	ret = worker_box_open(user, &user->box, &a->box, &run.box, error_r);
+	if (ret == MS_RETRY) {
+		const char *error;
+
+		/* Nobody told the engine: it would ask the same for ever. */
+		if (apply_revalidate_tell(conn, user, user->box.box, &error) != MS_OK)
+			e_error(user->event, "crdt: %s", error);
+	}
+	if (ret != MS_OK)
+		return ret;
+	run.pool = pool_alloconly_create("crdt apply run", 16 * 1024);
+	ret = apply_run(&run);
+	a->uidnext_r = ret == MS_OK ? apply_uidnext(run.box) : 0;
+	if (ret != MS_OK) {
+		*error_r = t_strdup(*error_r);
+		/* whatever state it is in */
+		worker_box_close(user, &user->box);
+	}
+	pool_unref(&run.pool);
+	return ret;
+}

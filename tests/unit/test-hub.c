@@ -145,6 +145,7 @@ static bool next(struct world *w, uint64_t conn, struct crdt_frame *f, struct se
 	struct sent **p, *s;
 	const char *error;
 
+	crdt_frame_free(f);
 	if (*hold != NULL) {
 		free((*hold)->p);
 		free(*hold);
@@ -170,7 +171,6 @@ struct reader { struct world *w; uint64_t conn; struct sent *hold; struct crdt_f
 
 static struct crdt_frame *expect(struct reader *r, enum crdt_frame_type type)
 {
-	crdt_frame_free(&r->f);
 	if (!next(r->w, r->conn, &r->f, &r->hold))
 		fail_msg("no frame for connection %d, expected type %d; log:\n%s", (int)r->conn, type, r->w->log);
 	if (r->f.type != type)
@@ -180,16 +180,13 @@ static struct crdt_frame *expect(struct reader *r, enum crdt_frame_type type)
 
 static void expect_none(struct reader *r)
 {
-	crdt_frame_free(&r->f);
 	if (next(r->w, r->conn, &r->f, &r->hold))
 		fail_msg("unexpected frame of type %d", r->f.type);
 }
 
 static void reader_free(struct reader *r)
 {
-	crdt_frame_free(&r->f);
-	while (next(r->w, r->conn, &r->f, &r->hold))
-		crdt_frame_free(&r->f);
+	while (next(r->w, r->conn, &r->f, &r->hold)) ;
 }
 
 /* ---- frames ---- */
@@ -829,7 +826,6 @@ static void test_large_body(void **state)
 				memcpy(copy + got, r2.f.data.p, r2.f.data.n);
 				got += r2.f.data.n;
 			}
-			crdt_frame_free(&r2.f);
 		}
 	}
 	assert_true(small_fed);
@@ -973,7 +969,6 @@ static void test_window(void **state)
 		frames++;
 		if (r2.f.type == CRDT_FRAME_FEED)
 			last = r2.f.gsn;
-		crdt_frame_free(&r2.f);
 	}
 	assert_true(bytes > CRDT_FEED_WINDOW / 2 && bytes < CRDT_FEED_WINDOW + 2 * CRDT_FRAME_MAX);
 	/* each acknowledgement opens it by as much */
@@ -984,7 +979,6 @@ static void test_window(void **state)
 		do {
 			if (r2.f.type == CRDT_FRAME_FEED)
 				last = r2.f.gsn;
-			crdt_frame_free(&r2.f);
 		} while (next(w, CONN2, &r2.f, &r2.hold));
 	}
 	/* nobody acknowledges what was not sent */

@@ -1,0 +1,239 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "control.h"
+#include "../wire/status.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+struct client {
+	int fd;				/* -1: free */
+	char request[STATUS_REQUEST_MAX];
+	size_t request_n;
+	struct crdt_buf out;
+	size_t written;
+};
+
+struct control {
+	int fd;
+	char *path;
+	control_answer *answer;
+	void *ctx;
+	struct client clients[CONTROL_CLIENTS_MAX];
+};
+
+static struct control *fail(char **error_r, const char *path, const char *what)
+{
+	if (asprintf(error_r, "status_socket %s: cannot %s: %s", path, what, strerror(errno)) < 0)
+		*error_r = NULL;
+	return NULL;
+}
+
+static int connect_to(const struct sockaddr_un *addr)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+	if (fd >= 0 && connect(fd, (const struct sockaddr *)addr, sizeof(*addr)) < 0) {
+		close(fd);
+		fd = -1;
+	}
+	return fd;
+}
+
+static bool address(const char *path, struct sockaddr_un *addr_r)
+{
+	memset(addr_r, 0, sizeof(*addr_r));
+	addr_r->sun_family = AF_UNIX;
+	if (strlen(path) >= sizeof(addr_r->sun_path)) {
+		errno = ENAMETOOLONG;
+		return false;
+	}
+	strcpy(addr_r->sun_path, path);
+	return true;
+}
+
+/* Removes a socket that nobody listens on. */
+static bool make_room(const struct sockaddr_un *addr)
+{
+	struct stat st;
+	int fd;
+
+	if (lstat(addr->sun_path, &st) < 0)
+		return errno == ENOENT;
+	if (!S_ISSOCK(st.st_mode)) {
+		errno = EEXIST;
+		return false;
+	}
+	fd = connect_to(addr);
+	if (fd >= 0) {
+		close(fd);
+		errno = EADDRINUSE;
+		return false;
+	}
+	return unlink(addr->sun_path) == 0;
+}
+
+struct control *control_new(const char *path, control_answer *answer, void *ctx, char **error_r)
+{
+	struct sockaddr_un addr;
+	struct control *c;
+	mode_t old;
+	int fd, ret, i;
+
+	if (!address(path, &addr) || !make_room(&addr))
+		return fail(error_r, path, "make it");
+	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (fd < 0)
+		return fail(error_r, path, "make it");
+	old = umask(0177);
+	ret = bind(fd, (const struct sockaddr *)&addr, sizeof(addr));
+	umask(old);
+	if (ret < 0 || listen(fd, 8) < 0) {
+		close(fd);
+		return fail(error_r, path, "listen on it");
+	}
+	c = calloc(1, sizeof(*c));
+	if (c == NULL || (c->path = strdup(path)) == NULL)
+		abort();
+	c->fd = fd;
+	c->answer = answer;
+	c->ctx = ctx;
+	for (i = 0; i < CONTROL_CLIENTS_MAX; i++)
+		c->clients[i].fd = -1;
+	return c;
+}
+
+static void client_close(struct client *cl)
+{
+	close(cl->fd);
+	cl->fd = -1;
+	cl->request_n = cl->written = 0;
+	crdt_buf_free(&cl->out);
+}
+
+void control_free(struct control **_c)
+{
+	struct control *c = *_c;
+	int i;
+
+	if (c == NULL)
+		return;
+	*_c = NULL;
+	for (i = 0; i < CONTROL_CLIENTS_MAX; i++) {
+		if (c->clients[i].fd >= 0)
+			client_close(&c->clients[i]);
+	}
+	close(c->fd);
+	(void)unlink(c->path);
+	free(c->path);
+	free(c);
+}
+
+unsigned int control_fds(struct control *c, struct pollfd *fds)
+{
+	unsigned int n = 0;
+	bool room = false;
+	int i;
+
+	for (i = 0; i < CONTROL_CLIENTS_MAX; i++) {
+		if (c->clients[i].fd < 0) {
+			room = true;
+			continue;
+		}
+		fds[n].fd = c->clients[i].fd;
+		fds[n].revents = 0;
+		fds[n++].events = c->clients[i].out.len > 0 ? POLLOUT : POLLIN;
+	}
+	if (room) {
+		fds[n].fd = c->fd;
+		fds[n].revents = 0;
+		fds[n++].events = POLLIN;
+	}
+	return n;
+}
+
+static void client_read(struct control *c, struct client *cl)
+{
+	ssize_t n = read(cl->fd, cl->request + cl->request_n, sizeof(cl->request) - cl->request_n);
+	bool digest;
+
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (n <= 0) {
+		client_close(cl);
+		return;
+	}
+	cl->request_n += (size_t)n;
+	if (memchr(cl->request, '\n', cl->request_n) == NULL) {
+		if (cl->request_n == sizeof(cl->request))
+			client_close(cl);
+		return;
+	}
+	digest = cl->request_n >= 7 && memcmp(cl->request, "digest\n", 7) == 0;
+	if (digest || (cl->request_n >= 7 && memcmp(cl->request, "status\n", 7) == 0))
+		c->answer(c->ctx, digest, &cl->out);
+	if (cl->out.len == 0 || cl->out.failed)
+		client_close(cl);
+}
+
+static void client_write(struct client *cl)
+{
+	ssize_t n;
+
+	while (cl->written < cl->out.len) {
+		n = send(cl->fd, cl->out.data + cl->written, cl->out.len - cl->written, MSG_DONTWAIT | MSG_NOSIGNAL);
+		if (n < 0 && (errno == EAGAIN || errno == EINTR))
+			return;
+		if (n < 0)
+			break;
+		cl->written += (size_t)n;
+	}
+	client_close(cl);
+}
+
+void control_run(struct control *c)
+{
+	struct client *cl;
+	bool more = true;
+	int i;
+
+	for (i = 0; i < CONTROL_CLIENTS_MAX; i++) {
+		cl = &c->clients[i];
+		if (cl->fd < 0 && more) {
+			cl->fd = accept4(c->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+			more = cl->fd >= 0;
+		}
+		if (cl->fd >= 0 && cl->out.len == 0)
+			client_read(c, cl);
+		if (cl->fd >= 0 && cl->out.len > 0)
+			client_write(cl);
+	}
+}
+
+int control_print(const char *path, const char *request, char **error_r)
+{
+	struct sockaddr_un addr;
+	char data[65536];
+	ssize_t n = 0;
+	int fd = address(path, &addr) ? connect_to(&addr) : -1;
+
+	if (fd < 0) {
+		(void)fail(error_r, path, "connect (does crdt-stored run?)");
+		return -1;
+	}
+	if (send(fd, request, strlen(request), MSG_NOSIGNAL) == (ssize_t)strlen(request)) {
+		while ((n = read(fd, data, sizeof(data))) > 0)
+			fwrite(data, 1, (size_t)n, stdout);
+	} else {
+		n = -1;
+	}
+	if (n < 0)
+		(void)fail(error_r, path, "read the answer");
+	close(fd);
+	return n < 0 || fflush(stdout) != 0 ? -1 : 0;
+}

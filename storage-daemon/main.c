@@ -1,0 +1,158 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* crdt-stored: the storage daemon.  Wiring only. */
+#include "control.h"
+#include "log.h"
+#include "serve.h"
+
+#include <getopt.h>
+#include <grp.h>
+#include <pwd.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+static const char usage_text[] =
+	"usage: crdt-stored [-c FILE] [--check-config | --status | --digest]\n"
+	"  -c, --config FILE   configuration (" CONF_FILE_DEFAULT ")\n"
+	"      --check-config  read configuration, list of peers and key, and exit\n"
+	"      --status        ask the running daemon for its state\n"
+	"      --digest        the same, with a digest of each user's state\n"
+	"  -h, --help\n";
+
+enum mode { MODE_RUN, MODE_CHECK, MODE_STATUS, MODE_DIGEST };
+
+static int failed(char *error)
+{
+	log_line(LOG_LEVEL_ERROR, "%s", error != NULL ? error : "out of memory");
+	free(error);
+	return EXIT_FAILURE;
+}
+
+static int become(const char *user, char **error_r)
+{
+	const struct passwd *pw;
+
+	if (user[0] == '\0') {
+		if (geteuid() == 0)
+			log_line(LOG_LEVEL_WARNING, "running as root: set `user` to one of its own");
+		return 0;
+	}
+	pw = getpwnam(user);
+	if (pw == NULL)
+		return asprintf(error_r, "user: there is no user %s", user) < 0 ? -1 : -1;
+	if (pw->pw_uid == geteuid())
+		return 0;
+	if (initgroups(pw->pw_name, pw->pw_gid) < 0 || setgid(pw->pw_gid) < 0 || setuid(pw->pw_uid) < 0)
+		return asprintf(error_r, "cannot become user %s: only root can", user) < 0 ? -1 : -1;
+	return 0;
+}
+
+/* Sockets and database files together; the hard limit is the administrator's. */
+static void raise_open_files(void)
+{
+	struct rlimit lim;
+
+	if (getrlimit(RLIMIT_NOFILE, &lim) == 0 && lim.rlim_cur < lim.rlim_max) {
+		lim.rlim_cur = lim.rlim_max;
+		(void)setrlimit(RLIMIT_NOFILE, &lim);
+	}
+}
+
+static int check(const struct stored_conf *conf, char **error_r)
+{
+	struct hub_peer_conf *peers;
+	struct zcert key;
+	size_t n;
+
+	if (conf_read_peers(conf->peers_file, &peers, &n, error_r) < 0)
+		return -1;
+	free(peers);
+	if (zcert_read_secret(conf->key_file, &key, error_r) < 0)
+		return -1;
+	zcert_free(&key);
+	printf("configuration is fine: %s, %zu peers\n", conf->name, n);
+	return 0;
+}
+
+static int run(const struct stored_conf *conf, char **error_r)
+{
+	struct store_options opts = { .create = true };
+	struct store *store;
+	struct serve *serve;
+	struct zcert key;
+	int ret = -1;
+
+	serve_signals();
+	raise_open_files();
+	if (zcert_read_secret(conf->key_file, &key, error_r) < 0)
+		return -1;
+	opts.memory = conf->memory_mb * 1024 * 1024;
+	store = store_open(conf->data_dir, &opts, error_r);
+	if (store != NULL) {
+		serve = serve_new(conf, store, &key, error_r);
+		if (serve != NULL)
+			ret = serve_run(serve, error_r);
+		serve_free(&serve);
+	}
+	store_close(&store);
+	zcert_free(&key);
+	return ret;
+}
+
+static int print_status(const struct stored_conf *conf, const char *request, char **error_r)
+{
+	if (conf->status_socket[0] == '\0') {
+		*error_r = strdup("status_socket is not set");
+		return -1;
+	}
+	return control_print(conf->status_socket, request, error_r);
+}
+
+int main(int argc, char *argv[])
+{
+	static const struct option options[] = {
+		{ "config", required_argument, NULL, 'c' },
+		{ "check-config", no_argument, NULL, MODE_CHECK },
+		{ "status", no_argument, NULL, MODE_STATUS },
+		{ "digest", no_argument, NULL, MODE_DIGEST },
+		{ "help", no_argument, NULL, 'h' },
+		{ NULL, 0, NULL, 0 }
+	};
+	const char *path = CONF_FILE_DEFAULT;
+	enum mode mode = MODE_RUN;
+	struct stored_conf conf;
+	char *error = NULL;
+	int c, ret;
+
+	while ((c = getopt_long(argc, argv, "c:h", options, NULL)) != -1) {
+		if (c == 'c') {
+			path = optarg;
+		} else if (c == 'h') {
+			fputs(usage_text, stdout);
+			return EXIT_SUCCESS;
+		} else if (c == '?') {
+			fputs(usage_text, stderr);
+			return 2;
+		} else {
+			mode = (enum mode)c;
+		}
+	}
+	if (optind < argc) {
+		fputs(usage_text, stderr);
+		return 2;
+	}
+	log_init(LOG_LEVEL_INFO);
+	if (conf_read(path, &conf, &error) < 0)
+		return failed(error);
+	log_init(conf.log_level);
+	if (mode == MODE_STATUS || mode == MODE_DIGEST)
+		ret = print_status(&conf, mode == MODE_DIGEST ? "digest\n" : "status\n", &error);
+	else if (become(conf.user, &error) < 0)
+		ret = -1;
+	else
+		ret = mode == MODE_CHECK ? check(&conf, &error) : run(&conf, &error);
+	conf_free(&conf);
+	return ret < 0 ? failed(error) : EXIT_SUCCESS;
+}

@@ -349,8 +349,11 @@ void node_free(struct node **_n)
 	*_n = NULL;
 	node_reports_free(n);
 	node_bodies_free(n);
-	while (n->users != NULL)
+	while (n->users != NULL) {
+		if (n->users->item.state == SCHED_RUNNING)
+			sched_done(n->sched, &n->users->item);
 		user_free(n->users);
+	}
 	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
 		uplink_free(&n->storages[i].uplink);
 		free(n->storages[i].endpoint);

@@ -58,7 +58,7 @@ struct node_callbacks {
 
 struct node;
 struct node *node_new(const struct node_config *cfg, const struct node_callbacks *cb, char **error_r);
-void node_free(struct node **n);	/* no visit may be open */
+void node_free(struct node **n);	/* visits that are still open are the driver's to free */
 
 /* ---- what happened ---- */
 void node_link_up(struct node *n, int64_t now, unsigned storage);

@@ -203,20 +203,34 @@ static bool read_journal(struct run *run)
 	return ret > 0;
 }
 
-static void read_bodies(struct run *run)
+static int read_body(struct run *run, struct visit_read *r)
+{
+	if (run->v->mail_result != VISIT_MAIL_OK)
+		return MS_TEMP;
+	crdt_buf_clear(&r->data);
+	return replica_read_body(run->r, &r->content, r->offset, r->len, &r->data, &r->size);
+}
+
+/* Returns whether the journal had something. */
+static bool read_bodies(struct run *run)
 {
 	struct visit_read *r, *reads = run->v->reads;
+	bool read = run->v->read_journal, news = false;
 
 	if (reads == NULL)
-		return;
+		return false;
 	for (r = reads; r != NULL; r = r->next) {
-		if (run->v->mail_result != VISIT_MAIL_OK)
-			r->result = MS_TEMP;
-		else
-			r->result = replica_read_body(run->r, &r->content, r->offset, r->len, &r->data, &r->size);
+		r->result = read_body(run, r);
+		if (r->result == MS_GONE && !read) {
+			/* moved just now: the journal tells where to */
+			read = true;
+			news = read_journal(run);
+			r->result = read_body(run, r);
+		}
 	}
 	run->v->reads = NULL;
 	run->hooks->read(run->hooks->ctx, run->v, reads);
+	return news;
 }
 
 static bool find_text(void *ctx, const struct crdt_content *c, uint64_t size,
@@ -323,7 +337,10 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 		failed(v, error);
 		return;
 	}
-	read_bodies(&run);
+	if (read_bodies(&run)) {
+		news = true;
+		give_ops(&run, false);
+	}
 	if ((v->apply || (news && v->apply_news)) && v->mail_result == VISIT_MAIL_OK) {
 		apply(&run);
 		give_ops(&run, false);

@@ -1,0 +1,828 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Simulation of a cluster: workers (the node of crdt-sync with its uplinks,
+ * visits and engines, over virtual mail stores) and storage daemons (the hub),
+ * joined by a virtual network, with virtual time, in one process.  Users act on
+ * all workers; connections break and lose what is in them, sockets take nothing
+ * for a while, visits and syncs end late, wake-ups get lost, workers and daemons
+ * are killed.  In the end everything is let through and all must show the same,
+ * with nothing left to do.  Everything follows from the seed.
+ *
+ *   cluster [--runs N] [--seed S] [--steps N] [--verbose]
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "../../sync/node.h"
+#include "../../storage-daemon/hub.h"
+#include "vmail.h"
+
+enum { WORKERS_MAX = 3, DAEMONS_MAX = 2, USERS = 3, PATHS = 5, PIPE_MAX = 40, VISITS = 2 };
+static const char *const paths[PATHS] = { "INBOX", "a", "b", "a/c", "d" };
+static const char *const users[USERS] = { "u1", "u2", "u3" };
+static const char *const daemons[DAEMONS_MAX] = { "tcp://s1", "tcp://s2" };
+#define SETTLE_MSECS (10 * 60 * 1000)
+
+struct frame { struct frame *next; size_t n; uint8_t p[]; };
+struct pipe { struct frame *first, *last; unsigned n; };
+
+/* Between a worker and a daemon. */
+struct link {
+	bool connected, wanted;		/* wanted: the worker has not given up on it */
+	uint64_t conn;
+	struct pipe to_daemon, to_worker;
+};
+
+/* What is open of a user on a worker. */
+struct engine {
+	struct vmail mail;
+	int (*read)(struct mailstore *ms, const struct ms_position *pos, size_t pos_n,
+		    bool (*cb)(void *ctx, const struct ms_record *rec), void *ctx,
+		    struct ms_position *ids_r, size_t *ids_n_r);
+	struct replica *replica;
+	unsigned acted;			/* native records that the worker was told of */
+};
+
+struct worker {
+	unsigned i;
+	char name[16];
+	struct store *store;
+	struct spool *spool, *sent;
+	struct replica_config cfg;
+	struct engine engines[USERS];
+	struct node *node;
+	int64_t due;
+	struct visit *visits;		/* to be carried out */
+	bool sync;			/* to be done */
+	struct link links[DAEMONS_MAX];
+};
+
+struct daemon {
+	unsigned i;
+	char name[16];
+	struct store *store;
+	struct hub *hub;
+};
+
+static struct sim {
+	uint64_t rng, mails, seed, conns;
+	int64_t now;
+	bool verbose, calm;		/* calm: nothing goes wrong any more */
+	unsigned workers_n, daemons_n;
+	struct worker workers[WORKERS_MAX];
+	struct daemon daemons[DAEMONS_MAX];
+	uint64_t commands, kills, cuts, frames, rides;
+} sim;
+
+static uint64_t rnd(uint64_t n)
+{
+	return vmail_random(&sim.rng) % n;
+}
+
+static void fail(const char *fmt, const char *what)
+{
+	printf("FAILED: seed %llu at %lld ms: ", (unsigned long long)sim.seed, (long long)sim.now);
+	printf(fmt, what);
+	printf("\nreplay: cluster --runs 1 --seed %llu --verbose\n", (unsigned long long)sim.seed);
+	exit(1);
+}
+
+/* ---- network ---- */
+
+static void pipe_clear(struct pipe *p)
+{
+	struct frame *f;
+
+	while ((f = p->first) != NULL) {
+		p->first = f->next;
+		free(f);
+	}
+	memset(p, 0, sizeof(*p));
+}
+
+static bool pipe_put(struct pipe *p, const void *bytes, size_t n)
+{
+	struct frame *f;
+
+	if (p->n >= PIPE_MAX || (!sim.calm && rnd(50) == 0))
+		return false;
+	f = malloc(sizeof(*f) + n);
+	f->next = NULL;
+	f->n = n;
+	memcpy(f->p, bytes, n);
+	if (p->first == NULL)
+		p->first = f;
+	else
+		p->last->next = f;
+	p->last = f;
+	p->n++;
+	sim.frames++;
+	return true;
+}
+
+static struct frame *pipe_get(struct pipe *p)
+{
+	struct frame *f = p->first;
+
+	if (f != NULL) {
+		p->first = f->next;
+		p->n--;
+	}
+	return f;
+}
+
+static void link_up(struct worker *w, unsigned d)
+{
+	struct link *l = &w->links[d];
+
+	if (l->connected || !l->wanted || sim.daemons[d].hub == NULL)
+		return;
+	l->connected = true;
+	l->conn = ++sim.conns;
+	node_link_up(w->node, sim.now, d);
+}
+
+static void link_cut(struct worker *w, unsigned d)
+{
+	struct link *l = &w->links[d];
+
+	if (!l->connected)
+		return;
+	l->connected = false;
+	pipe_clear(&l->to_daemon);
+	pipe_clear(&l->to_worker);
+	if (sim.daemons[d].hub != NULL)
+		hub_disconnected(sim.daemons[d].hub, l->conn);
+	if (w->node != NULL)
+		node_link_down(w->node, sim.now, d);
+	sim.cuts++;
+}
+
+static bool daemon_send(void *ctx, uint64_t conn, const void *p, size_t n)
+{
+	struct daemon *d = ctx;
+
+	for (unsigned i = 0; i < sim.workers_n; i++) {
+		struct link *l = &sim.workers[i].links[d->i];
+
+		if (l->connected && l->conn == conn)
+			return pipe_put(&l->to_worker, p, n);
+	}
+	return false;
+}
+
+static void daemon_log(void *ctx, int level, const char *text)
+{
+	struct daemon *d = ctx;
+
+	if (sim.verbose)
+		fprintf(stderr, "%8lld %s: [%d] %s\n", (long long)sim.now, d->name, level, text);
+}
+
+static void daemon_turn(struct daemon *d)
+{
+	char *error = NULL;
+
+	if (hub_commit(d->hub, &error) < 0)
+		fail("commit: %s", error);
+	(void)hub_pump(d->hub);
+}
+
+static void deliver_to_daemon(struct worker *w, unsigned d)
+{
+	struct link *l = &w->links[d];
+	struct frame *f;
+
+	for (unsigned n = 1 + (unsigned)rnd(6); n > 0 && l->connected && (f = pipe_get(&l->to_daemon)) != NULL; n--) {
+		hub_frame(sim.daemons[d].hub, l->conn, w->name, f->p, f->n);
+		free(f);
+	}
+	if (l->connected)
+		daemon_turn(&sim.daemons[d]);
+}
+
+static void deliver_to_worker(struct worker *w, unsigned d)
+{
+	struct link *l = &w->links[d];
+	struct frame *f;
+
+	for (unsigned n = 1 + (unsigned)rnd(6); n > 0 && (f = pipe_get(&l->to_worker)) != NULL; n--) {
+		if (sim.verbose && f->n > 1)
+			fprintf(stderr, "%8lld s%u > w%u: frame %u, %zu bytes\n", (long long)sim.now, d + 1, w->i + 1,
+				f->p[1], f->n);
+		if (f->n > 1 && f->p[1] == CRDT_FRAME_BODY)
+			sim.rides++;
+		node_frame(w->node, sim.now, d, f->p, f->n);
+		free(f);
+	}
+}
+
+/* ---- workers ---- */
+
+static bool worker_send(void *ctx, unsigned d, const void *p, size_t n)
+{
+	struct worker *w = ctx;
+
+	if (sim.verbose && n > 1)
+		fprintf(stderr, "%8lld w%u > s%u: frame %u, %zu bytes\n", (long long)sim.now, w->i + 1, d + 1,
+			((const uint8_t *)p)[1], n);
+	return w->links[d].connected && pipe_put(&w->links[d].to_daemon, p, n);
+}
+
+static void worker_reconnect(void *ctx, unsigned d)
+{
+	struct worker *w = ctx;
+
+	link_cut(w, d);
+	w->links[d].wanted = true;
+}
+
+static void worker_visit(void *ctx, struct visit *v)
+{
+	struct worker *w = ctx;
+
+	v->next = w->visits;
+	w->visits = v;
+}
+
+static void worker_sync(void *ctx)
+{
+	((struct worker *)ctx)->sync = true;
+}
+
+static void worker_log(void *ctx, int level, const char *text)
+{
+	struct worker *w = ctx;
+
+	if (sim.verbose)
+		fprintf(stderr, "%8lld %s: [%d] %s\n", (long long)sim.now, w->name, level, text);
+}
+
+static uint64_t worker_random(void *ctx)
+{
+	(void)ctx;
+	return vmail_random(&sim.rng);
+}
+
+static void worker_text_seen(void *ctx, const char *user, const struct crdt_content *c, const void *p, size_t n)
+{
+	struct worker *w = ctx;
+	const char *error;
+	uint64_t next;
+
+	(void)spool_add(w->sent, user, 0, c, n, 0, p, n, &next, &error);
+}
+
+/* The virtual store's journal, with the texts of most new mails, as
+ * crdt-worker gives them. */
+struct read_ctx { bool (*cb)(void *ctx, const struct ms_record *rec); void *ctx; };
+
+static bool read_record(void *vctx, const struct ms_record *rec)
+{
+	struct read_ctx *c = vctx;
+	struct ms_mail mails[CRDT_OP_MAILS_MAX];
+	char texts[CRDT_OP_MAILS_MAX][64];
+	struct crdt_content content;
+	struct ms_record copy = *rec;
+
+	memset(mails, 0, sizeof(mails));
+	for (unsigned i = 0; i < rec->rec->mails_n && rec->mails != NULL; i++) {
+		mails[i] = rec->mails[i];
+		if (mails[i].gone || rnd(4) == 0)
+			continue;
+		/* the GUID names the text: "g<n>.s<slot>" */
+		vmail_text(strtoull((const char *)mails[i].guid.p + 1, NULL, 10), texts[i], &content);
+		mails[i].text = (const uint8_t *)texts[i];
+	}
+	if (rec->mails != NULL)
+		copy.mails = mails;
+	return c->cb(c->ctx, &copy);
+}
+
+static struct engine *engine_of(struct mailstore *ms)
+{
+	for (unsigned i = 0; i < sim.workers_n; i++) {
+		for (unsigned u = 0; u < USERS; u++) {
+			if (&sim.workers[i].engines[u].mail.ms == ms)
+				return &sim.workers[i].engines[u];
+		}
+	}
+	abort();
+}
+
+static int read_with_texts(struct mailstore *ms, const struct ms_position *pos, size_t pos_n,
+			   bool (*cb)(void *ctx, const struct ms_record *rec), void *ctx,
+			   struct ms_position *ids_r, size_t *ids_n_r)
+{
+	struct read_ctx c = { cb, ctx };
+
+	return engine_of(ms)->read(ms, pos, pos_n, read_record, &c, ids_r, ids_n_r);
+}
+
+static void worker_start(struct worker *w)
+{
+	static const struct node_callbacks callbacks = {
+		worker_send, worker_reconnect, worker_visit, worker_sync, worker_log, NULL
+	};
+	/* small, so that limits are met */
+	static const struct spool_limits limits = { 400, 400, 0 }, sent_limits = { 100, 100, 0 };
+	struct node_callbacks cb = callbacks;
+	struct node_config cfg = {
+		.name = w->name, .slot = w->i, .storages = daemons, .storages_n = sim.daemons_n,
+		.visits = VISITS, .apply = true, .store = w->store,
+	};
+	char *error = NULL;
+
+	w->spool = cfg.spool = spool_new(NULL, &limits, &error);
+	w->sent = cfg.sent = spool_new(NULL, &sent_limits, &error);
+	cb.ctx = w;
+	w->node = node_new(&cfg, &cb, &error);
+	if (w->node == NULL)
+		fail("%s", error);
+	for (unsigned d = 0; d < sim.daemons_n; d++)
+		w->links[d].wanted = true;
+	w->due = sim.now;
+}
+
+static void worker_kill(struct worker *w)
+{
+	struct visit *v;
+	struct node *node = w->node;
+
+	w->node = NULL;
+	for (unsigned d = 0; d < sim.daemons_n; d++)
+		link_cut(w, d);
+	node_free(&node);
+	while ((v = w->visits) != NULL) {
+		w->visits = v->next;
+		visit_free(v);
+	}
+	w->sync = false;
+	for (unsigned u = 0; u < USERS; u++)
+		replica_close(&w->engines[u].replica);
+	spool_free(&w->spool);
+	spool_free(&w->sent);
+}
+
+static void worker_run(struct worker *w)
+{
+	char *error = NULL;
+
+	w->due = node_run(w->node, sim.now, &error);
+	if (w->due < 0)
+		fail("%s", error);
+}
+
+static void hook_merged(void *ctx, struct visit *v, struct visit_feed *feeds)
+{
+	(void)v;
+	node_merged(((struct worker *)ctx)->node, sim.now, feeds);
+}
+
+static void hook_ops(void *ctx, struct visit *v, struct visit_ops *ops)
+{
+	(void)v;
+	node_ops(((struct worker *)ctx)->node, sim.now, ops);
+}
+
+static void hook_read(void *ctx, struct visit *v, struct visit_read *reads)
+{
+	(void)v;
+	node_read(((struct worker *)ctx)->node, sim.now, reads);
+}
+
+static void carry_out(struct worker *w)
+{
+	const struct visit_hooks hooks = { hook_merged, hook_ops, hook_read, w };
+	struct visit **p = &w->visits, *v;
+	enum visit_mail mail = VISIT_MAIL_NOT_TRIED;
+	struct engine *e;
+	unsigned u = 0;
+	char *error = NULL;
+
+	if (*p == NULL)
+		return;
+	if ((*p)->next != NULL && rnd(2) == 0)
+		p = &(*p)->next;
+	v = *p;
+	*p = v->next;
+	while (strcmp(users[u], v->user) != 0)
+		u++;
+	e = &w->engines[u];
+	if (v->mail) {
+		mail = sim.calm || rnd(20) != 0 ? VISIT_MAIL_OK : VISIT_MAIL_LATER;
+		e->mail.kill_armed = !sim.calm && rnd(20) == 0;
+	}
+	if (e->replica == NULL) {
+		e->replica = replica_open(w->store, &w->cfg, v->user, v->gen, &e->mail.ms, &error);
+		if (e->replica == NULL)
+			fail("%s", error);
+	}
+	visit_run(v, e->replica, mail, w->spool, &hooks);
+	e->mail.kill_armed = false;
+	if (sim.verbose)
+		fprintf(stderr, "%8lld %s: visit of %s: mail %d, journal %d, apply %d, progress %d, reads %d\n",
+			(long long)sim.now, w->name, v->user, v->mail, v->journal, v->apply, v->applied ? (int)v->progress : -1,
+			v->reads != NULL);
+	if (e->mail.fault != NULL)
+		fail("%s", e->mail.fault);
+	if (!sim.calm && rnd(10) == 0)
+		replica_close(&e->replica);
+	if (node_visited(w->node, sim.now, v, &error) < 0)
+		fail("%s", error);
+}
+
+static void sync_end(struct worker *w)
+{
+	if (!w->sync)
+		return;
+	w->sync = false;
+	node_synced(w->node, sim.now);
+}
+
+/* ---- users ---- */
+
+static uint32_t any_uid(struct vmail *v, const char *path)
+{
+	struct vmail_box *b = vmail_box(v, path);
+
+	return b == NULL || b->n == 0 ? 0 : b->mails[rnd(b->n)].uid;
+}
+
+static void act(struct vmail *v)
+{
+	uint64_t mails = sim.mails;
+	const char *p = paths[rnd(PATHS)], *q = paths[rnd(PATHS)];
+	static const uint8_t flags[] = { CRDT_FLAG_SEEN, CRDT_FLAG_DELETED, CRDT_FLAG_FLAGGED, CRDT_FLAG_ANSWERED };
+	uint32_t uid = any_uid(v, p);
+
+	switch (rnd(16)) {
+	case 0: (void)vmail_create(v, paths[1 + rnd(PATHS - 1)]); break;
+	case 1: (void)(rnd(3) == 0 ? vmail_delete(v, p) : 0); break;
+	case 2: (void)vmail_rename(v, p, q); break;
+	case 3: (void)vmail_subscribe(v, p, rnd(2) == 0); break;
+	case 4: (void)vmail_open(v, p); break;
+	case 5: (void)vmail_copy(v, p, uid, q); break;
+	case 6: (void)vmail_move(v, p, uid, q); break;
+	case 7: (void)vmail_expunge(v, p, uid); break;
+	case 8: case 9: (void)vmail_store(v, p, uid, flags[rnd(4)], 0, 0, 0); break;
+	case 10: (void)vmail_store(v, p, uid, 0, flags[rnd(4)], (uint32_t)1 << rnd(3), 0); break;
+	default: (void)vmail_append(v, p, sim.mails++, 0, NULL); break;
+	}
+	sim.commands++;
+	if (sim.verbose && sim.mails > mails)
+		fprintf(stderr, "  text %llu into %s\n", (unsigned long long)mails, p);
+	if (v->fault != NULL)
+		fail("%s", v->fault);
+}
+
+static void step_user(void)
+{
+	struct worker *w = &sim.workers[rnd(sim.workers_n)];
+	unsigned u = (unsigned)rnd(USERS);
+	struct engine *e = &w->engines[u];
+
+	if (sim.verbose)
+		fprintf(stderr, "%8lld w%u: %s acts, next text is %llu\n", (long long)sim.now, w->i + 1, users[u],
+			(unsigned long long)sim.mails);
+	for (unsigned n = 1 + (unsigned)rnd(rnd(20) == 0 ? 200 : 3); n > 0; n--)
+		act(&e->mail);
+	if (w->node != NULL && rnd(10) != 0)
+		node_changed(w->node, sim.now, users[u]);
+}
+
+/* The regular look at the markers: who has a journal. */
+static void look(struct worker *w)
+{
+	for (unsigned u = 0; u < USERS; u++) {
+		if (w->engines[u].mail.journal_n > 0)
+			node_marked(w->node, sim.now, users[u]);
+	}
+}
+
+/* ---- a run ---- */
+
+static void daemon_start(struct daemon *d)
+{
+	struct hub_callbacks cb = { daemon_send, daemon_log, d };
+	struct hub_peer_conf peers[WORKERS_MAX];
+	char *error = NULL;
+
+	memset(peers, 0, sizeof(peers));
+	d->hub = hub_new(d->store, d->name, &cb, &error);
+	if (d->hub == NULL)
+		fail("%s", error);
+	for (unsigned i = 0; i < sim.workers_n; i++) {
+		strcpy(peers[i].name, sim.workers[i].name);
+		peers[i].role = HUB_WORKER;
+		peers[i].slot = (uint8_t)i;
+	}
+	hub_set_peers(d->hub, peers, sim.workers_n);
+}
+
+static void daemon_kill(struct daemon *d)
+{
+	struct hub *hub = d->hub;
+
+	d->hub = NULL;
+	hub_free(&hub);
+	for (unsigned i = 0; i < sim.workers_n; i++)
+		link_cut(&sim.workers[i], d->i);
+}
+
+static void move_worker(struct worker *w)
+{
+	unsigned d = (unsigned)rnd(sim.daemons_n);
+
+	if (w->node == NULL) {
+		worker_start(w);
+		return;
+	}
+	switch (rnd(10)) {
+	case 0: case 1: deliver_to_worker(w, d); break;
+	case 2: case 3: deliver_to_daemon(w, d); break;
+	case 4: case 5: carry_out(w); break;
+	case 6: sync_end(w); break;
+	case 7: link_up(w, d); break;
+	default: worker_run(w); break;
+	}
+}
+
+static void trouble(void)
+{
+	struct worker *w = &sim.workers[rnd(sim.workers_n)];
+	unsigned d = (unsigned)rnd(sim.daemons_n);
+
+	switch (rnd(12)) {
+	case 0:
+		if (w->node != NULL) {
+			worker_kill(w);
+			sim.kills++;
+		}
+		break;
+	case 1:
+		if (sim.daemons[d].hub != NULL) {
+			daemon_kill(&sim.daemons[d]);
+			sim.kills++;
+		}
+		break;
+	case 2:
+		if (w->node != NULL && w->links[d].connected) {
+			link_cut(w, d);
+			w->links[d].wanted = false;	/* until it asks for a new connection */
+			node_link_refused(w->node, sim.now, d);
+		}
+		break;
+	default:
+		link_cut(w, d);
+		break;
+	}
+}
+
+static void step(void)
+{
+	if (rnd(6) == 0)
+		step_user();
+	if (rnd(40) == 0)
+		trouble();
+	if (rnd(10) == 0)
+		sim.now += (int64_t)rnd(rnd(10) == 0 ? 40000 : 50);
+	for (unsigned d = 0; d < sim.daemons_n; d++) {
+		if (sim.daemons[d].hub == NULL && rnd(30) == 0)
+			daemon_start(&sim.daemons[d]);
+		if (sim.daemons[d].hub != NULL && rnd(5) == 0) {
+			(void)hub_background(sim.daemons[d].hub);
+			daemon_turn(&sim.daemons[d]);
+		}
+	}
+	for (unsigned i = 0; i < sim.workers_n; i++) {
+		move_worker(&sim.workers[i]);
+		if (sim.workers[i].node != NULL && rnd(100) == 0)
+			look(&sim.workers[i]);
+	}
+}
+
+/* One round without trouble; false: nobody had anything to do. */
+static bool settle_round(void)
+{
+	bool busy = false;
+
+	for (unsigned i = 0; i < sim.workers_n; i++) {
+		struct worker *w = &sim.workers[i];
+
+		for (unsigned d = 0; d < sim.daemons_n; d++) {
+			link_up(w, d);
+			while (w->links[d].to_daemon.n > 0) {
+				deliver_to_daemon(w, d);
+				busy = true;
+			}
+			while (w->links[d].to_worker.n > 0) {
+				deliver_to_worker(w, d);
+				busy = true;
+			}
+		}
+		while (w->visits != NULL) {
+			carry_out(w);
+			busy = true;
+		}
+		busy = busy || w->sync;
+		sync_end(w);
+		worker_run(w);
+		busy = busy || w->visits != NULL;
+	}
+	for (unsigned d = 0; d < sim.daemons_n; d++)
+		daemon_turn(&sim.daemons[d]);
+	return busy;
+}
+
+static void settle(void)
+{
+	int64_t until = sim.now + SETTLE_MSECS, looked = 0;
+
+	sim.calm = true;
+	for (unsigned d = 0; d < sim.daemons_n; d++) {
+		if (sim.daemons[d].hub == NULL)
+			daemon_start(&sim.daemons[d]);
+	}
+	for (unsigned i = 0; i < sim.workers_n; i++) {
+		if (sim.workers[i].node == NULL)
+			worker_start(&sim.workers[i]);
+	}
+	while (sim.now < until) {
+		unsigned rounds = 0;
+		int64_t next = sim.now + 1000;
+
+		while (settle_round()) {
+			if (++rounds > 100000)
+				fail("%s", "it does not come to rest");
+		}
+		for (unsigned i = 0; i < sim.workers_n; i++) {
+			if (sim.workers[i].due < next)
+				next = sim.workers[i].due;
+			if (sim.now - looked >= 10000)
+				look(&sim.workers[i]);
+		}
+		if (sim.now - looked >= 10000)
+			looked = sim.now;
+		for (unsigned d = 0; d < sim.daemons_n; d++) {
+			while (hub_background(sim.daemons[d].hub))
+				daemon_turn(&sim.daemons[d]);
+			daemon_turn(&sim.daemons[d]);
+		}
+		sim.now = next > sim.now ? next : sim.now + 1;
+	}
+}
+
+static void note_report(void *ctx, const char *text, size_t len)
+{
+	char **copy = ctx;
+
+	*copy = malloc(len + 1);
+	memcpy(*copy, text, len);
+	(*copy)[len] = '\0';
+}
+
+/* The status lines of all users, as `doveadm` and scripts see them. */
+static char *report(struct worker *w)
+{
+	char *text = NULL;
+
+	(void)node_report_start(w->node, sim.now, true, note_report, &text);
+	while (text == NULL) {
+		worker_run(w);
+		carry_out(w);
+	}
+	return text;
+}
+
+static void compare(void)
+{
+	char why[300], *first = NULL;
+
+	for (unsigned i = 0; i < sim.workers_n; i++) {
+		struct worker *w = &sim.workers[i];
+		char *text = report(w);
+
+		for (char *line = text; line != NULL && *line != '\0'; line = strchr(line, '\n') + 1) {
+			if (strstr(line, "\tunsent=0\tpending=0\theld=0\tbuffered=0\t") == NULL)
+				fail("something is left over:\n%s", text);
+		}
+		/* users are numbered by each node for itself: compare by length and digest */
+		if (first == NULL)
+			first = text;
+		else {
+			for (char *line = text; line != NULL && *line != '\0'; line = strchr(line, '\n') + 1) {
+				char *digest = strstr(line, "\tdigest=");
+
+				digest = strndup(digest, 8 + 64);
+				if (strstr(first, digest) == NULL)
+					fail("states differ (I1):\n%s", text);
+				free(digest);
+			}
+			free(text);
+		}
+		for (unsigned u = 0; u < USERS; u++) {
+			if (!vmail_equal(&sim.workers[0].engines[u].mail, &w->engines[u].mail, why))
+				fail("mail stores differ (I1): %s", why);
+			if (w->engines[u].mail.journal_n > 0)
+				fail("%s: a journal is left over", users[u]);
+		}
+		if (!node_is_settled(w->node))
+			fail("%s is not at rest", w->name);
+	}
+	free(first);
+}
+
+static void run(uint64_t seed, unsigned steps)
+{
+	struct store_options opts = { .create = true, .in_memory = true };
+	char *error = NULL;
+	bool verbose = sim.verbose;
+	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides };
+
+	memset(&sim, 0, sizeof(sim));
+	sim.verbose = verbose;
+	sim.commands = totals[0];
+	sim.kills = totals[1];
+	sim.cuts = totals[2];
+	sim.frames = totals[3];
+	sim.rides = totals[4];
+	sim.seed = seed;
+	sim.rng = seed * 7919 + 17;
+	sim.now = 1000;
+	sim.workers_n = 2 + (unsigned)(seed % 2);
+	sim.daemons_n = 1 + (unsigned)(seed / 2 % 2);
+	for (unsigned i = 0; i < sim.workers_n; i++) {
+		struct worker *w = &sim.workers[i];
+
+		w->i = i;
+		snprintf(w->name, sizeof(w->name), "w%u", i + 1);
+		w->store = store_open("mem", &opts, &error);
+		if (w->store == NULL)
+			fail("%s", error);
+		w->cfg = (struct replica_config){ .slot = i, .name = w->name, .random = worker_random,
+						  .log = worker_log, .text_seen = worker_text_seen, .ctx = w };
+		for (unsigned u = 0; u < USERS; u++) {
+			struct engine *e = &w->engines[u];
+
+			vmail_init(&e->mail, i, &sim.rng);
+			e->mail.trace = sim.verbose;
+			e->read = e->mail.ms.read;
+			e->mail.ms.read = read_with_texts;
+			(void)vmail_create(&e->mail, "INBOX");
+		}
+		worker_start(w);
+	}
+	for (unsigned d = 0; d < sim.daemons_n; d++) {
+		sim.daemons[d].i = d;
+		snprintf(sim.daemons[d].name, sizeof(sim.daemons[d].name), "s%u", d + 1);
+		sim.daemons[d].store = store_open("mem", &opts, &error);
+		if (sim.daemons[d].store == NULL)
+			fail("%s", error);
+		daemon_start(&sim.daemons[d]);
+	}
+	for (unsigned s = 0; s < steps; s++)
+		step();
+	settle();
+	compare();
+	for (unsigned d = 0; d < sim.daemons_n; d++) {
+		daemon_kill(&sim.daemons[d]);
+		store_close(&sim.daemons[d].store);
+	}
+	for (unsigned i = 0; i < sim.workers_n; i++) {
+		worker_kill(&sim.workers[i]);
+		store_close(&sim.workers[i].store);
+		for (unsigned u = 0; u < USERS; u++)
+			vmail_deinit(&sim.workers[i].engines[u].mail);
+	}
+}
+
+int main(int argc, char **argv)
+{
+	uint64_t runs = 50, seed = 1;
+	unsigned steps = 400;
+
+	for (int i = 1; i < argc; i++) {
+		if (strcmp(argv[i], "--verbose") == 0)
+			sim.verbose = true;
+		else if (i + 1 < argc && strcmp(argv[i], "--runs") == 0)
+			runs = strtoull(argv[++i], NULL, 10);
+		else if (i + 1 < argc && strcmp(argv[i], "--seed") == 0)
+			seed = strtoull(argv[++i], NULL, 10);
+		else if (i + 1 < argc && strcmp(argv[i], "--steps") == 0)
+			steps = (unsigned)strtoul(argv[++i], NULL, 10);
+		else {
+			fprintf(stderr, "usage: cluster [--runs N] [--seed S] [--steps N] [--verbose]\n");
+			return 2;
+		}
+	}
+	printf("cluster simulation: %llu runs of %u steps from seed %llu\n", (unsigned long long)runs, steps,
+	       (unsigned long long)seed);
+	fflush(stdout);
+	for (uint64_t i = 0; i < runs; i++)
+		run(seed + i, steps);
+	printf("%llu runs, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts: all converged\n",
+	       (unsigned long long)runs, (unsigned long long)sim.commands, (unsigned long long)sim.frames,
+	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts);
+	return 0;
+}

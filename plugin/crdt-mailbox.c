@@ -42,7 +42,7 @@ struct crdt_mailbox *crdt_mailbox_find_index(const struct mail_index *index)
 	struct crdt_mailbox *cbox, *found = NULL;
 
 	for (cbox = crdt_mailboxes; cbox != NULL; cbox = cbox->next) {
-		if (cbox->box->index != index || !cbox->ext_registered)
+		if (cbox->box->index != index)
 			continue;
 		if (cbox->deleting.seen != NULL)
 			return cbox;
@@ -117,17 +117,31 @@ int crdt_mailbox_read_guid(struct crdt_mailbox *cbox, struct crdt_id *id_r)
 
 /* ---- open, status ---- */
 
+static bool is_missing(struct mailbox *box, enum mailbox_list_path_type type, const char *name)
+{
+	const char *dir;
+	struct stat st;
+
+	return mailbox_get_path_to(box, type, &dir) > 0 &&
+		stat(t_strconcat(dir, "/", name, NULL), &st) < 0 && errno == ENOENT;
+}
+
 /* A Maildir INBOX whose directory is there without cur/: our journal, another
  * mailbox or a subscription made it.  Maildir would quietly complete it on open;
  * it has to be created, with our UIDVALIDITY and a record. */
 static bool is_unborn_inbox(struct mailbox *box)
 {
-	const char *path;
-	struct stat st;
-
 	return box->inbox_user && !box->creating && !box->deleting && is_maildir(box) &&
-		mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 &&
-		stat(t_strconcat(path, "/cur", NULL), &st) < 0 && errno == ENOENT;
+		is_missing(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, "cur");
+}
+
+/* For an existing Maildir, Dovecot's create_box says that it exists, but first
+ * gives it the UIDVALIDITY and GUID it was called with. */
+static bool exists_already(struct mailbox *box)
+{
+	return is_maildir(box) &&
+		(!is_missing(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, "cur") ||
+		 !is_missing(box, MAILBOX_LIST_PATH_TYPE_CONTROL, MAILDIR_UIDLIST_NAME));
 }
 
 static bool is_session_open(struct crdt_mailbox *cbox)
@@ -287,9 +301,9 @@ static int crdt_mailbox_create(struct mailbox *box, const struct mailbox_update 
 	struct mailbox_update new_update;
 	const char *error;
 
-	if (is_observing(cbox) ||
+	if (is_observing(cbox) || exists_already(box) ||
 	    (directory && (box->list->props & MAILBOX_LIST_PROP_NO_NOSELECT) == 0)) {
-		/* only a directory: it is implied by what is in it */
+		/* or only a directory: it is implied by what is in it */
 		return cbox->module_ctx.super.create_box(box, update, directory);
 	}
 	i_zero(&new_update);
@@ -504,7 +518,6 @@ static bool is_recorded(struct mailbox *box)
 
 	/* Shared and public mailboxes belong to somebody else's journal. */
 	return ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
-		(box->flags & MAILBOX_FLAG_NO_INDEX_FILES) == 0 &&
 		!str_array_find(others, box->storage->name);
 }
 

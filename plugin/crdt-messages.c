@@ -479,19 +479,25 @@ static void build_own(struct records *r, struct crdt_mailbox *cbox, struct mail_
 
 /* ---- committing ---- */
 
+/* Committed by the sync of a mailbox (mdbox has a transaction of its own for
+ * its expunges there), not by somebody who changes it. */
 static bool is_sync(struct mail_index_transaction *t)
 {
-	return t->sync_transaction;
+	return MAIL_STORAGE_CONTEXT(t) == NULL;
+}
+
+/* The point of no return of a deletion (the syncs that follow say it again). */
+static bool is_deletion(struct crdt_mailbox *cbox, struct mail_index_transaction *t)
+{
+	return t->sync_transaction && t->index_deleted && cbox->deleting.seen != NULL && cbox->deleting.seq == 0;
 }
 
 static bool may_have_records(struct crdt_mailbox *cbox, struct mail_index_transaction *t)
 {
 	if (array_is_created(&t->appends))
 		return TRUE;
-	if (is_sync(t)) {
-		/* the point of no return of a deletion */
-		return t->index_deleted && cbox->deleting.seen != NULL;
-	}
+	if (is_sync(t))
+		return is_deletion(cbox, t);
 	return array_is_created(&t->updates) || array_is_created(&t->keyword_updates) ||
 		array_is_created(&t->expunges);
 }
@@ -537,7 +543,7 @@ static int record_transaction(struct crdt_mailbox *cbox, struct mail_index_trans
 		build_own(&r, cbox, t, &ext.seen);
 	} else {
 		build_appends(&r, t, &ext.seen);
-		if (t->index_deleted && cbox->deleting.seen != NULL)
+		if (is_deletion(cbox, t))
 			build_delete(&r, cbox, &ext.seen);
 	}
 	*n_r = array_count(&r.recs);
@@ -550,7 +556,7 @@ static int record_transaction(struct crdt_mailbox *cbox, struct mail_index_trans
 		errno = old_errno;
 		return -1;
 	}
-	if (is_sync(t) && t->index_deleted)
+	if (is_sync(t) && is_deletion(cbox, t))
 		cbox->deleting.seq = last_r->seq;
 	crdt_index_write_stamp(cbox, t, last_r);
 	return 1;

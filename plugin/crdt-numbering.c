@@ -53,9 +53,12 @@ static void assign_uids(struct crdt_mailbox *cbox, struct mail_index_transaction
 
 		next = I_MAX(next, uidlist_next);
 	}
-	crdt_index_read_ext(cbox, &ext);
-	numbering = crdt_mailbox_ext_numbering(&ext, hdr->uid_validity);
-	next = crdt_uid_base(&numbering, next);
+	/* (lazy_expunge saves with the index in memory, which knows nothing) */
+	if (cbox->ext_registered) {
+		crdt_index_read_ext(cbox, &ext);
+		numbering = crdt_mailbox_ext_numbering(&ext, hdr->uid_validity);
+		next = crdt_uid_base(&numbering, next);
+	}
 
 	recs = array_get_modifiable(&t->appends, &count);
 	for (i = 0; i < count; i++) {
@@ -78,8 +81,7 @@ void crdt_numbering_index_transaction(struct crdt_mailbox *cbox, struct mail_ind
 	struct crdt_user *cuser = cbox->cuser;
 
 	if (cuser->saving == NULL || t == cuser->saving_trans ||
-	    cuser->saving->box->index != t->view->index || !t->view->index->log_sync_locked ||
-	    MAIL_INDEX_IS_IN_MEMORY(t->view->index))
+	    cuser->saving->box->index != t->view->index || !t->view->index->log_sync_locked)
 		return;
 	assign_uids(cuser->saving, cuser->saving_trans);
 }

@@ -1,0 +1,962 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The plugin alone with a real Dovecot: what each change leaves in the journal.
+
+Needs root (Dovecot's master) and what was built; see plugin_lib.find_built().
+"""
+import hashlib
+import os
+import poplib
+import re
+import select
+import subprocess
+import threading
+
+import pytest
+
+from plugin_lib import (MAIL_UID, PASSWORD, Dovecot, append, in_own_block, message, ok, wait_for)
+
+pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+              pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning")]
+SLOT = 5
+
+
+@pytest.fixture(scope="module")
+def dovecot():
+    with Dovecot(slot=SLOT) as d:
+        yield d
+
+
+@pytest.fixture(scope="module", params=["maildir", "sdbox", "mdbox"])
+def any_format(request):
+    with Dovecot(slot=SLOT, mail_format=request.param) as d:
+        yield d
+
+
+@pytest.fixture
+def user(request):
+    name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")
+    return f"{name}@example.org"
+
+
+@pytest.fixture(autouse=True)
+def no_problems_in_the_log(request):
+    """Every test but those that cause them: no error in any process."""
+    instances = [request.getfixturevalue(name) for name in ("dovecot", "any_format")
+                 if name in request.fixturenames]
+    before = [len(d.problems()) for d in instances]
+    yield
+    if "allows_errors" not in request.keywords:
+        for d, n in zip(instances, before):
+            assert d.problems()[n:] == []
+
+
+def inbox_uidvalidity(user):
+    h = int.from_bytes(hashlib.sha256(user.encode()).digest()[:4], "big")
+    return 0x20000000 | (h & 0x1fffffc0)
+
+
+def status(client, mailbox, item):
+    data = ok(client.status(mailbox, f"({item})"))
+    return int(re.search(rb"%s (\d+)" % item.encode(), data[0]).group(1))
+
+
+# ---- mailboxes ----
+
+def test_inbox_is_autocreated(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    header, (rec,) = d.dump(user)
+    assert rec.kind == "CREATE" and rec.path == "INBOX" and len(rec.mailbox) == 32
+    assert int(rec.validity) == inbox_uidvalidity(user)
+    assert status(client, "INBOX", "UIDVALIDITY") == inbox_uidvalidity(user)
+    assert int(header["origin"], 16) >> 56 == SLOT
+    # the same after the session, from disk
+    client.logout()
+    guid = d.doveadm("-f", "flow", "mailbox", "status", "-u", user, "guid uidvalidity", "INBOX").stdout
+    assert f"guid={rec.mailbox}" in guid and f"uidvalidity={rec.validity}" in guid
+    assert d.records(user, after=1) == []
+    if d.mail_format == "maildir":
+        line = (d.control_dir(user) / "dovecot-uidlist").read_text().split("\n")[0].split()
+        assert f"V{rec.validity}" in line and f"G{rec.mailbox}" in line
+
+
+def test_inbox_is_autocreated_by_lmtp(any_format, user):
+    d = any_format
+    d.lmtp([user])
+    create, append_rec = d.records(user)
+    assert create.kind == "CREATE" and create.path == "INBOX"
+    assert append_rec.kind == "APPEND" and append_rec.mailbox == create.mailbox
+    assert append_rec.validity == create.validity
+    (uid,) = append_rec.mail_dict
+    assert in_own_block(uid, SLOT)
+
+
+def test_inbox_after_something_else_made_its_directory(dovecot, user):
+    """Maildir completes an INBOX whose root exists without creating it."""
+    dovecot.doveadm("mailbox", "subscribe", "-u", user, "Elsewhere")
+    client = dovecot.imap(user)
+    ok(client.create("First"))
+    ok(client.select("INBOX"))
+    recs = dovecot.records(user)
+    assert [(r.kind, r.path) for r in recs] == [
+        ("SUBSCRIBE", "Elsewhere"), ("CREATE", "First"), ("CREATE", "INBOX")]
+    assert int(recs[2].validity) == inbox_uidvalidity(user)
+    assert int(recs[1].validity) % 64 == SLOT
+    assert status(client, "INBOX", "UIDVALIDITY") == inbox_uidvalidity(user)
+
+
+def test_create(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    for name in ("Work", "Work/2024", "Entw&APw-rfe"):
+        ok(client.create(name))
+    assert client.create("Work")[0] == "NO"
+    d.doveadm("mailbox", "create", "-u", user, "By doveadm")
+    d.doveadm("mailbox", "create", "-u", user, "Work", check=False)
+    recs = d.records(user, after=1)
+    assert [(r.kind, r.path) for r in recs] == [
+        ("CREATE", "Work"), ("CREATE", "Work/2024"), ("CREATE", "Entwürfe"), ("CREATE", "By doveadm")]
+    validities = [int(r.validity) for r in recs]
+    assert validities == sorted(set(validities)) and all(v % 64 == SLOT for v in validities)
+    assert len({r.mailbox for r in recs}) == 4
+    assert status(client, '"By doveadm"', "UIDVALIDITY") == validities[3]
+    assert status(client, "Work", "UIDVALIDITY") == validities[0]
+
+
+def test_create_of_a_directory(dovecot, user):
+    """Maildir++ makes a mailbox of it, so it counts."""
+    client = dovecot.imap(user, "INBOX")
+    ok(client.create("dir/"))
+    assert [(r.kind, r.path) for r in dovecot.records(user, after=1)] == [("CREATE", "dir")]
+
+
+def test_create_of_a_directory_without_mailbox():
+    with Dovecot(slot=SLOT, mail_format="sdbox") as d:
+        client = d.imap("u", "INBOX")
+        ok(client.create("dir/"))
+        assert d.records("u", after=1) == []
+        ok(client.create("dir/sub"))
+        ok(client.delete("dir/sub"))
+        after = d.last_seq("u")
+        client.delete("dir")
+        assert d.records("u", after=after) == []
+        assert d.problems() == []
+
+
+def test_delete(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    ok(client.create("Gone"))
+    for n in range(3):
+        append(client, "Gone", n)
+    create = d.records(user, kinds=["CREATE"])[-1]
+    ok(client.delete("Gone"))
+    # the mails went with it: no EXPUNGE
+    (rec,) = d.records(user, kinds=["DELETE", "EXPUNGE", "ABORT"])
+    assert rec.kind == "DELETE" and rec.path == "Gone" and rec.mailbox == create.mailbox
+    assert rec.validity == create.validity
+    assert client.delete("Gone")[0] == "NO"
+    # the name again: another mailbox, a higher UIDVALIDITY
+    ok(client.create("Gone"))
+    again = d.records(user)[-1]
+    assert again.kind == "CREATE" and again.mailbox != create.mailbox
+    assert int(again.validity) > int(create.validity)
+
+
+def test_delete_names_what_it_had_seen(dovecot, user):
+    client = dovecot.imap(user, "INBOX")
+    ok(client.create("Gone"))
+    append(client, "Gone")
+    client.logout()
+    dovecot.set_ext(user, "Gone", 0, 0, seen=(0x0900000000000abc, 77))
+    dovecot.doveadm("mailbox", "delete", "-u", user, "Gone")
+    assert dovecot.records(user)[-1].seen == "0900000000000abc:77"
+
+
+@pytest.mark.allows_errors
+def test_delete_that_fails(dovecot, user):
+    """The mails are gone, the mailbox is not: the record is taken back."""
+    client = dovecot.imap(user, "INBOX")
+    ok(client.create("Stays"))
+    uids = [append(client, "Stays", n) for n in range(3)]
+    maildir = dovecot.control_dir(user) / ".Stays"
+    # not even root may take this away
+    subprocess.run(["chattr", "+a", maildir], check=True)
+    try:
+        assert client.delete("Stays")[0] == "NO"
+    finally:
+        subprocess.run(["chattr", "-a", maildir], check=True)
+    recs = dovecot.records(user, kinds=["DELETE", "EXPUNGE", "ABORT"])
+    assert sorted(r.kind for r in recs) == ["ABORT", "DELETE", "EXPUNGE"]
+    by_kind = {r.kind: r for r in recs}
+    assert int(by_kind["ABORT"].of) == by_kind["DELETE"].seq
+    assert by_kind["EXPUNGE"].uid_list == uids
+
+
+def test_two_sessions_delete_one_mailbox(dovecot, user):
+    clients = [dovecot.imap(user, "INBOX") for _ in range(4)]
+    for n in range(10):
+        ok(clients[0].create("Gone"))
+        append(clients[0], "Gone")
+        results = []
+        threads = [threading.Thread(target=lambda c=c: results.append(c.delete("Gone")[0]))
+                   for c in clients]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert results.count("OK") == 1, results
+    kinds = [r.kind for r in dovecot.records(user, kinds=["CREATE", "DELETE", "EXPUNGE"])][1:]
+    assert kinds == ["CREATE", "DELETE"] * 10
+
+
+def test_rename_with_children(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    for name in ("a", "a/one", "a/one/two"):
+        ok(client.create(name))
+    after = d.last_seq(user)
+    ok(client.rename("a", "b"))
+    (rec,) = d.records(user, after)
+    assert (rec.kind, rec.path, rec.to) == ("RENAME", "a", "b")
+    assert rec.mailbox == d.records(user, kinds=["CREATE"])[1].mailbox
+    assert client.rename("a", "c")[0] == "NO"
+    assert len(d.records(user, after)) == 1
+    # a change in a child names the same mailbox as before
+    append(client, "b/one/two")
+    assert d.records(user)[-1].mailbox == d.records(user, kinds=["CREATE"])[3].mailbox
+
+
+def test_subscriptions(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    ok(client.create("Box"))
+    after = d.last_seq(user)
+    for command in (client.subscribe, client.subscribe, client.unsubscribe):
+        ok(command("Box"))
+    client.unsubscribe("Box")
+    d.doveadm("mailbox", "subscribe", "-u", user, "INBOX", "No/Such")
+    d.doveadm("mailbox", "unsubscribe", "-u", user, "No/Such")
+    assert [(r.kind, r.path) for r in d.records(user, after)] == [
+        ("SUBSCRIBE", "Box"), ("UNSUBSCRIBE", "Box"),
+        ("SUBSCRIBE", "INBOX"), ("SUBSCRIBE", "No/Such"), ("UNSUBSCRIBE", "No/Such")]
+
+
+def test_paths_without_namespace_prefix():
+    extra = """
+namespace inbox {
+  prefix = INBOX.
+  separator = .
+}
+namespace archive {
+  prefix = Archive.
+  separator = .
+  location = maildir:~/Archive
+}
+"""
+    with Dovecot(slot=SLOT, extra=extra) as d:
+        client = d.imap("u", "INBOX")
+        ok(client.create("INBOX.Work.Old"))
+        ok(client.create("Archive.2024"))
+        ok(client.subscribe("INBOX.Work.Old"))
+        assert [(r.kind, r.path) for r in d.records("u")] == [
+            ("CREATE", "INBOX"), ("CREATE", "Work/Old"), ("CREATE", "Archive/2024"),
+            ("SUBSCRIBE", "Work/Old")]
+        assert d.problems() == []
+
+
+# ---- mails ----
+
+def test_append(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    uid = append(client, "INBOX", 1, r"(\Seen \Draft $Forwarded Junk)")
+    uid2 = append(client, "INBOX", 2)
+    create, one, two = d.records(user)
+    assert one.kind == "APPEND" and one.mailbox == create.mailbox and one.validity == create.validity
+    assert one.mail_dict == {uid: ["$Forwarded", "Junk", r"\Draft", r"\Seen"]}
+    assert two.mail_dict == {uid2: []}
+    assert uid == SLOT * 64 and uid2 == uid + 1
+
+
+def test_multiappend_is_split_at_256(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    n = 600
+    tag = client._new_tag()
+    client.send(tag + b" APPEND INBOX")
+    for i in range(n):
+        text = message(i)
+        flags = b" (\\Seen kw%d)" % (i % 3) if i % 2 else b""
+        client.send(flags + b" {%d+}\r\n" % len(text) + text)
+    client.send(b"\r\n")
+    ok(client._command_complete("APPEND", tag))
+    recs = d.records(user, after=1)
+    assert [len(r.mail_dict) for r in recs] == [256, 256, 88]
+    uids = [uid for r in recs for uid in r.mail_dict]
+    assert uids == sorted(uids) and all(in_own_block(uid, SLOT) for uid in uids)
+    names = [r.mail_dict[uid] for r in recs for uid in r.mail_dict]
+    assert names == [[rf"\Seen", f"kw{i % 3}"] if i % 2 else [] for i in range(n)]
+    # and so are the others
+    after = d.last_seq(user)
+    ok(client.noop())
+    ok(client.store("1:*", "+FLAGS", r"(\Flagged)"))
+    recs = d.records(user, after)
+    assert [r.kind for r in recs] == ["FLAGS"] * 3
+    assert [uid for r in recs for uid in r.uid_list] == uids
+    assert all(len(r.uid_list) <= 256 for r in recs)
+    after = d.last_seq(user)
+    ok(client.create("copy"))
+    ok(client.copy("1:*", "copy"))
+    recs = d.records(user, after, ["APPEND"])
+    assert [len(r.mail_dict) for r in recs] == [256, 256, 88]
+    assert all(in_own_block(uid, SLOT) for r in recs for uid in r.mail_dict)
+    after = d.last_seq(user)
+    ok(client.store("1:*", "+FLAGS.SILENT", r"(\Deleted)"))
+    ok(client.expunge())
+    recs = d.records(user, after, ["EXPUNGE"])
+    assert [uid for r in recs for uid in r.uid_list] == uids
+    assert d.records(user, after)[-1].kind == "EXPUNGE"
+
+
+def test_store(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    uids = [append(client, "INBOX", n) for n in range(4)]
+    ok(client.noop())
+    after = d.last_seq(user)
+
+    def store(what, how, flags):
+        nonlocal after
+        ok(client.uid("STORE", what, how, flags))
+        recs = d.records(user, after)
+        after = d.last_seq(user)
+        assert all(r.kind == "FLAGS" for r in recs)
+        return [(r.uid_list, r["+"], r["-"]) for r in recs]
+
+    one, rest = str(uids[0]), f"{uids[1]}:{uids[3]}"
+    assert store(one, "+FLAGS", r"(\Seen)") == [([uids[0]], [r"\Seen"], None)]
+    # nothing changed: nothing recorded
+    assert store(one, "+FLAGS", r"(\Seen)") == []
+    assert store(one, "-FLAGS", r"(\Flagged none)") == []
+    # only those mails that it changes
+    assert store("1:*", "+FLAGS", r"(\Seen)") == [(uids[1:], [r"\Seen"], None)]
+    # only those flags
+    assert store(one, "FLAGS", r"(\Seen \Answered)") == [([uids[0]], [r"\Answered"], None)]
+    assert store(one, "FLAGS", r"(\Flagged)") == [
+        ([uids[0]], [r"\Flagged"], [r"\Answered", r"\Seen"])]
+    # keywords
+    assert store(rest, "+FLAGS", r"($Junk \Draft)") == [(uids[1:], ["$Junk", r"\Draft"], None)]
+    assert store(rest, "+FLAGS", r"($Junk)") == []
+    assert store(one, "+FLAGS", r"(Other)") == [([uids[0]], ["Other"], None)]
+    got = store("1:*", "FLAGS", r"(Other)")
+    assert sorted(got) == sorted([
+        ([uids[0]], None, [r"\Flagged"]),
+        (uids[1:], ["Other"], ["$Junk", r"\Draft", r"\Seen"])])
+    assert store("1:*", "-FLAGS", r"(Other \Seen)") == [(uids, None, ["Other"])]
+
+
+def test_reading_and_noops_write_nothing(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    append(client, "INBOX")
+    ok(client.fetch("1", "(BODY[])"))      # sets \Seen
+    assert d.records(user)[-1]["+"] == [r"\Seen"]
+    before = d.journal(user).stat()
+    ok(client.fetch("1", "(BODY[] FLAGS ENVELOPE)"))
+    ok(client.noop())
+    ok(client.check())
+    ok(client.search(None, "ALL"))
+    ok(client.expunge())
+    ok(client.list())
+    status(client, "INBOX", "MESSAGES")
+    ok(client.select("INBOX"))
+    ok(client.close())
+    client.logout()
+    ok(d.imap(user, "INBOX").logout() and ("OK", 0))
+    after = d.journal(user).stat()
+    assert (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+
+
+def test_store_unchangedsince(dovecot, user):
+    """What Dovecot refuses inside the transaction must not be recorded."""
+    client = dovecot.imap(user)
+    ok(client.enable("CONDSTORE"))
+    ok(client.select("INBOX"))
+    uids = [append(client, "INBOX", n) for n in range(3)]
+    ok(client.noop())
+    modseq = status(client, "INBOX", "HIGHESTMODSEQ")
+    ok(client.uid("STORE", str(uids[1]), "+FLAGS", r"(\Seen)"))
+    after = dovecot.last_seq(user)
+    data = client.uid("STORE", "1:*", f"(UNCHANGEDSINCE {modseq})", r"+FLAGS (\Flagged $k)")
+    assert data[0] == "OK", data
+    recs = dovecot.records(user, after)
+    assert [r.uid_list for r in recs] == [[uids[0], uids[2]]]
+    assert recs[0]["+"] == ["$k", r"\Flagged"]
+
+
+def test_expunge(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    uids = [append(client, "INBOX", n) for n in range(6)]
+    ok(client.noop())
+    ok(client.store("1:4", "+FLAGS", r"(\Deleted)"))
+    after = d.last_seq(user)
+    ok(client.uid("EXPUNGE", f"{uids[1]},{uids[5]}"))
+    ok(client.expunge())
+    assert [(r.kind, r.uid_list) for r in d.records(user, after)] == [
+        ("EXPUNGE", [uids[1]]), ("EXPUNGE", [uids[0], uids[2], uids[3]])]
+    # the echo of a sync, here and in another session, is none
+    client.logout()
+    client = d.imap(user, "INBOX")
+    ok(client.noop())
+    assert len(d.records(user, after)) == 2
+
+
+def test_copy_and_move(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    ok(client.create("Other"))
+    inbox, other = [r.mailbox for r in d.records(user)]
+    uids = [append(client, "INBOX", n, r"(\Seen k)") for n in range(3)]
+    ok(client.noop())
+    after = d.last_seq(user)
+    ok(client.copy("1:2", "Other"))
+    (rec,) = d.records(user, after)
+    assert rec.kind == "APPEND" and rec.mailbox == other
+    assert list(rec.mail_dict.values()) == [["\\Seen", "k"]] * 2
+    assert all(in_own_block(uid, SLOT) for uid in rec.mail_dict)
+    after = d.last_seq(user)
+    ok(client._simple_command("MOVE", "1:2", "Other"))
+    # where it goes before where it was: never in neither
+    assert [(r.kind, r.mailbox) for r in d.records(user, after)] == [
+        ("APPEND", other), ("EXPUNGE", inbox)]
+    assert d.records(user)[-1].uid_list == uids[:2]
+    # into its own folder
+    after = d.last_seq(user)
+    ok(client.copy("1", "INBOX"))
+    (rec,) = d.records(user, after)
+    assert rec.mailbox == inbox and list(rec.mail_dict) > [uids[2]]
+
+
+imap_commands = {"MOVE": ("SELECTED",)}
+import imaplib  # noqa: E402
+imaplib.Commands.update(imap_commands)
+
+
+def test_lmtp_with_two_recipients(dovecot, user):
+    users = [user, "second-" + user]
+    dovecot.lmtp(users)
+    dovecot.lmtp(users)
+    guids = set()
+    for u in users:
+        recs = dovecot.records(u)
+        assert [r.kind for r in recs] == ["CREATE", "APPEND", "APPEND"]
+        assert [list(r.mail_dict) for r in recs[1:]] == [[SLOT * 64], [SLOT * 64 + 1]]
+        guids.add(recs[0].mailbox)
+        assert dovecot.journal(u).stat().st_uid == MAIL_UID
+        assert (dovecot.state / "dirty" / u.replace(".", "%2e")).read_text() == u
+    assert len(guids) == 2
+
+
+def test_doveadm(dovecot, user):
+    client = dovecot.imap(user, "INBOX")
+    client.logout()
+    after = dovecot.last_seq(user)
+    dovecot.doveadm("save", "-u", user, input="Subject: x\n\nbody\n")
+    dovecot.doveadm("save", "-u", user, input="Subject: y\n\nbody\n")
+    dovecot.doveadm("flags", "add", "-u", user, r"\Flagged $k", "mailbox", "INBOX", "subject", "x")
+    dovecot.doveadm("expunge", "-u", user, "mailbox", "INBOX", "subject", "y")
+    dovecot.doveadm("mailbox", "create", "-u", user, "Box")
+    dovecot.doveadm("move", "-u", user, "Box", "mailbox", "INBOX", "all")
+    dovecot.doveadm("mailbox", "rename", "-u", user, "Box", "Box2")
+    dovecot.doveadm("mailbox", "subscribe", "-u", user, "Box2")
+    dovecot.doveadm("mailbox", "delete", "-u", user, "Box2")
+    recs = dovecot.records(user, after)
+    assert [r.kind for r in recs] == ["APPEND", "APPEND", "FLAGS", "EXPUNGE", "CREATE", "APPEND",
+                                      "EXPUNGE", "RENAME", "SUBSCRIBE", "DELETE"]
+    assert recs[2].uid_list == list(recs[0].mail_dict)
+    assert recs[2]["+"] == ["$k", r"\Flagged"]
+    assert recs[3].uid_list == list(recs[1].mail_dict)
+    assert list(recs[5].mail_dict.values()) == [["$k", r"\Flagged"]]
+
+
+def test_pop3(any_format, user):
+    d = any_format
+    d.lmtp([user])
+    d.lmtp([user])
+    after = d.last_seq(user)
+    client = poplib.POP3("127.0.0.1", d.pop3_port())
+    client.user(user)
+    client.pass_(PASSWORD)
+    client.retr(1)
+    client.dele(1)
+    client.quit()
+    recs = wait_for("EXPUNGE", lambda: d.records(user, after, ["EXPUNGE"]))
+    assert recs[0].uid_list == [SLOT * 64]
+
+
+def test_dropped_file(dovecot, user):
+    """What a sync finds: recorded; the sync engine gives it a UID of an own block."""
+    client = dovecot.imap(user, "INBOX")
+    new = dovecot.control_dir(user) / "new" / "1700000000.M1P1.elsewhere"
+    new.write_bytes(message())
+    os.chown(new, MAIL_UID, MAIL_UID)
+    ok(client.noop())
+    ok(client.noop())
+    recs = dovecot.records(user, after=1)
+    assert [r.kind for r in recs] == ["APPEND"] and len(recs[0].mail_dict) == 1
+
+
+def test_dsync_is_recorded(dovecot, user):
+    """doveadm sync is a user's change like any other."""
+    client = dovecot.imap(user, "INBOX")
+    for n in range(3):
+        append(client, "INBOX", n, r"(\Seen)")
+    ok(client.create("Box"))
+    append(client, "Box")
+    client.logout()
+    other = "other-" + user
+    dovecot.doveadm("sync", "-u", user, f"maildir:{dovecot.mail}/{other}/Maildir", check=False,
+                    plugins="")
+    dovecot.doveadm("sync", "-u", other, f"maildir:{dovecot.mail}/{user}/Maildir", plugins="crdt")
+    # INBOX's mails were there before; a change comes over and is recorded
+    client = dovecot.imap(user, "INBOX")
+    ok(client.store("1", "+FLAGS", r"(\Flagged)"))
+    client.logout()
+    after = dovecot.last_seq(other)
+    dovecot.doveadm("sync", "-u", other, f"maildir:{dovecot.mail}/{user}/Maildir", plugins="crdt")
+    flags = [r for r in dovecot.records(other, after) if r.kind == "FLAGS"]
+    assert [r["+"] for r in flags] == [[r"\Flagged"]]
+
+
+# ---- order ----
+
+def test_two_clients_toggle_one_flag(any_format, user):
+    """The order in the journal is the order in the mailbox."""
+    d = any_format
+    rounds = int(os.environ.get("CRDT_TOGGLES", "300"))
+    clients = [d.imap(user, "INBOX") for _ in range(2)]
+    uid = append(clients[0], "INBOX")
+    for c in clients:
+        ok(c.noop())
+    after = d.last_seq(user)
+
+    def toggle(client, keyword):
+        for i in range(rounds):
+            ok(client.uid("STORE", str(uid), ("+" if (i + len(keyword)) % 2 else "-") + "FLAGS.SILENT",
+                          rf"(\Flagged {keyword} both)"))
+
+    threads = [threading.Thread(target=toggle, args=(c, "k" * (i + 1))) for i, c in enumerate(clients)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    state = set()
+    recs = d.records(user, after)
+    for r in recs:
+        assert r.uid_list == [uid]
+        # only what changed: so each record is right at its place
+        assert not state & set(r["+"] or [])
+        assert set(r["-"] or []) <= state
+        state = state - set(r["-"] or []) | set(r["+"] or [])
+    assert len(recs) > rounds
+    client = d.imap(user, "INBOX")
+    data = ok(client.uid("FETCH", str(uid), "(FLAGS)"))
+    flags = set(re.search(rb"FLAGS \(([^)]*)\)", data[0]).group(1).decode().split())
+    assert flags - {r"\Recent", r"\Seen"} == state
+
+
+def test_parallel_appends_get_own_uids(any_format, user):
+    d = any_format
+    d.lmtp([user])
+    uids = {SLOT * 64}
+    lock = threading.Lock()
+
+    def appends(n):
+        client = d.imap(user, "INBOX")
+        for i in range(n):
+            uid = append(client, "INBOX", i)
+            with lock:
+                assert uid not in uids
+                uids.add(uid)
+        client.logout()
+
+    def deliveries(n):
+        for _ in range(n):
+            d.lmtp([user])
+
+    threads = [threading.Thread(target=appends, args=(40,)) for _ in range(3)]
+    threads += [threading.Thread(target=deliveries, args=(20,)) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    recs = d.records(user, kinds=["APPEND"])
+    recorded = [uid for r in recs for uid in r.mail_dict]
+    assert len(recorded) == len(set(recorded)) == 1 + 3 * 40 + 2 * 20
+    assert recorded == sorted(recorded)
+    assert uids <= set(recorded)
+    assert [uid for uid in recorded if not in_own_block(uid, SLOT)] == []
+    client = d.imap(user, "INBOX")
+    data = ok(client.uid("SEARCH", "ALL"))
+    assert [int(uid) for uid in data[0].split()] == recorded
+
+
+# ---- numbering ----
+
+def test_uids_start_where_a_takeover_said(dovecot, user):
+    """As a follower: above what the numberer had at its takeover."""
+    client = dovecot.imap(user, "INBOX")
+    client.logout()
+    dovecot.set_ext(user, "INBOX", 3, 9, uidnext=100000)
+    dovecot.lmtp([user])
+    rec = dovecot.records(user)[-1]
+    (uid,) = rec.mail_dict
+    assert uid >= 100000 and in_own_block(uid, SLOT)
+    # a delivery takes nothing over
+    assert dovecot.records(user, kinds=["TAKEOVER"]) == []
+    assert rec.seen == "0900000000000001:7"
+
+
+def takeover_of(d, user):
+    rec, = d.records(user, kinds=["TAKEOVER"])
+    return rec
+
+
+def test_select_takes_over(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    append(client, "INBOX")
+    client.logout()
+    d.set_ext(user, "INBOX", 3, 9)
+    client = d.imap(user)
+    assert d.records(user, kinds=["TAKEOVER"]) == []
+    data = ok(client.select("INBOX"))
+    rec = takeover_of(d, user)
+    assert (rec.term, rec.slot) == ("4", str(SLOT))
+    assert rec.mailbox == d.records(user)[0].mailbox and rec.validity == d.records(user)[0].validity
+    assert rec.seen == "0900000000000001:7"
+    assert int(rec.uidnext) >= SLOT * 64 + 1 + 2**18 and in_own_block(int(rec.uidnext), SLOT)
+    assert int(client.untagged_responses.get("UIDNEXT", client.response("UIDNEXT")[1])[0]) == int(rec.uidnext), data
+    assert append(client, "INBOX") == int(rec.uidnext)
+    # once, also for sessions that come later
+    d.imap(user, "INBOX").logout()
+    takeover_of(d, user)
+
+
+def test_status_takes_over(any_format, user):
+    """Although the list index could answer without opening the mailbox."""
+    d = any_format
+    client = d.imap(user, "INBOX")
+    ok(client.create("Box"))
+    append(client, "Box")
+    before = status(client, "Box", "UIDNEXT")
+    assert status(client, "Box", "UIDNEXT") == before
+    client.logout()
+    d.set_ext(user, "Box", 3, 9)
+    client = d.imap(user)
+    uidnext = status(client, "Box", "UIDNEXT")
+    assert uidnext == int(takeover_of(d, user).uidnext)
+    assert status(client, "Box", "UIDNEXT") == uidnext
+    takeover_of(d, user)
+
+
+def test_pop3_takes_over(any_format, user):
+    d = any_format
+    d.lmtp([user])
+    d.set_ext(user, "INBOX", 1, 9)
+    client = poplib.POP3("127.0.0.1", d.pop3_port())
+    client.user(user)
+    client.pass_(PASSWORD)
+    assert client.stat()[0] == 1
+    client.quit()
+    assert takeover_of(d, user).term == "2"
+
+
+def test_no_takeover_without_a_session(any_format, user):
+    d = any_format
+    client = d.imap(user, "INBOX")
+    ok(client.create("Box"))
+    append(client, "INBOX")
+    d.set_ext(user, "Box", 3, 9)
+    append(client, "Box")
+    ok(client.select("INBOX"))
+    ok(client.copy("1", "Box"))
+    d.doveadm("mailbox", "status", "-u", user, "uidnext", "Box")
+    d.doveadm("fetch", "-u", user, "uid", "mailbox", "Box", "all")
+    d.doveadm("save", "-u", user, "-m", "Box", input="Subject: x\n\nbody\n")
+    assert d.records(user, kinds=["TAKEOVER"]) == []
+    # our own numbering is nobody's to take
+    d.set_ext(user, "Box", 3, SLOT)
+    ok(client.select("Box"))
+    assert d.records(user, kinds=["TAKEOVER"]) == []
+
+
+def test_one_of_many_sessions_takes_over(any_format, user):
+    d = any_format
+    d.lmtp([user])
+    for term in (1, 11, 21):
+        d.set_ext(user, "INBOX", term, 9)
+        clients = [d.imap(user) for _ in range(5)]
+        shown = []
+
+        def select_inbox(client):
+            ok(client.select("INBOX"))
+            shown.append(int(client.untagged_responses.get("UIDNEXT", client.response("UIDNEXT")[1])[0]))
+
+        threads = [threading.Thread(target=select_inbox, args=(c,)) for c in clients]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        recs = d.records(user, kinds=["TAKEOVER"])
+        assert recs[-1].term == str(term + 1) and len(recs) == {1: 1, 11: 2, 21: 3}[term]
+        assert set(shown) == {int(recs[-1].uidnext)}
+        for c in clients:
+            c.logout()
+
+
+# ---- settings, surroundings ----
+
+@pytest.mark.parametrize("setting, text", [
+    ("crdt_slot=64", "crdt_slot in plugin {}: '64': it must be a number from 0 to 63"),
+    ("crdt_slot=x", "crdt_slot"),
+    ("crdt_replica=a b", "crdt_replica"),
+    ("crdt_replica=", "crdt_replica"),
+    ("crdt_mode=maybe", "on, observe or off"),
+    ("crdt_fsync=never", "optimized or always"),
+    ("crdt_state_dir=relative", "absolute path"),
+])
+def test_wrong_settings_are_refused(dovecot, setting, text):
+    result = dovecot.doveadm("mailbox", "list", "-u", "nobody-yet", check=False, plugin_settings=[setting])
+    assert result.returncode != 0 and text in result.stderr, result.stderr
+
+
+def test_required_settings():
+    with Dovecot(slot=SLOT) as d:
+        d.conf.write_text(d.conf.read_text().replace("  crdt_slot = 5\n", ""))
+        result = d.doveadm("mailbox", "list", "-u", "u", check=False)
+        assert result.returncode != 0 and "crdt_slot is not set" in result.stderr
+
+
+def test_mode_off_and_observe(dovecot, user):
+    for mode in ("off", "observe"):
+        name = mode + "-" + user
+        for args in (["mailbox", "create"], ["mailbox", "subscribe"], ["mailbox", "delete"]):
+            dovecot.doveadm(*args, "-u", name, "Box", plugin_settings=[f"crdt_mode={mode}"])
+        dovecot.doveadm("save", "-u", name, input="Subject: x\n\nbody\n",
+                        plugin_settings=[f"crdt_mode={mode}"])
+        dovecot.doveadm("flags", "add", "-u", name, r"\Seen", "mailbox", "INBOX", "all",
+                        plugin_settings=[f"crdt_mode={mode}"])
+        assert not dovecot.journal(name).exists()
+        uid = dovecot.doveadm("-f", "flow", "fetch", "-u", name, "uid", "all",
+                              plugin_settings=["crdt_mode=off"]).stdout
+        assert "uid=1" in uid
+
+
+def test_virtual_mailboxes_are_not_recorded():
+    extra = """
+namespace virtual {
+  prefix = Virtual/
+  separator = /
+  location = virtual:~/virtual
+}
+"""
+    with Dovecot(slot=SLOT, extra=extra, mail_plugins="virtual crdt") as d:
+        client = d.imap("u", "INBOX")
+        uid = append(client, "INBOX")
+        client.logout()
+        box = d.mail / "u" / "virtual" / "All"
+        box.mkdir(parents=True)
+        (box / "dovecot-virtual").write_text("INBOX\n  all\n")
+        subprocess.run(["chown", "-R", f"{MAIL_UID}:{MAIL_UID}", d.mail / "u" / "virtual"], check=True)
+        after = d.last_seq("u")
+        client = d.imap("u", "Virtual/All")
+        ok(client.store("1", "+FLAGS", r"(\Flagged)"))
+        recs = d.records("u", after)
+        assert [(r.kind, r.uid_list) for r in recs] == [("FLAGS", [uid])]
+        assert d.problems() == []
+
+
+def test_lazy_expunge():
+    extra = """
+namespace inbox {
+  mailbox Expunged {
+    auto = create
+  }
+}
+"""
+    with Dovecot(slot=SLOT, extra=extra, mail_plugins="lazy_expunge crdt",
+                 plugin_extra="lazy_expunge = Expunged") as d:
+        client = d.imap("u", "INBOX")
+        uid = append(client, "INBOX")
+        ok(client.noop())
+        ok(client.store("1", "+FLAGS", r"(\Deleted)"))
+        ok(client.expunge())
+        ok(client.select("Expunged"))
+        assert len(ok(client.uid("SEARCH", "ALL"))[0].split()) == 1
+        recs = d.records("u", kinds=["APPEND", "EXPUNGE"])
+        assert [r.kind for r in recs][0] == "APPEND"
+        assert [r.uid_list for r in recs if r.kind == "EXPUNGE"] == [[uid]]
+        boxes = {r.mailbox: r.path for r in d.records("u", kinds=["CREATE"])}
+        assert "Expunged" in [boxes[r.mailbox] for r in recs if r.kind == "APPEND"]
+        assert d.problems() == []
+
+
+def test_sync_service_is_woken(dovecot, user):
+    fifo = dovecot.dir / "run" / "crdt-notify"
+    dovecot.imap(user, "INBOX").logout()      # nobody there: not waited for
+    os.mkfifo(fifo)
+    fifo.chmod(0o666)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        client = dovecot.imap(user, "INBOX")
+        append(client, "INBOX")
+        assert select.select([reader], [], [], 10)[0]
+        assert os.read(reader, 4096) == f"{user}\n".encode()
+        os.close(reader)
+        append(client, "INBOX")               # gone: no error
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        append(client, "INBOX")               # back
+        assert select.select([reader], [], [], 10)[0]
+        # full, nobody reads: not waited for
+        writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 1024)
+        os.close(writer)
+        append(client, "INBOX")
+    finally:
+        os.close(reader)
+        fifo.unlink()
+
+
+def test_shared_mailbox_is_not_recorded():
+    extra = """
+namespace shared {
+  type = shared
+  prefix = shared/%%u/
+  separator = /
+  location = maildir:%%h/Maildir:INDEXPVT=~/shared/%%u
+  list = children
+  subscriptions = no
+}
+"""
+    with Dovecot(slot=SLOT, extra=extra) as d:
+        d.lmtp(["owner"])
+        d.imap("guest", "INBOX").logout()
+        owner, guest = d.last_seq("owner"), d.last_seq("guest")
+        client = d.imap("guest")
+        append(client, "shared/owner/INBOX")
+        assert d.records("guest", guest) == []
+        # found by the owner's next session
+        d.imap("owner", "INBOX").logout()
+        assert [r for r in d.records("owner", owner) if r.kind != "APPEND"] == []
+
+
+# ---- durability, failures ----
+
+def strace_available():
+    return subprocess.run(["sh", "-c", "command -v strace"], capture_output=True).returncode == 0
+
+
+def test_fsync_always():
+    with Dovecot(slot=SLOT, plugin_extra="crdt_fsync = always") as d:
+        client = d.imap("u", "INBOX")
+        append(client, "INBOX")
+        ok(client.noop())
+        ok(client.store("1", "+FLAGS", r"(\Flagged)"))
+        assert [r.kind for r in d.records("u")] == ["CREATE", "APPEND", "FLAGS"]
+        assert d.problems() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A Dovecot whose journals are on a small disk of their own (sdbox has nothing
+    else in CONTROL)."""
+    control = tmp_path / "control"
+    control.mkdir()
+    for path in list(control.parents)[:-2]:
+        path.chmod(0o755)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=1m,uid={MAIL_UID},gid={MAIL_UID},mode=755",
+                    "crdt-test", control], check=True)
+    try:
+        with Dovecot(slot=SLOT, mail_format="sdbox", location=f"sdbox:~/sdbox:CONTROL={control}/%u") as d:
+            d.control_dir = lambda user: control / user
+            yield d, control
+    finally:
+        wait_for("unmount", lambda: subprocess.run(["umount", control]).returncode == 0)
+
+
+def fill(control):
+    """Leaves no block; returns the file."""
+    path = control / "filler"
+    with open(path, "wb", buffering=0) as f:
+        with pytest.raises(OSError):
+            while True:
+                f.write(b"x" * 4096)
+    return path
+
+
+def uids_of(client):
+    return {int(uid) for uid in ok(client.uid("SEARCH", "ALL"))[0].split()}
+
+
+def test_full_disk(small_disk):
+    d, control = small_disk
+    client = d.imap("u", "INBOX")
+    for n in range(3):
+        append(client, "INBOX", n)
+    ok(client.create("Box"))
+    before = d.records("u")
+    filler = fill(control)
+    # additions fail as on a full disk, cleanly; what was reserved is used first
+    for n in range(200):
+        answer, data = client.append("INBOX", None, None, message())
+        if answer == "NO":
+            break
+    assert answer == "NO" and b"[OVERQUOTA]" in data[0], data
+    assert "crdt: Change can't be recorded: fallocate(" in d.log_text()
+    answer, data = client.create("More")
+    assert answer == "NO" and b"[OVERQUOTA]" in data[0], data
+    assert not any(b"More" in line for line in ok(client.list()) if line)
+    answer, data = client.subscribe("Box")
+    assert answer == "NO" and b"[OVERQUOTA]" in data[0], data
+    ok(client.noop())
+    uids = uids_of(client)
+    # removals and flags proceed, recorded as long as there is room
+    for n in range(400):
+        ok(client.store("1", "FLAGS", r"(\Flagged)" if n % 2 else r"(\Seen)"))
+    ok(client.store("1", "+FLAGS", r"(\Deleted)"))
+    ok(client.expunge())
+    assert "crdt: Change isn't recorded: write(" in d.log_text()
+    filler.unlink()
+    assert len(uids_of(client)) == len(uids) - 1
+    append(client, "INBOX")
+    ok(client.create("More"))
+    recs = d.records("u")
+    assert [r.line for r in recs[:len(before)]] == [r.line for r in before]
+    # every mail that is there was recorded
+    ok(client.noop())
+    assert uids_of(client) <= {uid for r in recs if r.kind == "APPEND" for uid in r.mail_dict}
+
+
+def test_read_only_journal(small_disk):
+    d, control = small_disk
+    client = d.imap("u", "INBOX")
+    append(client, "INBOX")
+    subprocess.run(["mount", "-o", "remount,ro", control], check=True)
+    try:
+        client.logout()
+        client = d.imap("u", "INBOX")
+        uids = uids_of(client)
+        assert client.append("INBOX", None, None, message())[0] == "NO"
+        ok(client.store("1", "+FLAGS", r"(\Flagged)"))
+        ok(client.noop())
+        assert uids_of(client) == uids
+        client.logout()
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", control], check=True)
+    client = d.imap("u", "INBOX")
+    append(client, "INBOX")

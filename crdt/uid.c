@@ -118,22 +118,22 @@ uint32_t crdt_uid_takeover_next(unsigned int slot, uint32_t uidnext,
 
 bool crdt_uid_release_is_clean(const struct crdt_uid_folder *folder,
 			       const struct crdt_uid_release *release,
-			       bool applied_all)
+			       bool complete)
 {
-	return applied_all && release->numberer.term > 0 &&
+	return complete && release->numberer.term > 0 &&
 		crdt_numberer_cmp(&release->numberer, &folder->numberer) == 0;
 }
 
 int crdt_uid_takeover(const struct crdt_uid_folder *folder, unsigned int slot,
 		      uint32_t uidnext, const struct crdt_uid_release *release,
-		      bool applied_all, struct crdt_uid_folder *next_r)
+		      bool complete, struct crdt_uid_folder *next_r)
 {
 	uint32_t base = crdt_uid_base(folder, uidnext);
 	/* the first numberer of a UIDVALIDITY has nobody to keep away from */
 	bool clean = folder->numberer.term == 0;
 
 	if (release != NULL &&
-	    crdt_uid_release_is_clean(folder, release, applied_all)) {
+	    crdt_uid_release_is_clean(folder, release, complete)) {
 		clean = true;
 		base = max32(base, release->next);
 	}
@@ -188,6 +188,18 @@ bool crdt_uid_state_floor(struct crdt_uid_state *dest, uint32_t validity,
 
 	return value >= 1 && value <= CRDT_UID_MAX + 1 &&
 		crdt_uid_state_join(dest, &heard);
+}
+
+uint32_t crdt_uid_takeover_floor(uint32_t validity, uint32_t next,
+				 uint32_t shown,
+				 const struct crdt_uid_state *mail,
+				 bool answered)
+{
+	if (shown == 0 || shown >= next)
+		return 0;
+	if (answered && mail->validity == validity && mail->claim == shown)
+		return 0;
+	return next;
 }
 
 enum crdt_uid_verdict

@@ -21,7 +21,9 @@
  *     (the numberer too: it has numbered nothing under the new one). Every op on
  *     the folder carries the sender's struct crdt_uid_folder.
  *  3. A replica that opens a client's session and is not the numberer takes
- *     over: UIDNEXT first raised past a gap and made durable, then the op.
+ *     over: UIDNEXT first raised past a gap and made durable, then the op. The
+ *     op states that UIDNEXT; what others have stated counts for the next
+ *     takeover and for every UID that a replica gives (crdt_uid_base()).
  *  4. A claim at or above both floor and UIDNEXT: show the mail there.
  *  5. Otherwise the numberer claims a UID of its own.
  *  6. Otherwise a follower holds, and says once from where on it can show.
@@ -29,10 +31,29 @@
  *     After a crash UIDs are compared with claims, and what was given but not
  *     recorded is recorded. Of two records of one mail the higher UID stays.
  *  8. Claims name their UIDVALIDITY; those of another one are ignored.
- *  9. No state beyond "shown differs from claim" is needed to go on after a kill.
+ *  9. In ascending order: of the mails that can be shown at their claims the
+ *     lowest claim first, and of the UIDs given the lowest recorded first.
+ *     Without it two followers can make the numberer renumber two mails for
+ *     ever (the model's fault "rule9"). No state beyond "shown differs from
+ *     claim" is needed to go on after a kill.
  * 10. A new incarnation that may have lost something first fetches what others
  *     hold, and gives UIDs only past a gap. It is no numberer before it takes
  *     over.
+ *
+ * What follows, as far as the model shows (more in its head)
+ *  - With ops delivered in the order of each sender, however late: under one
+ *    UIDVALIDITY no UID ever means two mails (I4); UIDNEXT of a replica does not
+ *    fall and a mail appears only at or above it; when nothing more happens and
+ *    the numberer is alive, all replicas come to show the same UIDs; and they
+ *    come to rest whether or not it is.
+ *  - A client that moves to another replica finds UIDNEXT not below what it saw
+ *    (I5), unless that replica did not know, when it took over, of a takeover
+ *    (or restart, rule 10) under which the client had seen the folder; or the
+ *    client saw it in a session left open on a replica that had heard of a
+ *    higher numberer; or a takeover was killed between raising UIDNEXT and its
+ *    op; or more was given unheard than the gap covers.
+ *  - That a mail new to the client has a UID not below that UIDNEXT needs more:
+ *    causal delivery, and crdt_uid_takeover_floor().
  */
 
 #include <stdbool.h>
@@ -103,8 +124,8 @@ int crdt_numberer_cmp(const struct crdt_numberer *a,
 struct crdt_uid_folder {
 	uint32_t validity; /* UIDVALIDITY that the rest belongs to; 0: none yet */
 	struct crdt_numberer numberer;
-	/* Highest UIDNEXT stated by a takeover (or, rule 10, by a new
-	 * incarnation). 0 if none. See crdt_uid_base() for its use. */
+	/* Highest UIDNEXT that a takeover (or, rule 10, a restart) stated.
+	 * 0 if none. See crdt_uid_base() for its use. */
 	uint32_t next;
 };
 
@@ -119,12 +140,12 @@ bool crdt_uid_folder_join(struct crdt_uid_folder *dest,
 bool crdt_uid_is_numberer(const struct crdt_uid_folder *folder,
 			  unsigned int slot);
 
-/* The UIDNEXT from which own UIDs are taken: the mailbox's, raised to the
- * UIDNEXT that takeovers stated. Only UIDs that this replica gives itself
- * (native ones, and rule 5) start there. The mailbox's own UIDNEXT is not
- * raised when a takeover is heard, and rule 4 compares with the mailbox's.
- * So what a follower delivers lies above what the numberer had at its takeover
- * and is accepted as is, while older claims still on their way fit too. */
+/* The UIDNEXT from which own UIDs are taken: the mailbox's, raised to what
+ * takeovers stated. Only UIDs that this replica gives itself (native ones, and
+ * rule 5) start there. Hearing of a takeover does not raise the mailbox's own
+ * UIDNEXT, and rule 4 compares with the mailbox's. So what a follower delivers
+ * lies above what the numberer had when it took over, and is accepted as it is,
+ * while older claims still on their way fit too. */
 uint32_t crdt_uid_base(const struct crdt_uid_folder *folder, uint32_t uidnext);
 
 /*
@@ -138,23 +159,26 @@ uint32_t crdt_uid_base(const struct crdt_uid_folder *folder, uint32_t uidnext);
 uint32_t crdt_uid_takeover_next(unsigned int slot, uint32_t uidnext,
 				bool clean_release);
 
-/* What a numberer states when it lets go of a folder. It may do so only with
- * no session open and every UID it gave recorded as a claim; from then on it
- * opens no session either without taking over anew. The version vector that
- * belongs to it (everything it had applied, its own ops included) is kept by
- * the caller. The releaser goes on answering late claims (rule 5) until someone
- * takes over. */
+/* What a numberer states when it lets go of a folder, together with a version
+ * vector that the caller keeps: everything it had applied, the release itself
+ * included. It may release only
+ *  - with no session open,
+ *  - with every UID that it gave recorded as a claim, and
+ *  - if it has heard of no takeover since its own: a rival may still serve.
+ * From then on it opens no session either without taking over anew. It goes on
+ * answering late claims (rule 5) until someone takes over. */
 struct crdt_uid_release {
 	struct crdt_numberer numberer; /* as whom it numbered */
 	uint32_t next;                 /* its UIDNEXT */
 };
 
-/* True if a takeover may leave the gap out: the release is by the numberer
- * that is still the highest one heard, and this replica has applied everything
- * up to the release's version vector (applied_all). */
+/* True if a takeover may leave the gap out: the release is by the numberer that
+ * is still the highest one heard, and complete: this replica has applied all
+ * that the release's vector covers, and every takeover op that it has applied is
+ * covered by that vector. Ops must be delivered causally. */
 bool crdt_uid_release_is_clean(const struct crdt_uid_folder *folder,
 			       const struct crdt_uid_release *release,
-			       bool applied_all);
+			       bool complete);
 
 /* Takes over: fills *next_r with the folder state to record. The caller first
  * raises the mailbox's UIDNEXT to next_r->next, makes that durable and reads it
@@ -163,7 +187,7 @@ bool crdt_uid_release_is_clean(const struct crdt_uid_folder *folder,
  * Returns 0, or -1 if UIDs or terms are used up: renew the UIDVALIDITY. */
 int crdt_uid_takeover(const struct crdt_uid_folder *folder, unsigned int slot,
 		      uint32_t uidnext, const struct crdt_uid_release *release,
-		      bool applied_all, struct crdt_uid_folder *next_r);
+		      bool complete, struct crdt_uid_folder *next_r);
 
 /* Where own UIDs start in an incarnation that may have lost what the one before
  * it gave (rule 10). First it fetches all ops that others hold; what a replica
@@ -203,6 +227,22 @@ bool crdt_uid_state_claim(struct crdt_uid_state *dest, uint32_t validity,
 bool crdt_uid_state_floor(struct crdt_uid_state *dest, uint32_t validity,
 			  uint32_t value);
 
+/* The floor that a takeover which raised UIDNEXT to next gives a mail, or 0. A
+ * mail that we show, and that clients of the old numberer may not have seen,
+ * must come up again above the UIDNEXT that they saw; otherwise one that looks
+ * only above it would miss the mail. The takeover op itself carries these floors
+ * for all mails (rule 5 then moves them): sent before it, the old numberer would
+ * answer them with UIDs above ours; sent after it, some would hear only of the
+ * takeover.
+ *   answered  false if the old numberer may not know the claim yet: it is not
+ *             the claim's author, and no op of its own that we have applied
+ *             states that it had applied the claim and recorded its answer. So
+ *             after a quiet handover no mail moves. */
+uint32_t crdt_uid_takeover_floor(uint32_t validity, uint32_t next,
+				 uint32_t shown,
+				 const struct crdt_uid_state *mail,
+				 bool answered);
+
 /* What to do with one mail now. Each verdict is one step, to be done under the
  * mailbox's lock with the UIDNEXT it was asked with; then ask again. */
 enum crdt_uid_verdict {
@@ -216,7 +256,7 @@ enum crdt_uid_verdict {
 	/* The mail is shown at *uid_r, which we gave and never recorded, just
 	 * now or before a crash: record claim(mail, *uid_r). */
 	CRDT_UID_RECORD_CLAIM,
-	/* Leave the mail as it is: the numberer will claim a UID. */
+	/* Leave the mail as it is: the numberer is to claim a UID. */
 	CRDT_UID_HOLD,
 	/* The same, and record floor(mail, *uid_r). */
 	CRDT_UID_HOLD_AND_FLOOR,
@@ -225,7 +265,8 @@ enum crdt_uid_verdict {
 };
 
 /* Decides about one live mail (one that is in the merged state, or is shown
- * and not recorded yet).
+ * and not recorded yet). One whose text is not here yet and that is not shown is
+ * not asked about. Among several mails mind the order of rule 9.
  *   folder    numbering as heard; its validity is the mailbox's UIDVALIDITY
  *   slot      our own
  *   numberer  whether we are the numberer: crdt_uid_is_numberer(), but false

@@ -73,6 +73,12 @@ int crdt_numberer_cmp(const struct crdt_numberer *a,
 	return 0;
 }
 
+bool crdt_uid_folder_is_valid(const struct crdt_uid_folder *folder)
+{
+	return folder->numberer.slot < CRDT_SLOTS &&
+		folder->next <= CRDT_UID_MAX + 1;
+}
+
 bool crdt_uid_folder_join(struct crdt_uid_folder *dest,
 			  const struct crdt_uid_folder *src)
 {

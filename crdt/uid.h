@@ -129,6 +129,10 @@ struct crdt_uid_folder {
 	uint32_t next;
 };
 
+/* True if a folder state that a peer sent can be: slot 0..63, next at most
+ * CRDT_UID_MAX + 1. To be checked before it is joined. */
+bool crdt_uid_folder_is_valid(const struct crdt_uid_folder *folder);
+
 /* *dest becomes the least upper bound of both: the higher validity replaces,
  * under equal ones each part becomes the maximum. Commutative, associative,
  * idempotent. Returns true if *dest changed. */

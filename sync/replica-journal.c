@@ -247,7 +247,8 @@ static bool change_of(struct replica *r, const struct box *b, uint32_t uid, cons
 	if (c_r->kw_add == NULL || c_r->kw_remove == NULL || kw == NULL)
 		abort();
 	for (unsigned i = 0; i < s.keywords_n; i++) {
-		if (!str_in(rec->kw_remove, rec->kw_remove_n, s.keywords[i]))
+		if (!str_in(rec->kw_remove, rec->kw_remove_n, s.keywords[i]) ||
+		    str_in(rec->kw_add, rec->kw_add_n, s.keywords[i]))
 			kw[n++] = s.keywords[i];
 	}
 	for (unsigned i = 0; i < rec->kw_add_n; i++) {
@@ -257,7 +258,8 @@ static bool change_of(struct replica *r, const struct box *b, uint32_t uid, cons
 		}
 	}
 	for (unsigned i = 0; i < rec->kw_remove_n; i++) {
-		if (str_in(s.keywords, s.keywords_n, rec->kw_remove[i]))
+		if (str_in(s.keywords, s.keywords_n, rec->kw_remove[i]) &&
+		    !str_in(rec->kw_add, rec->kw_add_n, rec->kw_remove[i]))
 			c_r->kw_remove[c_r->kw_remove_n++] = rec->kw_remove[i];
 	}
 	qsort(c_r->kw_add, c_r->kw_add_n, sizeof(struct crdt_str), str_cmp);
@@ -472,7 +474,7 @@ static void applied_save(struct replica *r, const struct box *b, const struct cr
 	place_put(r, &m->key, &p);
 	shadow_put(r, &b->guid, jm->uid, &m->key, jm->flags & CRDT_FLAGS_ALL, kw, jm->keywords_n);
 	text_place_put(r, &m->content, &p, m->size);
-	mail_tried(r, &m->key, false);
+	mail_tried(r, &m->key, TRIED_NOT, NULL);
 	if (!replica_mail_settled(r, &m->key))
 		replica_mark_mail(r, &m->key);
 	free(kw);

@@ -164,11 +164,11 @@ bool replica_mail_settled(struct replica *r, const struct crdt_mail_key *key)
 	bool shown = place_get(r, key, &p), settled, held = false;
 
 	if (!crdt_mail_get(rrows(r), key, NULL, &m) || !m.live) {
-		settled = !shown && !mail_was_tried(r, key);
+		settled = !shown && mail_was_tried(r, key, NULL) == TRIED_NOT;
 	} else {
 		memset(&b, 0, sizeof(b));
-		settled = shown && box_of(r, &key->folder, &b) && crdt_id_equal(&b.guid, &p.box) &&
-			  shown_settled(r, &b, &m, p.uid, &held);
+		settled = shown && mail_was_tried(r, key, NULL) == TRIED_NOT &&
+			  box_of(r, &key->folder, &b) && crdt_id_equal(&b.guid, &p.box) && shown_settled(r, &b, &m, p.uid, &held);
 		box_free(&b);
 	}
 	crdt_mail_free(&m);
@@ -216,6 +216,7 @@ struct slice {
 	struct box *sources;
 	struct crdt_str **lists;
 	uint8_t **texts;
+	struct crdt_buf *tried;
 	bool expunges;			/* this slice removes; else it adds and changes */
 };
 
@@ -235,8 +236,9 @@ static void slice_init(struct slice *s, struct replica *r, replica_body_cb *body
 	s->sources = calloc(SLICE, sizeof(*s->sources));
 	s->lists = calloc(SLICE, sizeof(*s->lists));
 	s->texts = calloc(SLICE, sizeof(*s->texts));
+	s->tried = calloc(SLICE, sizeof(*s->tried));
 	if (s->cmds == NULL || s->keys == NULL || s->uids == NULL || s->key_bytes == NULL || s->mails == NULL ||
-	    s->shadows == NULL || s->sources == NULL || s->lists == NULL || s->texts == NULL)
+	    s->shadows == NULL || s->sources == NULL || s->lists == NULL || s->texts == NULL || s->tried == NULL)
 		abort();
 }
 
@@ -249,6 +251,7 @@ static void slice_free(struct slice *s)
 		box_free(&s->sources[i]);
 		free(s->lists[i]);
 		free(s->texts[i]);
+		crdt_buf_free(&s->tried[i]);
 	}
 	free(s->cmds);
 	free(s->keys);
@@ -259,6 +262,7 @@ static void slice_free(struct slice *s)
 	free(s->sources);
 	free(s->lists);
 	free(s->texts);
+	free(s->tried);
 	if (s->have_box)
 		box_free(&s->b);
 }
@@ -377,60 +381,90 @@ static bool shadow_has_keyword(const struct shadow *s, const struct crdt_mail_ke
 	return false;
 }
 
+/* Keywords of an earlier try (length byte, name) that the mail is not to have:
+ * they may be set, whatever the shadow says. */
+static unsigned tried_removes(const struct crdt_buf *tried, const struct crdt_mail *m, const struct shadow *sh,
+			      struct crdt_str *out)
+{
+	unsigned n = 0;
+
+	for (size_t i = 0; i < tried->len; i += 1u + tried->data[i]) {
+		struct crdt_str kw = { tried->data + i + 1, tried->data[i] };
+		bool listed = mail_has_keyword(m, kw);
+
+		for (unsigned k = 0; k < sh->keywords_n && !listed; k++)
+			listed = sh->keywords[k].n == kw.n && memcmp(sh->keywords[k].p, kw.p, kw.n) == 0;
+		for (unsigned k = 0; k < n && !listed; k++)
+			listed = out[k].n == kw.n && memcmp(out[k].p, kw.p, kw.n) == 0;
+		if (!listed)
+			out[n++] = kw;
+	}
+	return n;
+}
+
+/* What differs; after an unknown outcome everything. */
 static void flags_cmd(struct slice *s, const struct crdt_mail_key *key, struct crdt_mail *m, struct shadow *sh,
-		      uint32_t uid)
+		      uint32_t uid, bool again)
 {
 	size_t i = s->n;
 	struct ms_cmd *c = slice_cmd(s, MS_FLAGS, key, uid);
+	struct crdt_buf *tried = &s->tried[i];
 	uint8_t want = crdt_mail_flags(m);
 	struct crdt_str *list;
-	unsigned n = 0;
+	unsigned n = 0, added;
 
-	c->flags_add = want & (uint8_t)~sh->flags;
-	c->flags_remove = sh->flags & (uint8_t)~want;
+	if (again)
+		(void)mail_was_tried(s->r, key, tried);
+	c->flags_add = again ? want : want & (uint8_t)~sh->flags;
+	c->flags_remove = (again ? CRDT_FLAGS_ALL : sh->flags) & (uint8_t)~want;
 	s->mails[i] = *m;
 	s->shadows[i] = *sh;
 	memset(m, 0, sizeof(*m));
 	memset(sh, 0, sizeof(*sh));
 	m = &s->mails[i];
 	sh = &s->shadows[i];
-	list = s->lists[i] = calloc((size_t)m->keywords_n + sh->keywords_n + 1u, sizeof(*list));
+	list = s->lists[i] = calloc((size_t)m->keywords_n + sh->keywords_n + tried->len + 1u, sizeof(*list));
 	if (list == NULL)
 		abort();
-	c->kw_add = list;
 	for (unsigned k = 0; k < m->keywords_n; k++) {
-		if (!shadow_has_keyword(sh, &m->keywords[k]))
+		if (again || !shadow_has_keyword(sh, &m->keywords[k]))
 			list[n++] = (struct crdt_str){ m->keywords[k].name, m->keywords[k].name_len };
 	}
-	c->kw_add_n = (uint16_t)n;
-	c->kw_remove = list + n;
+	added = n;
 	for (unsigned k = 0; k < sh->keywords_n; k++) {
 		if (!mail_has_keyword(m, sh->keywords[k]))
 			list[n++] = sh->keywords[k];
 	}
-	c->kw_remove_n = (uint16_t)(n - c->kw_add_n);
+	n += tried_removes(tried, m, sh, list + n);
+	c->kw_add = list;
+	c->kw_add_n = (uint16_t)added;
+	c->kw_remove = list + added;
+	c->kw_remove_n = (uint16_t)(n - added);
 }
 
 static void shown_cmd(struct slice *s, const struct crdt_mail_key *key, struct crdt_mail *m, uint32_t uid)
 {
+	enum tried tried = mail_was_tried(s->r, key, NULL);
 	enum crdt_uid_verdict v;
 	struct shadow sh;
 	uint32_t to;
 
 	if (!shadow_get(s->r, &s->b.guid, uid, &sh))
 		return;
-	if (crdt_mail_flags(m) != sh.flags || !keywords_equal(m, &sh)) {
-		flags_cmd(s, key, m, &sh, uid);
-	} else {
-		v = uid_verdict(s->r, &s->b, m, uid, &to);
-		if (v == CRDT_UID_SHOW_AT_CLAIM || v == CRDT_UID_CLAIM_OWN) {
-			struct ms_cmd *c = slice_cmd(s, MS_MOVE, key, uid);
-			numbering(s, c, m);
-			if (v == CRDT_UID_CLAIM_OWN) {
-				c->want_uid = 0;
-				c->policy = MS_UID_OWN;
-			}
+	v = uid_verdict(s->r, &s->b, m, uid, &to);
+	if (tried == TRIED_FLAGS || crdt_mail_flags(m) != sh.flags || !keywords_equal(m, &sh)) {
+		flags_cmd(s, key, m, &sh, uid, tried == TRIED_FLAGS);
+	} else if (v == CRDT_UID_SHOW_AT_CLAIM || v == CRDT_UID_CLAIM_OWN) {
+		struct ms_cmd *c = slice_cmd(s, MS_MOVE, key, uid);
+
+		numbering(s, c, m);
+		if (v == CRDT_UID_CLAIM_OWN) {
+			c->want_uid = 0;
+			c->policy = MS_UID_OWN;
 		}
+	} else if (tried == TRIED_ADD) {
+		/* Perhaps half moved, and now it need not move any more. */
+		(void)slice_cmd(s, MS_EXPUNGE, key, 0);
 	}
 	shadow_free(&sh);
 }
@@ -445,7 +479,7 @@ static void expunge_cmd(struct slice *s, const struct crdt_mail_key *key, const 
 		if (slice_box(s, &p->box))
 			(void)slice_cmd(s, MS_EXPUNGE, key, p->uid);
 	} else if (!box_of(s->r, &key->folder, &b)) {
-		mail_tried(s->r, key, false);
+		mail_tried(s->r, key, TRIED_NOT, NULL);
 	} else {
 		if (slice_box(s, &b.guid))
 			(void)slice_cmd(s, MS_EXPUNGE, key, 0);
@@ -583,11 +617,26 @@ static void cmd_gone(struct slice *s, size_t i)
 	shadow_free(&sh);
 }
 
+/* What the worker answered for is not in doubt any more. */
+static void slice_heard(struct slice *s)
+{
+	for (size_t i = 0; i < s->n; i++) {
+		const struct ms_cmd *c = &s->cmds[i];
+
+		if (c->kind == MS_FLAGS || c->outcome != MS_DONE || (c->kind == MS_EXPUNGE && s->uids[i] == 0))
+			mail_tried(s->r, &s->keys[i], TRIED_NOT, NULL);
+	}
+}
+
 static int outcomes(struct slice *s, const struct ms_apply *a, char **error_r)
 {
 	struct replica *r = s->r;
 	struct box b;
 
+	(void)replica_txn_begin(r);
+	slice_heard(s);
+	if (replica_txn_commit(r, false, error_r) < 0)
+		return -1;
 	/* First what the journal tells: then what is left is news. */
 	if (replica_outbound(r, error_r) < 0)
 		return -1;
@@ -601,8 +650,6 @@ static int outcomes(struct slice *s, const struct ms_apply *a, char **error_r)
 		s->b = b;
 	}
 	for (size_t i = 0; i < s->n; i++) {
-		if (s->cmds[i].kind == MS_EXPUNGE ? s->uids[i] == 0 : s->cmds[i].outcome != MS_DONE)
-			mail_tried(r, &s->keys[i], false);
 		switch (s->cmds[i].outcome) {
 		case MS_DONE:
 			break;
@@ -665,22 +712,35 @@ static void slice_sort(struct slice *s)
 	}
 }
 
-/* Notes which mails are about to be added, so that after a kill in between they
- * are looked for and not added twice. */
+static void keywords_note(struct crdt_buf *b, const struct crdt_str *kw, unsigned n)
+{
+	for (unsigned i = 0; i < n; i++) {
+		crdt_buf_u8(b, (uint8_t)kw[i].n);
+		crdt_buf_raw(b, kw[i].p, kw[i].n);
+	}
+}
+
+/* Notes what is about to be tried, and says of a second try what it needs. */
 static void slice_tried(struct slice *s, struct ms_apply *a)
 {
 	for (size_t i = 0; i < s->n; i++) {
 		struct ms_cmd *c = &s->cmds[i];
+		struct crdt_buf kw = CRDT_BUF_INIT;
 
-		if (c->kind != MS_SAVE && c->kind != MS_MOVE && (c->kind != MS_EXPUNGE || c->uid != 0))
-			continue;
-		c->tried = mail_was_tried(s->r, &s->keys[i]);
-		if (c->tried) {
-			a->verify = true;
-			c->others_n = mail_others(s->r, &s->b, &s->keys[i], c->others, MS_OTHERS_MAX);
-		} else {
-			mail_tried(s->r, &s->keys[i], true);
+		if (c->kind == MS_FLAGS) {
+			keywords_note(&kw, c->kw_add, c->kw_add_n);
+			keywords_note(&kw, c->kw_remove, c->kw_remove_n);
+			mail_tried(s->r, &s->keys[i], TRIED_FLAGS, &kw);
+		} else if (c->kind != MS_EXPUNGE || c->uid == 0) {
+			c->tried = mail_was_tried(s->r, &s->keys[i], NULL) == TRIED_ADD;
+			if (c->tried) {
+				a->verify = true;
+				c->others_n = mail_others(s->r, &s->b, &s->keys[i], c->others, MS_OTHERS_MAX);
+			} else {
+				mail_tried(s->r, &s->keys[i], TRIED_ADD, NULL);
+			}
 		}
+		crdt_buf_free(&kw);
 	}
 }
 
@@ -714,6 +774,7 @@ static int slice_run(struct slice *s, bool *more_r, char **error_r)
 			return REPLICA_FAILED;
 		return box_lost(r, &s->b, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
 	default:
+		r->retry_aside = true;
 		*error_r = strdup(r->ms->error);
 		return REPLICA_LATER;
 	}
@@ -732,12 +793,14 @@ static void rows_retry(struct replica *r, char state, replica_body_cb *body, voi
 
 		if (!crdt_mail_key_decode(keys[i].p + 1, keys[i].n - 1, &key))
 			continue;
-		if (state == ROW_ASIDE)
+		if (state == ROW_TRIED)
+			replica_mark_mail(r, &key);
+		else if (state == ROW_ASIDE)
 			mail_row_move(r, &key, state, ROW_DIRTY_MAIL);
 		else if (!crdt_mail_get(rrows(r), &key, NULL, &m) || !m.live ||
 			 body(ctx, &m.content, m.size, &text, &file))
 			mail_row_move(r, &key, state, ROW_DIRTY_MAIL);
-		if (state != ROW_ASIDE)
+		if (state == ROW_WAIT_BODY)
 			crdt_mail_free(&m);
 	}
 	row_keys_free(keys, n);
@@ -751,8 +814,10 @@ int replica_apply_mails(struct replica *r, replica_body_cb *body, void *ctx, boo
 	*more_r = false;
 	(void)replica_txn_begin(r);
 	rows_retry(r, ROW_WAIT_BODY, body, ctx);
-	if (r->retry_aside)
+	if (r->retry_aside) {
 		rows_retry(r, ROW_ASIDE, body, ctx);
+		rows_retry(r, ROW_TRIED, body, ctx);
+	}
 	r->retry_aside = false;
 	/* Adds before removals: a mail that was moved is copied from where it
 	 * still is, instead of being fetched. */

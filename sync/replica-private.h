@@ -25,7 +25,7 @@
 #define ROW_DIRTY_SUBSCRIPTION 's'
 #define ROW_DIRTY_MAIL 'd'	/* to do */
 #define ROW_WAIT_BODY 'w'	/* waits for its text */
-#define ROW_TRIED 'y'		/* mail key: a SAVE or MOVE was told, its record not seen yet */
+#define ROW_TRIED 'y'		/* mail key: a command was told, its outcome not heard yet */
 #define ROW_HELD 'h'		/* held by the UID rule */
 #define ROW_ASIDE 'a'		/* the mail store refused it: tried again in the next session */
 extern const char replica_mail_states[4];	/* the last four */
@@ -155,8 +155,15 @@ void mail_row_move(struct replica *r, const struct crdt_mail_key *key, char from
 void mail_rows_clear(struct replica *r, const struct crdt_mail_key *key);
 /* It is shown, but not at its claim: looked at again when the numbering changes. */
 void mail_hold(struct replica *r, const struct crdt_mail_key *key);
-void mail_tried(struct replica *r, const struct crdt_mail_key *key, bool tried);
-bool mail_was_tried(struct replica *r, const struct crdt_mail_key *key);
+/*
+ * Before a command goes out it is noted, until its outcome is heard; if the
+ * worker dies in between, the mail store is put right without relying on what
+ * it holds.  keywords: those that FLAGS adds or removes, each a length byte and
+ * the name.
+ */
+enum tried { TRIED_NOT = 0, TRIED_ADD = 'a', TRIED_FLAGS = 'f' };
+void mail_tried(struct replica *r, const struct crdt_mail_key *key, enum tried tried, const struct crdt_buf *keywords);
+enum tried mail_was_tried(struct replica *r, const struct crdt_mail_key *key, struct crdt_buf *keywords_r);
 /* Other mails of that GUID in mailbox b: their UIDs; how many. */
 unsigned mail_others(struct replica *r, const struct box *b, const struct crdt_mail_key *key,
 		     uint32_t *uids, unsigned max);

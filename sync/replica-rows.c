@@ -602,25 +602,35 @@ void mail_hold(struct replica *r, const struct crdt_mail_key *key)
 	crdt_buf_free(&v);
 }
 
-void mail_tried(struct replica *r, const struct crdt_mail_key *key, bool tried)
-{
-	struct crdt_buf k = CRDT_BUF_INIT;
-
-	mail_row_key(&k, ROW_TRIED, key);
-	if (tried)
-		rrows(r)->put(rrows(r), k.data, k.len, "", 0);
-	else
-		del(r, &k);
-	crdt_buf_free(&k);
-}
-
-bool mail_was_tried(struct replica *r, const struct crdt_mail_key *key)
+/* Value: the kind, then the keywords. */
+void mail_tried(struct replica *r, const struct crdt_mail_key *key, enum tried tried, const struct crdt_buf *keywords)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
-	bool tried;
 
 	mail_row_key(&k, ROW_TRIED, key);
-	tried = get(r, &k, &v);
+	if (tried == TRIED_NOT) {
+		del(r, &k);
+	} else {
+		crdt_buf_u8(&v, (uint8_t)tried);
+		if (keywords != NULL && keywords->len > 0)
+			crdt_buf_raw(&v, keywords->data, keywords->len);
+		put(r, &k, &v);
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+enum tried mail_was_tried(struct replica *r, const struct crdt_mail_key *key, struct crdt_buf *keywords_r)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	enum tried tried = TRIED_NOT;
+
+	mail_row_key(&k, ROW_TRIED, key);
+	if (get(r, &k, &v) && v.len > 0) {
+		tried = v.data[0] == TRIED_FLAGS ? TRIED_FLAGS : TRIED_ADD;
+		if (keywords_r != NULL && v.len > 1)
+			crdt_buf_raw(keywords_r, v.data + 1, v.len - 1);
+	}
 	crdt_buf_free(&k);
 	crdt_buf_free(&v);
 	return tried;

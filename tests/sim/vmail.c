@@ -68,10 +68,11 @@ static void journal(struct vmail *v, struct crdt_jrec *rec)
 
 	rec->seq = journal_next(v);
 	if (v->trace)
-		fprintf(stderr, "  w%u journal %llu: kind %u%s uid %u mailbox %02x%02x\n", v->slot,
+		fprintf(stderr, "  w%u journal %llu: kind %u%s uid %u mailbox %02x%02x flags +%x -%x kw +%x -%x\n", v->slot,
 			(unsigned long long)rec->seq, rec->kind, rec->applier ? " applier" : "",
 			rec->mails_n > 0 ? rec->mails[0].uid : rec->uids_n > 0 ? rec->uids[0].first : 0,
-			rec->mailbox.b[0], rec->mailbox.b[1]);
+			rec->mailbox.b[0], rec->mailbox.b[1], rec->flags_add, rec->flags_remove,
+			kw_mask(rec->kw_add, rec->kw_add_n), kw_mask(rec->kw_remove, rec->kw_remove_n));
 	crdt_jrec_encode(&b, rec);
 	if (v->journal_n == v->journal_cap) {
 		v->journal_cap = v->journal_cap == 0 ? 64 : v->journal_cap * 2;
@@ -615,12 +616,14 @@ static int apply_cmd(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
 	case MS_MOVE:
 		return apply_move(v, b, c, m);
 	case MS_FLAGS:
-		m->flags = (uint8_t)((m->flags & ~c->flags_remove) | c->flags_add);
-		m->keywords = (m->keywords & ~kw_mask(c->kw_remove, c->kw_remove_n)) | kw_mask(c->kw_add, c->kw_add_n);
-		if (killed(v, 4))
-			return MS_TEMP;
+		/* The record goes before the change, so that what users do after the
+		 * change always finds it there. */
 		journal_flags(v, b, c->uid, c->flags_add, c->flags_remove, kw_mask(c->kw_add, c->kw_add_n),
 			      kw_mask(c->kw_remove, c->kw_remove_n), true);
+		if (killed(v, 2))
+			return MS_TEMP;
+		m->flags = (uint8_t)((m->flags & ~c->flags_remove) | c->flags_add);
+		m->keywords = (m->keywords & ~kw_mask(c->kw_remove, c->kw_remove_n)) | kw_mask(c->kw_add, c->kw_add_n);
 		return MS_OK;
 	default:
 		uid = m->uid;

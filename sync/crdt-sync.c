@@ -397,8 +397,6 @@ static void spool_timeout(void *ctx ATTR_UNUSED)
 	spool_age(sent_texts);
 }
 
-/* While we are still root: the key file and the directories may belong to
- * root, and what is made here shall belong to the service's user. */
 static void keys_read(void)
 {
 	char *error;
@@ -411,6 +409,16 @@ static void keys_read(void)
 	}
 }
 
+/* The key file belongs to root or to the service's user: it is read as its
+ * owner, before or after privileges are dropped. */
+static bool key_file_is_ours(void)
+{
+	struct stat st;
+
+	return stat(set.key_file, &st) == 0 && st.st_uid == geteuid();
+}
+
+/* While we are still root: what is made here shall belong to the service's user. */
 static void dir_make(const char *path, mode_t mode)
 {
 	struct restrict_access_settings rset;
@@ -603,11 +611,14 @@ int main(int argc, char *argv[])
 	if (sodium_init() < 0)
 		i_fatal("sodium_init() failed");
 	if (set.mode != SYNC_MODE_OFF) {
-		keys_read();
+		if (key_file_is_ours())
+			keys_read();
 		dirs_make();
 	}
 	restrict_access_by_env(RESTRICT_ACCESS_FLAG_ALLOW_ROOT, NULL);
 	restrict_access_allow_coredumps(TRUE);
+	if (set.mode != SYNC_MODE_OFF && own_cert.secret_key == NULL)
+		keys_read();
 	/* A reload starts a new process: this one must make room at once. */
 	master_service_set_die_with_master(master_service, TRUE);
 	master_service_init_finish(master_service);

@@ -33,7 +33,8 @@ AC_DEFUN([CRDT_DOVECOT], [
     AC_MSG_RESULT([$with_dovecot])
     eval `grep '^dovecot_@<:@a-z_@:>@*=' "$with_dovecot/dovecot-config"`
     eval `grep '^LIBDOVECOT@<:@A-Z0-9_@:>@*=' "$with_dovecot/dovecot-config"`
-    DOVECOT_CPPFLAGS="-I$dovecot_pkgincludedir"
+    dnl System headers: their warnings are not ours.
+    DOVECOT_CPPFLAGS="-isystem $dovecot_pkgincludedir"
     DOVECOT_LIBS="$LIBDOVECOT -Wl,-rpath,$dovecot_pkglibdir"
     DOVECOT_STORAGE_LIBS="$LIBDOVECOT_STORAGE $DOVECOT_LIBS"
   ])

@@ -156,11 +156,21 @@ int crdt_journal_set_inbox_made(struct crdt_journal *j, const char **error_r);
  */
 int crdt_journal_reserve(struct crdt_journal *j, size_t bytes, const char **error_r);
 /*
- * A number that grows with each header update, by whatever process: so a cheap
- * test whether the applier was here (crdt_journal_set_seen()).  Without the
- * lock; false: the file was replaced, lock to follow.
+ * "No mailbox of this user is numbered by another replica" (set; else unknown).
+ * Sessions then answer STATUS without looking into each mailbox.  The applier
+ * clears it before it writes another's numberer into a mailbox, and may set it
+ * when it knows that none is left.  A new journal begins without it.
  */
-bool crdt_journal_generation(struct crdt_journal *j, uint64_t *generation_r);
+int crdt_journal_set_numbered_here(struct crdt_journal *j, bool set, const char **error_r);
+
+/* A cheap look at the header without the lock. */
+struct crdt_journal_peek {
+	uint64_t generation;	/* grows with each header update, by whatever process: so a
+				 * test whether the applier was here (crdt_journal_set_seen()) */
+	bool numbered_here;
+};
+/* false: the file was replaced; lock to follow. */
+bool crdt_journal_peek(struct crdt_journal *j, struct crdt_journal_peek *peek_r);
 
 /*
  * Calls cb for each record with seq >= from_seq and >= base_seq, in order,

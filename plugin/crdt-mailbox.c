@@ -93,25 +93,28 @@ static bool read_uidlist_guid(struct mailbox *box, guid_128_t guid_r)
 	return FALSE;
 }
 
-int crdt_mailbox_read_guid(struct crdt_mailbox *cbox, struct crdt_id *id_r)
+static bool load_guid(struct crdt_mailbox *cbox, struct crdt_id *id_r)
 {
 	struct mailbox_metadata metadata;
-	bool ok = TRUE;
 
 	if (guid_128_is_empty(cbox->guid)) {
 		if (is_maildir(cbox->box)) T_BEGIN {
-			ok = read_uidlist_guid(cbox->box, cbox->guid);
+			if (!read_uidlist_guid(cbox->box, cbox->guid))
+				guid_128_empty(cbox->guid);
 		} T_END;
 		else if (mailbox_get_metadata(cbox->box, MAILBOX_METADATA_GUID, &metadata) == 0)
 			guid_128_copy(cbox->guid, metadata.guid);
-		else
-			ok = FALSE;
 	}
-	if (!ok || guid_128_is_empty(cbox->guid)) {
+	memcpy(id_r->b, cbox->guid, sizeof(id_r->b));
+	return !guid_128_is_empty(cbox->guid);
+}
+
+int crdt_mailbox_read_guid(struct crdt_mailbox *cbox, struct crdt_id *id_r)
+{
+	if (!load_guid(cbox, id_r)) {
 		e_error(cbox->box->event, "crdt: Change isn't recorded: the mailbox's GUID can't be read");
 		return -1;
 	}
-	memcpy(id_r->b, cbox->guid, sizeof(id_r->b));
 	return 0;
 }
 
@@ -172,18 +175,22 @@ static int crdt_mailbox_open(struct mailbox *box)
 /*
  * STATUS is answered from the list index without opening the mailbox.  The first
  * one in a session opens it all the same, for its numberer; and again when the
- * applier was here since, which the journal's generation tells.
+ * applier was here since, which the journal's generation tells.  Unless the
+ * journal says that no mailbox is numbered elsewhere.
  */
 static bool is_status_checked(struct crdt_mailbox *cbox)
 {
 	struct crdt_user *cuser = cbox->cuser;
-	uint64_t generation = crdt_record_generation(cuser);
 	const char *vname = cbox->box->vname;
+	struct crdt_journal_peek peek;
 
+	crdt_record_peek(cuser, &peek);
+	if (peek.numbered_here)
+		return TRUE;
 	if (!hash_table_is_created(cuser->checked)) {
 		hash_table_create(&cuser->checked, default_pool, 0, str_hash, strcmp);
-		cuser->checked_generation = generation;
-	} else if (cuser->checked_generation != generation) {
+		cuser->checked_generation = peek.generation;
+	} else if (cuser->checked_generation != peek.generation) {
 		struct hash_iterate_context *iter = hash_table_iterate_init(cuser->checked);
 		char *key;
 		void *value;
@@ -192,7 +199,7 @@ static bool is_status_checked(struct crdt_mailbox *cbox)
 			i_free(key);
 		hash_table_iterate_deinit(&iter);
 		hash_table_clear(cuser->checked, TRUE);
-		cuser->checked_generation = generation;
+		cuser->checked_generation = peek.generation;
 	}
 	if (hash_table_lookup(cuser->checked, vname) != NULL)
 		return TRUE;
@@ -232,14 +239,15 @@ static uint32_t dovecot_next_uidvalidity(struct mailbox_list *list)
 
 static uint32_t get_uidvalidity(struct mailbox *box)
 {
-	uint32_t value = box->index->map->hdr.uid_validity;
+	uint32_t value = 0;
 
 	if (is_maildir(box)) {
 		struct maildir_mailbox *mbox = (struct maildir_mailbox *)box;
 
+		/* 0: not read yet, so the index is not behind it */
 		value = maildir_uidlist_get_uid_validity(mbox->uidlist);
 	}
-	return value;
+	return value != 0 ? value : box->index->map->hdr.uid_validity;
 }
 
 static int record_create(struct crdt_mailbox *cbox, const char **error_r)
@@ -349,18 +357,21 @@ static int crdt_mailbox_update(struct mailbox *box, const struct mailbox_update 
  * delete it, and no record says so yet. */
 static void delete_failed(struct crdt_mailbox *cbox, const struct crdt_vv *seen, uint32_t uidvalidity)
 {
-	struct crdt_user *cuser = cbox->cuser;
-	struct crdt_dot last;
-
-	if (array_is_created(&cbox->deleting.uids)) {
+	if (array_is_created(&cbox->deleting.uids))
 		(void)crdt_messages_record_expunges(cbox, &cbox->deleting.uids, seen, uidvalidity);
-		crdt_record_finish(cuser);
-	}
-	if (cbox->deleting.seq != 0 && cuser->journal != NULL) {
-		last.origin = crdt_journal_info(cuser->journal)->origin;
-		last.seq = cbox->deleting.seq;
-		crdt_record_abort(cuser, &last, 1);
-	}
+	crdt_record_abort(cbox->cuser, &cbox->deleting.record, 1);
+}
+
+/* Gone without its index having been marked: a symlink, or another plugin has
+ * marked it before we were called. */
+static void delete_record_late(struct crdt_mailbox *cbox, const struct crdt_jrec *rec)
+{
+	struct crdt_jrec copy = *rec;
+	struct crdt_dot last;
+	const char *error;
+
+	if (crdt_record(cbox->cuser, &copy, 1, &last, &error) < 0)
+		e_error(cbox->box->event, "crdt: Deletion isn't recorded: %s", error);
 }
 
 /*
@@ -373,28 +384,46 @@ static void delete_failed(struct crdt_mailbox *cbox, const struct crdt_vv *seen,
 static int crdt_mailbox_delete(struct mailbox *box)
 {
 	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
+	const char *path = crdt_path(box);
+	struct crdt_mailbox_ext ext;
+	struct crdt_jrec rec;
 	struct crdt_vv seen;
-	uint32_t uidvalidity;
+	bool unlock;
 	int ret;
 
-	if (cbox->unrecorded || is_observing(cbox) || !box->opened ||
-	    MAIL_INDEX_IS_IN_MEMORY(box->index)) {
+	if (cbox->unrecorded || is_observing(cbox) || !box->opened || path == NULL ||
+	    !cbox->ext_registered) {
 		/* not opened: a directory without a mailbox */
 		return cbox->module_ctx.super.delete_box(box);
 	}
+	i_zero(&rec);
+	if (!load_guid(cbox, &rec.mailbox) || crdt_index_lock(box->index, &unlock) < 0) {
+		/* another session was first: super will say so */
+		return cbox->module_ctx.super.delete_box(box);
+	}
+	crdt_index_read_ext(cbox, &ext);
+	rec.uidvalidity = get_uidvalidity(box);
+	if (unlock)
+		crdt_index_unlock(box->index);
+
 	i_zero(&seen);
 	i_zero(&cbox->deleting);
 	cbox->deleting.seen = &seen;
-	uidvalidity = get_uidvalidity(box);
 	ret = cbox->module_ctx.super.delete_box(box);
 	cbox->deleting.seen = NULL;
 	if (ret < 0) {
 		mail_storage_last_error_push(box->storage);
-		delete_failed(cbox, &seen, uidvalidity);
+		delete_failed(cbox, &seen, rec.uidvalidity);
 		mail_storage_last_error_pop(box->storage);
+	} else if (cbox->deleting.record.seq == 0) {
+		rec.kind = CRDT_JREC_DELETE;
+		rec.path = crdt_str(path);
+		rec.seen = cbox->deleting.seen_known ? seen : ext.seen;
+		delete_record_late(cbox, &rec);
 	}
 	i_zero(&cbox->deleting);
 	guid_128_empty(cbox->guid);
+	crdt_record_finish(cbox->cuser);
 	return ret;
 }
 

@@ -489,7 +489,7 @@ static bool is_sync(struct mail_index_transaction *t)
 /* The point of no return of a deletion (the syncs that follow say it again). */
 static bool is_deletion(struct crdt_mailbox *cbox, struct mail_index_transaction *t)
 {
-	return t->sync_transaction && t->index_deleted && cbox->deleting.seen != NULL && cbox->deleting.seq == 0;
+	return t->sync_transaction && t->index_deleted && cbox->deleting.seen != NULL && cbox->deleting.record.seq == 0;
 }
 
 static bool may_have_records(struct crdt_mailbox *cbox, struct mail_index_transaction *t)
@@ -556,8 +556,8 @@ static int record_transaction(struct crdt_mailbox *cbox, struct mail_index_trans
 		errno = old_errno;
 		return -1;
 	}
-	if (is_sync(t) && is_deletion(cbox, t))
-		cbox->deleting.seq = last_r->seq;
+	if (is_deletion(cbox, t))
+		cbox->deleting.record = *last_r;
 	crdt_index_write_stamp(cbox, t, last_r);
 	return 1;
 }
@@ -606,6 +606,7 @@ crdt_index_transaction_commit(struct mail_index_transaction *t,
 		return -1;
 	}
 	cuser = cbox->cuser;
+	i_zero(&last);
 	T_BEGIN {
 		ret = record_transaction(cbox, t, &last, &n);
 	} T_END;
@@ -631,7 +632,9 @@ crdt_index_transaction_commit(struct mail_index_transaction *t,
 	} T_END;
 	if (unlock)
 		crdt_index_unlock(index);
-	crdt_record_finish(cuser);
+	/* a deletion is not over yet: crdt_mailbox_delete() does it */
+	if (cbox->deleting.record.seq == 0)
+		crdt_record_finish(cuser);
 	return ret;
 }
 

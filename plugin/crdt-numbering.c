@@ -100,8 +100,11 @@ int crdt_numbering_save_commit_pre(struct mail_save_context *save_ctx)
 
 	/* Last chance to refuse: after super the mails are there. */
 	if (crdt_record_reserve(cuser, 4096, &error) < 0) {
-		crdt_record_set_error(t->box, error);
+		int old_errno = errno;
+
 		cbox->module_ctx.super.transaction_save_rollback(save_ctx);
+		errno = old_errno;
+		crdt_record_set_error(cbox->box, error);
 		return -1;
 	}
 	/* Without it Maildir leaves the UID to a later sync when it finds the

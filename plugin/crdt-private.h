@@ -35,8 +35,8 @@ struct crdt_user {
 	struct crdt_journal *journal;
 	/* A session of imap or pop3: what it opens, it takes over. */
 	bool session;
-	/* Mailboxes whose STATUS this session took without opening them need no
-	 * look at their numberer as long as the journal's generation is this. */
+	/* Mailboxes that this session opened for a STATUS: no need to look at their
+	 * numberers again while the journal's generation is this. */
 	uint64_t checked_generation;
 	HASH_TABLE(char *, void *) checked;
 
@@ -65,7 +65,7 @@ struct crdt_mailbox {
 		bool seen_known;
 		struct crdt_vv *seen;		/* what it had seen when its mails went */
 		ARRAY_TYPE(seq_range) uids;	/* expunged for it, not recorded */
-		uint64_t seq;			/* of the DELETE record; 0: none */
+		struct crdt_dot record;		/* the DELETE; seq 0: none yet */
 	} deleting;
 };
 
@@ -137,8 +137,8 @@ uint32_t crdt_record_choose_uidvalidity(struct crdt_user *cuser, bool inbox, uin
 /* Makes it known that a mailbox has this UIDVALIDITY. */
 int crdt_record_know_uidvalidity(struct crdt_user *cuser, bool inbox, uint32_t uidvalidity,
 				 const char **error_r);
-/* Grows with each header update of the journal; 0: there is none. */
-uint64_t crdt_record_generation(struct crdt_user *cuser);
+/* All zero: there is no journal yet. */
+void crdt_record_peek(struct crdt_user *cuser, struct crdt_journal_peek *peek_r);
 /* The storage's error for an addition that could not be recorded, by errno. */
 void crdt_record_set_error(struct mailbox *box, const char *error);
 void crdt_record_deinit(void);

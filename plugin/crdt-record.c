@@ -194,22 +194,20 @@ int crdt_record_know_uidvalidity(struct crdt_user *cuser, bool inbox, uint32_t u
 	return ret;
 }
 
-uint64_t crdt_record_generation(struct crdt_user *cuser)
+void crdt_record_peek(struct crdt_user *cuser, struct crdt_journal_peek *peek_r)
 {
-	uint64_t generation = 0;
 	const char *dir, *error;
 
+	i_zero(peek_r);
 	if (cuser->journal == NULL) {
 		/* Looking at a STATUS is no reason to make one. */
 		if (!mailbox_list_get_root_path(journal_list(cuser), MAILBOX_LIST_PATH_TYPE_CONTROL, &dir) ||
 		    access(t_strconcat(dir, "/" CRDT_JOURNAL_NAME, NULL), F_OK) < 0 ||
 		    record_open(cuser, &error) < 0)
-			return 0;
+			return;
 	}
-	if (!crdt_journal_generation(cuser->journal, &generation) &&
-	    crdt_record_info(cuser, &error) != NULL)
-		(void)crdt_journal_generation(cuser->journal, &generation);
-	return generation;
+	if (!crdt_journal_peek(cuser->journal, peek_r) && crdt_record_info(cuser, &error) != NULL)
+		(void)crdt_journal_peek(cuser->journal, peek_r);
 }
 
 void crdt_record_set_error(struct mailbox *box, const char *error)

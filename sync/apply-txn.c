@@ -212,6 +212,11 @@ static void uids_preset(struct apply_txn *txn)
 
 	if (!array_is_created(&txn->itrans->appends))
 		return;
+	/* Other transactions begin under the lock too, also after the UIDs have been
+	 * given (the first cache record of a new mailbox): then it is too late. */
+	if (array_is_created(&txn->t->changes->saved_uids) &&
+	    array_count(&txn->t->changes->saved_uids) > 0)
+		return;
 	recs = array_get_modifiable(&txn->itrans->appends, &count);
 	uids = array_get_modifiable(&txn->uids, &n);
 	i_assert(count == n);

@@ -202,6 +202,7 @@ bool apply_uids_choose(struct apply_uid *uids, unsigned n, unsigned slot, uint32
  * committed, and holds the lock under which it does. */
 static void uids_preset(struct apply_txn *txn)
 {
+	struct mailbox_transaction_context *t;
 	struct mail_index_record *recs;
 	struct apply_uid *uids;
 	struct crdt_mailbox_ext ext;
@@ -214,8 +215,9 @@ static void uids_preset(struct apply_txn *txn)
 		return;
 	/* Other transactions begin under the lock too, also after the UIDs have been
 	 * given (the first cache record of a new mailbox): then it is too late. */
-	if (array_is_created(&txn->t->changes->saved_uids) &&
-	    array_count(&txn->t->changes->saved_uids) > 0)
+	t = MAIL_STORAGE_CONTEXT(txn->itrans);
+	if (t->changes != NULL && array_is_created(&t->changes->saved_uids) &&
+	    array_count(&t->changes->saved_uids) > 0)
 		return;
 	recs = array_get_modifiable(&txn->itrans->appends, &count);
 	uids = array_get_modifiable(&txn->uids, &n);

@@ -314,6 +314,8 @@ int worker_want_text(struct worker_conn *conn, struct worker_user *user, unsigne
 
 /* Requests */
 
+static void conn_input(struct worker_conn *conn);
+
 static int handle_hello(struct worker_conn *conn, const struct worker_msg *msg, const char **error_r)
 {
 	const char *name = worker_cstr(&msg->user);
@@ -329,6 +331,9 @@ static int handle_hello(struct worker_conn *conn, const struct worker_msg *msg, 
 		event_unref(&conn->event);
 		conn->event = conn->user->event;
 		event_ref(conn->event);
+		/* again, so that it gets the user's context: log prefix */
+		io_remove(&conn->io);
+		conn->io = io_add(conn->fd, IO_READ, conn_input, conn);
 	}
 	return ret;
 }

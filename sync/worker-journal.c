@@ -62,6 +62,18 @@ static void journals_insert(struct journals *js, struct crdt_journal *j, const c
 	js->e[i].st = *st;
 }
 
+/* Nothing can be read from it: it must not hold back the others for ever. */
+static void damaged_log(struct worker_user *user, const char *path, const char *error)
+{
+	static char *last;
+
+	if (null_strcmp(last, path) == 0)
+		return;
+	i_free(last);
+	last = i_strdup(path);
+	e_error(user->event, "crdt: A journal that was set aside is passed over: %s", error);
+}
+
 static int journals_set_aside(struct worker_user *user, struct journals *js, const char **error_r)
 {
 	const char *prefix = CRDT_JOURNAL_NAME".";
@@ -87,10 +99,12 @@ static int journals_set_aside(struct worker_user *user, struct journals *js, con
 		if (stat(path, &st) < 0 && errno == ENOENT)
 			continue;
 		j = crdt_journal_open_file(path, error_r);
-		if (j == NULL)
-			ret = MS_TEMP;
-		else
+		if (j != NULL)
 			journals_insert(js, j, path, &st);
+		else if (errno != 0 && errno != ENOENT)
+			ret = MS_TEMP;
+		else if (errno == 0)
+			damaged_log(user, path, *error_r);
 	}
 	(void)closedir(dir);
 	return ret;

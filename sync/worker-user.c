@@ -179,7 +179,6 @@ void worker_user_deinit(struct worker_user **_user)
 	worker_user_unlock(user);
 	crdt_journal_close(&user->journal);
 	mail_user_deinit(&user->user);
-	mail_storage_service_io_deactivate_user(user->service_user);
 	mail_storage_service_user_unref(&user->service_user);
 	pool_unref(&user->pool);
 	/* back to root, when the privileges were dropped only for this user */

@@ -37,7 +37,7 @@
 /* Keywords that all mails of one APPEND may have together, so that it fits. */
 #define CRDT_JREC_KEYWORDS_MAX 2048
 #define CRDT_JREC_KEY_MAX 300			/* bytes of a mail's key in an applier's APPEND */
-#define CRDT_JOURNAL_REPLICA_MAX 64		/* bytes of a replica's name */
+#define CRDT_JOURNAL_REPLICA_MAX 63		/* bytes of a replica's name */
 #define CRDT_JOURNAL_USER_MAX 512		/* bytes of a user name */
 #define CRDT_JOURNAL_BOOT_SIZE 36		/* the kernel's boot id, as text */
 /* Name of a file that is about to replace the journal: prefix and its name. */

@@ -59,7 +59,7 @@ static bool parse_fsync(const char *value, struct crdt_settings *set)
 static const struct crdt_setting settings[] = {
 	/* first: off stops here */
 	{ "crdt_mode", "on", "on, observe or off", parse_mode },
-	{ "crdt_replica", NULL, "the name of this replica: 1 to 64 letters, digits, '.', '_' or '-', "
+	{ "crdt_replica", NULL, "the name of this replica: 1 to 63 letters, digits, '.', '_' or '-', "
 		"another one on each worker", parse_replica },
 	{ "crdt_slot", NULL, "a number from 0 to 63, another one on each worker", parse_slot },
 	{ "crdt_state_dir", "/var/lib/dovecot-crdt", "an absolute path", parse_state_dir },

@@ -17,6 +17,7 @@
 /* libconfuse's error function has no argument of ours.  The first error counts:
  * later ones follow from it. */
 static __thread char *conf_error;
+static __thread const char *conf_path;
 
 static void on_error(cfg_t *cfg, const char *fmt, va_list args)
 {
@@ -25,22 +26,26 @@ static void on_error(cfg_t *cfg, const char *fmt, va_list args)
 	if (conf_error != NULL)
 		return;
 	vsnprintf(text, sizeof(text), fmt, args);
-	if (cfg != NULL && cfg->filename != NULL) {
-		if (asprintf(&conf_error, "%s:%d: %s", cfg->filename, cfg->line, text) < 0)
-			conf_error = NULL;
-	} else {
-		conf_error = strdup(text);
-	}
+	if (asprintf(&conf_error, "%s:%d: %s", conf_path, cfg != NULL ? cfg->line : 0, text) < 0)
+		conf_error = NULL;
 }
 
-static char *take_error(const char *path)
+/* 0; -1 with *error_r. */
+static int parse(cfg_t *cfg, const char *text, const char *path, char **error_r)
 {
-	char *error = conf_error;
+	int ret;
 
+	conf_path = path;
+	cfg_set_error_function(cfg, on_error);
+	ret = cfg_parse_buf(cfg, text);
+	*error_r = conf_error;
 	conf_error = NULL;
-	if (error == NULL && asprintf(&error, "%s: cannot be read", path) < 0)
-		error = NULL;
-	return error;
+	/* a value that does not fit its check may still leave a success behind it */
+	if (ret == CFG_SUCCESS && *error_r == NULL)
+		return 0;
+	if (*error_r == NULL && asprintf(error_r, "%s: cannot be read", path) < 0)
+		*error_r = NULL;
+	return -1;
 }
 
 static int fail(char **error_r, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -210,13 +215,10 @@ int conf_read(const char *path, struct stored_conf *conf_r, char **error_r)
 	if (text == NULL)
 		return -1;
 	cfg = cfg_init(opts, CFGF_NONE);
-	cfg_set_error_function(cfg, on_error);
 	for (i = 0; i < sizeof(checks) / sizeof(checks[0]); i++)
 		cfg_set_validate_func(cfg, checks[i].key, checks[i].check);
-	free(cfg->filename);
-	cfg->filename = strdup(path);
-	if (cfg_parse_buf(cfg, text) != CFG_SUCCESS) {
-		*error_r = take_error(path);
+	if (parse(cfg, text, path, error_r) < 0) {
+		/* said */
 	} else if (cfg_getstr(cfg, "name")[0] == '\0') {
 		(void)fail(error_r, "%s: name is missing: the name of this daemon, as it is in the workers' settings", path);
 	} else {
@@ -378,14 +380,8 @@ int conf_parse_peers(const char *text, const char *path, bool keys,
 	cfg_t *cfg = cfg_init(opts, CFGF_NONE);
 	int ret = -1;
 
-	*error_r = NULL;
-	cfg_set_error_function(cfg, on_error);
 	cfg_set_validate_func(cfg, "peer", check_peer);
-	free(cfg->filename);
-	cfg->filename = strdup(path);
-	if (cfg_parse_buf(cfg, text) != CFG_SUCCESS)
-		*error_r = take_error(path);
-	else
+	if (parse(cfg, text, path, error_r) == 0)
 		ret = take_peers(cfg, path, keys, peers_r, n_r, error_r);
 	cfg_free(cfg);
 	return ret;

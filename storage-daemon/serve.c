@@ -401,7 +401,7 @@ static void notify_systemd(const char *state)
 int serve_run(struct serve *s, char **error_r)
 {
 	log_line(LOG_LEVEL_INFO, "%s: listening on %s, %zu peers", s->conf->name,
-		 link_server_endpoint(s->server), s->peers_n);
+		 s->conf->listen, s->peers_n);
 	notify_systemd("READY=1");
 	while (!s->stop) {
 		if (turn(s, error_r) < 0)

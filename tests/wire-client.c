@@ -55,6 +55,8 @@ static struct crdt_str str(const char *s)
 	return ret;
 }
 
+static bool receive(void);
+
 static bool send_bytes(const void *p, size_t n)
 {
 	int i;
@@ -62,6 +64,7 @@ static bool send_bytes(const void *p, size_t n)
 	for (i = 0; i < 1000; i++) {
 		if (link_client_send(link_, p, n) == 0)
 			return true;
+		receive();
 		poll(NULL, 0, 1);
 	}
 	return false;
@@ -178,7 +181,8 @@ static void on_want(const struct crdt_frame *f)
 	printf("want\t%.*s\t%"PRIu64"\n", (int)f->user.n, (const char *)f->user.p, f->offset);
 	if (t == NULL || !t->serve)
 		return;
-	t->send_at = f->offset;
+	if (f->offset != t->send_end)
+		t->send_at = f->offset;		/* else it goes on with what it has been given */
 	t->send_end = f->offset + f->credit < t->n ? f->offset + f->credit : t->n;
 	if (t->n == 0)
 		send_piece(t, 0, 0);
@@ -348,11 +352,11 @@ static void cmd_raw(const char *hex)
 {
 	size_t n = strlen(hex) / 2, i;
 	uint8_t *p = malloc(n + 1);
-	unsigned int v;
+	char byte[3] = "";
 
 	for (i = 0; i < n; i++) {
-		sscanf(hex + 2 * i, "%2x", &v);
-		p[i] = (uint8_t)v;
+		memcpy(byte, hex + 2 * i, 2);
+		p[i] = (uint8_t)strtoul(byte, NULL, 16);
 	}
 	if (!send_bytes(p, n))
 		printf("not-sent\n");

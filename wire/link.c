@@ -385,19 +385,26 @@ static void notice(struct link_server *s, const char *fmt, ...)
 static void zap_answer(struct link_server *s, uint8_t frames[ZAP_FRAMES][256], const int lens[ZAP_FRAMES])
 {
 	const uint8_t *key = frames[6];
+	const char *from = (const char *)frames[3];
+	int from_n = lens[3];
 	char name[64] = "", z85[41];
 	bool ok;
+
+	if (from_n > 7 && memcmp(from, "::ffff:", 7) == 0) {
+		from += 7;
+		from_n -= 7;
+	}
 
 	ok = lens[0] == 3 && memcmp(frames[0], "1.0", 3) == 0 &&
 		lens[2] == (int)strlen(LINK_ZAP_DOMAIN) && memcmp(frames[2], LINK_ZAP_DOMAIN, (size_t)lens[2]) == 0 &&
 		lens[5] == 5 && memcmp(frames[5], "CURVE", 5) == 0 && lens[6] == 32;
 	if (!ok) {
-		notice(s, "refused a connection from %.*s: it does not use CURVE", lens[3], (char *)frames[3]);
+		notice(s, "refused a connection from %.*s: it does not use CURVE", from_n, from);
 	} else if (!s->admit(s->ctx, key, name) || name[0] == '\0') {
 		ok = false;
 		z85_encode_key(key, z85);
 		notice(s, "refused a connection from %.*s: public key %s is not on the list of peers",
-		       lens[3], (char *)frames[3], z85);
+		       from_n, from, z85);
 	}
 	name[sizeof(name) - 1] = '\0';
 	zmq_send(s->zap, "1.0", 3, ZMQ_SNDMORE);

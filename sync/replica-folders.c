@@ -228,12 +228,7 @@ static enum step do_numberer(struct replica *r, struct box *b, const struct grou
 	return step;
 }
 
-/*
- * The mailbox was shown under a higher UIDVALIDITY than its folders have by now
- * (it was one with another folder, which went elsewhere).  It cannot go back:
- * the folder gets a new one, above all.
- */
-static enum step do_raise_validity(struct replica *r, const struct crdt_id *folder, const struct box *b)
+int replica_raise_validity(struct replica *r, const struct crdt_id *folder, uint32_t above)
 {
 	struct crdt_op_folder of;
 	struct crdt_op op;
@@ -243,14 +238,14 @@ static enum step do_raise_validity(struct replica *r, const struct crdt_id *fold
 	memset(&op, 0, sizeof(op));
 	memset(&of, 0, sizeof(of));
 	of.id = *folder;
-	of.validity = crdt_uidvalidity_next(r->cfg->slot, highest > b->uidvalidity ? highest : b->uidvalidity);
+	of.validity = crdt_uidvalidity_next(r->cfg->slot, highest > above ? highest : above);
 	of.numberer = (struct crdt_numberer){ 1, (uint8_t)r->cfg->slot };
 	of.uidnext = 1;
 	op.kind = CRDT_OP_TAKEOVER;
 	op.folders = &of;
 	op.folders_n = 1;
 	replica_context(r, &ctx);
-	return replica_own_op(r, &op, &ctx) < 0 ? STEP_FAILED : STEP_PROGRESS;
+	return replica_own_op(r, &op, &ctx);
 }
 
 /* The mailbox at the wanted path belongs to other folders, which have to leave
@@ -322,8 +317,10 @@ static enum step folder_live(struct replica *r, const struct crdt_folder *f, cha
 		group_of_box(r, &b, &g);
 		if (g.validity > b.uidvalidity)
 			step = do_revalidate(r, &b, &g, error_r);
-		else if (g.validity < b.uidvalidity && b.uidvalidity > 0)
-			step = do_raise_validity(r, &g.primary, &b);
+		else if (g.validity < b.uidvalidity)
+			/* It was one with another folder that went elsewhere, and
+			 * clients saw that one's UIDVALIDITY: no way back. */
+			step = replica_raise_validity(r, &g.primary, b.uidvalidity) < 0 ? STEP_FAILED : STEP_PROGRESS;
 		else if (g.numberer.term > 0 && crdt_numberer_cmp(&g.numberer, &b.pushed) != 0 &&
 			 g.validity == b.uidvalidity)
 			step = do_numberer(r, &b, &g, error_r);

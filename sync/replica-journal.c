@@ -552,6 +552,7 @@ static int applier_revalidate(struct replica *r, const struct crdt_jrec *rec)
 		b.uidvalidity = rec->uidvalidity;
 		b.uidnext = 0;
 		box_put(r, &b);
+		replica_unhold(r, &b);
 	}
 	box_free(&b);
 	return 0;

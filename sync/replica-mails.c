@@ -11,7 +11,7 @@ enum { SLICE = 256 };
 
 /* ---- the UID rule (design of crdt/uid.h) ---- */
 
-static void claim_note(struct replica *r, const struct crdt_mail_key *key, uint32_t validity, uint32_t uid, bool floor)
+static void claim_note(struct replica *r, const struct crdt_mail_key *key, uint32_t validity, uint32_t uid, int kind)
 {
 	struct claim *c;
 
@@ -25,12 +25,12 @@ static void claim_note(struct replica *r, const struct crdt_mail_key *key, uint3
 	c->key = *key;
 	c->validity = validity;
 	c->uid = uid;
-	c->floor = floor;
+	c->kind = kind;
 }
 
 static bool claims_join(const struct claim *a, const struct claim *b)
 {
-	return a->floor == b->floor && a->validity == b->validity && crdt_id_equal(&a->key.folder, &b->key.folder);
+	return a->kind == b->kind && a->validity == b->validity && crdt_id_equal(&a->key.folder, &b->key.folder);
 }
 
 static int claims_op(struct replica *r, const struct claim *claims, size_t n)
@@ -45,7 +45,7 @@ static int claims_op(struct replica *r, const struct claim *claims, size_t n)
 		abort();
 	memset(&op, 0, sizeof(op));
 	memset(&folder, 0, sizeof(folder));
-	op.kind = claims[0].floor ? CRDT_OP_FLOOR : CRDT_OP_CLAIM;
+	op.kind = claims[0].kind == CLAIM_FLOOR ? CRDT_OP_FLOOR : CRDT_OP_CLAIM;
 	for (size_t i = 0; i < n; i++) {
 		struct crdt_op_mail *om = &mails[op.mails_n];
 		struct crdt_mail m;
@@ -56,7 +56,7 @@ static int claims_op(struct replica *r, const struct claim *claims, size_t n)
 		/* Noted twice, or heard meanwhile. */
 		if (crdt_mail_get(rrows(r), &claims[i].key, NULL, &m) &&
 		    (m.uid.validity != claims[i].validity ||
-		     (claims[i].floor ? m.uid.floor < om->uid : m.uid.claim < om->uid)))
+		     (claims[i].kind == CLAIM_FLOOR ? m.uid.floor < om->uid : m.uid.claim < om->uid)))
 			op.mails_n++;
 		crdt_mail_free(&m);
 	}
@@ -72,6 +72,50 @@ static int claims_op(struct replica *r, const struct claim *claims, size_t n)
 	return ret;
 }
 
+/*
+ * A folder left a mailbox of a higher UIDVALIDITY, and its mails were claimed
+ * under that: claims under its own would count for nothing.  It gets a new
+ * UIDVALIDITY above.
+ */
+static int validity_op(struct replica *r, const struct claim *c)
+{
+	struct crdt_folder f;
+	bool due = crdt_folder_get(rrows(r), &c->key.folder, &f) && f.validity < c->validity;
+
+	crdt_folder_free(&f);
+	return due ? replica_raise_validity(r, &c->key.folder, c->validity) : 0;
+}
+
+static bool path_has_validity(struct replica *r, const struct crdt_folder *f, uint32_t validity)
+{
+	struct crdt_id ids[16];
+	size_t n = crdt_path_folders(rrows(r), f->path, f->path_len, ids, 16);
+	bool has = false;
+
+	for (size_t i = 0; i < n && i < 16 && !has; i++) {
+		struct crdt_folder other;
+
+		has = crdt_folder_get(rrows(r), &ids[i], &other) && other.validity >= validity;
+		crdt_folder_free(&other);
+	}
+	return has;
+}
+
+/* By folder, and the lowest UID first: the order that the rule needs. */
+static int claim_cmp(const void *va, const void *vb)
+{
+	const struct claim *a = va, *b = vb;
+	int c = memcmp(a->key.folder.b, b->key.folder.b, sizeof(a->key.folder.b));
+
+	if (c != 0)
+		return c;
+	if (a->kind != b->kind)
+		return (int)a->kind - (int)b->kind;
+	if (a->validity != b->validity)
+		return a->validity < b->validity ? -1 : 1;
+	return a->uid < b->uid ? -1 : a->uid > b->uid;
+}
+
 int replica_claims_flush(struct replica *r)
 {
 	int ret = 0;
@@ -84,10 +128,12 @@ int replica_claims_flush(struct replica *r)
 
 		r->claims = NULL;
 		r->claims_n = r->claims_cap = 0;
+		qsort(claims, n, sizeof(*claims), claim_cmp);
 		for (size_t i = 1; i <= n && ret == 0; i++) {
 			if (i < n && i - start < CRDT_OP_MAILS_MAX && claims_join(&claims[start], &claims[i]))
 				continue;
-			ret = claims_op(r, &claims[start], i - start);
+			ret = claims[start].kind == CLAIM_VALIDITY ? validity_op(r, &claims[start]) :
+			      claims_op(r, &claims[start], i - start);
 			start = i;
 		}
 		free(claims);
@@ -104,7 +150,14 @@ static enum crdt_uid_verdict uid_verdict(struct replica *r, const struct box *b,
 	struct crdt_folder primary;
 
 	*uid_r = 0;
-	if (box_primary(r, b, &primary) && primary.validity == b->uidvalidity) {
+	if (box_primary(r, b, &primary) && primary.validity == b->uidvalidity &&
+	    m->uid.validity > primary.validity) {
+		struct crdt_mail_key folder = { .folder = primary.id };
+
+		if (primary.numberer.slot == r->cfg->slot && !path_has_validity(r, &primary, m->uid.validity))
+			claim_note(r, &folder, m->uid.validity, 0, CLAIM_VALIDITY);
+		v = CRDT_UID_HOLD;
+	} else if (primary.validity != 0 && primary.validity == b->uidvalidity) {
 		uf.validity = primary.validity;
 		uf.numberer = primary.numberer;
 		uf.next = primary.numberer_uidnext;
@@ -147,9 +200,9 @@ static bool shown_settled(struct replica *r, const struct box *b, const struct c
 	shadow_free(&s);
 	v = uid_verdict(r, b, m, uid, &to);
 	if (v == CRDT_UID_RECORD_CLAIM)
-		claim_note(r, &m->key, b->uidvalidity, to, false);
+		claim_note(r, &m->key, b->uidvalidity, to, CLAIM_UID);
 	else if (v == CRDT_UID_HOLD_AND_FLOOR)
-		claim_note(r, &m->key, b->uidvalidity, to, true);
+		claim_note(r, &m->key, b->uidvalidity, to, CLAIM_FLOOR);
 	else if (v == CRDT_UID_EXHAUSTED)
 		replica_log(r, 0, "mailbox %s has no UIDs left: it needs a new UIDVALIDITY", b->path);
 	*held_r = v == CRDT_UID_HOLD || v == CRDT_UID_HOLD_AND_FLOOR;
@@ -546,23 +599,54 @@ static void slice_extras(struct slice *s)
 	row_keys_free(keys, n);
 }
 
+static bool mail_is_dirty(struct replica *r, const struct crdt_mail_key *key)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	bool dirty;
+
+	mail_row_key(&k, ROW_DIRTY_MAIL, key);
+	dirty = rrows(r)->get(rrows(r), k.data, k.len, &v);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return dirty;
+}
+
+/* One row of the queue.  It goes when its mail is not dirty any more, or its
+ * claim has changed (then there is another row). */
+static void slice_row(struct slice *s, const struct row_key *row)
+{
+	struct replica *r = s->r;
+	struct crdt_reader rd = crdt_reader(row->p + 17, row->n - 17);
+	uint32_t claim = crdt_get_be32(&rd), now = UINT32_MAX;
+	struct crdt_mail_key key;
+	struct crdt_mail m;
+
+	if (rd.bad || !crdt_mail_key_decode(rd.p, crdt_reader_left(&rd), &key) || !mail_is_dirty(r, &key)) {
+		rrows(r)->del(rrows(r), row->p, row->n);
+		return;
+	}
+	if (crdt_mail_get(rrows(r), &key, NULL, &m) && m.uid.claim > 0)
+		now = m.uid.claim;
+	crdt_mail_free(&m);
+	if (now == claim)
+		slice_mail(s, &key);
+	else
+		rrows(r)->del(rrows(r), row->p, row->n);
+	if (!mail_is_dirty(r, &key))
+		rrows(r)->del(rrows(r), row->p, row->n);
+}
+
 static void slice_fill(struct slice *s)
 {
 	struct row_key keys[SLICE];
-	const char first = ROW_DIRTY_MAIL;
+	const char first = ROW_BY_CLAIM;
 	uint8_t last[600];
 	size_t n, last_n = 0;
 
 	do {
 		n = row_keys(s->r, &first, 1, last_n == 0 ? NULL : last, last_n, keys, SLICE);
-		for (size_t i = 0; i < n && s->n < SLICE; i++) {
-			struct crdt_mail_key key;
-
-			if (crdt_mail_key_decode(keys[i].p + 1, keys[i].n - 1, &key))
-				slice_mail(s, &key);
-			else
-				rrows(s->r)->del(rrows(s->r), keys[i].p, keys[i].n);
-		}
+		for (size_t i = 0; i < n && s->n < SLICE; i++)
+			slice_row(s, &keys[i]);
 		/* Go on right after the last one. */
 		if (n > 0 && keys[n - 1].n < sizeof(last)) {
 			last_n = keys[n - 1].n + 1;
@@ -585,7 +669,7 @@ static void cmd_held(struct slice *s, size_t i)
 
 	if (s->cmds[i].kind == MS_SAVE && crdt_mail_get(rrows(r), &s->keys[i], NULL, &m)) {
 		if (uid_verdict(r, &s->b, &m, 0, &to) == CRDT_UID_HOLD_AND_FLOOR)
-			claim_note(r, &s->keys[i], s->b.uidvalidity, to, true);
+			claim_note(r, &s->keys[i], s->b.uidvalidity, to, CLAIM_FLOOR);
 		crdt_mail_free(&m);
 		mail_row_move(r, &s->keys[i], ROW_DIRTY_MAIL, ROW_HELD);
 	} else {

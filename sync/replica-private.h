@@ -24,6 +24,7 @@
 #define ROW_DIRTY_FOLDER 'f'
 #define ROW_DIRTY_SUBSCRIPTION 's'
 #define ROW_DIRTY_MAIL 'd'	/* to do */
+#define ROW_BY_CLAIM 'q'	/* mailbox guid, claim(be32), mail key: order of ROW_DIRTY_MAIL */
 #define ROW_WAIT_BODY 'w'	/* waits for its text */
 #define ROW_TRIED 'y'		/* mail key: a command was told, its outcome not heard yet */
 #define ROW_HELD 'h'		/* held by the UID rule */
@@ -69,7 +70,11 @@ struct replica {
 	struct ms_position pos[MS_JOURNALS_MAX]; size_t pos_n;	/* journals that exist, and how far they are translated */
 	bool retry_aside;
 	/* Claims and floors that are due: made into ops before the commit. */
-	struct claim { struct crdt_mail_key key; uint32_t validity, uid; bool floor; } *claims;
+	struct claim {
+		enum { CLAIM_UID, CLAIM_FLOOR, CLAIM_VALIDITY } kind;
+		struct crdt_mail_key key;	/* CLAIM_VALIDITY: the folder only */
+		uint32_t validity, uid;
+	} *claims;
 	size_t claims_n, claims_cap;
 
 	/* The transaction of the call that runs. */
@@ -151,6 +156,9 @@ void place_put(struct replica *r, const struct crdt_mail_key *key, const struct 
 
 /* Keys of dirty mail rows in one of the states. */
 void mail_row_key(struct crdt_buf *b, char state, const struct crdt_mail_key *key);
+/* Queues a dirty mail: mails of a mailbox come in the order of their claims, as
+ * the UID rule needs it to come to an end; those without a claim last. */
+void mail_queue(struct replica *r, const struct crdt_mail_key *key);
 void mail_row_move(struct replica *r, const struct crdt_mail_key *key, char from, char to);
 void mail_rows_clear(struct replica *r, const struct crdt_mail_key *key);
 /* It is shown, but not at its claim: looked at again when the numbering changes. */
@@ -178,6 +186,8 @@ int replica_journal_record(struct replica *r, const struct ms_record *rec);
 
 /* replica-folders.c: 0, or an ms_result < 0; MS_RETRY: read the journal first. */
 int replica_apply_folders(struct replica *r, bool *more_r, char **error_r);
+/* Gives a folder a new UIDVALIDITY above this one (and all others). */
+int replica_raise_validity(struct replica *r, const struct crdt_id *folder, uint32_t above);
 int replica_apply_subscriptions(struct replica *r, char **error_r);
 
 /* replica-mails.c */

@@ -562,6 +562,33 @@ void mail_row_key(struct crdt_buf *b, char state, const struct crdt_mail_key *ke
 	crdt_mail_key_encode(b, state, key);
 }
 
+void mail_queue(struct replica *r, const struct crdt_mail_key *key)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	struct crdt_mail m;
+	struct place p;
+	struct box b;
+	uint32_t claim = UINT32_MAX;
+
+	/* Where it is to be shown, or else where it is to be removed from. */
+	if (!box_of(r, &key->folder, &b)) {
+		if (!place_get(r, key, &p))
+			return;
+		b.guid = p.box;
+	}
+	if (crdt_mail_get(rrows(r), key, NULL, &m) && m.uid.claim > 0)
+		claim = m.uid.claim;
+	crdt_mail_free(&m);
+	key_uid(&k, ROW_BY_CLAIM, &b.guid, claim);
+	mail_row_key(&v, 0, key);
+	crdt_buf_raw(&k, v.data + 1, v.len - 1);
+	crdt_buf_clear(&v);
+	put(r, &k, &v);
+	box_free(&b);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
 void mail_row_move(struct replica *r, const struct crdt_mail_key *key, char from, char to)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
@@ -571,6 +598,8 @@ void mail_row_move(struct replica *r, const struct crdt_mail_key *key, char from
 		del(r, &k);
 		k.data[0] = (uint8_t)to;
 		put(r, &k, &v);
+		if (to == ROW_DIRTY_MAIL)
+			mail_queue(r, key);
 	}
 	crdt_buf_free(&k);
 	crdt_buf_free(&v);

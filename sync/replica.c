@@ -182,6 +182,7 @@ static void mark_mail(struct replica *r, const struct crdt_mail_key *key, const 
 		mail_row_move(r, key, replica_mail_states[i], ROW_DIRTY_MAIL);
 	mail_row_key(&k, ROW_DIRTY_MAIL, key);
 	row_mark(r, k.data, k.len, dots);
+	mail_queue(r, key);
 	crdt_buf_free(&k);
 }
 

@@ -3,6 +3,7 @@
 import contextlib
 import imaplib
 import os
+import random
 import re
 import shlex
 import shutil
@@ -42,15 +43,33 @@ def wait_for(what, condition, timeout=20):
         time.sleep(0.005)
 
 
-def free_port():
-    for port in range(20000 + os.getpid() % 20000, 60000):
+def free_ports(n):
+    """Below the range that the kernel gives to clients, which would take them."""
+    ports = []
+    for port in random.sample(range(20000, 32000), 1000):
         with contextlib.closing(socket.socket()) as s:
             try:
                 s.bind(("127.0.0.1", port))
-                return port
             except OSError:
                 continue
+        ports.append(port)
+        if len(ports) == n:
+            return ports
     raise OSError("no free port")
+
+
+def asan_environment():
+    """With CRDT_PLUGIN_ASAN=1 the plugin was built with AddressSanitizer: its
+    runtime has to come first in processes that were not."""
+    if not os.environ.get("CRDT_PLUGIN_ASAN"):
+        return {}
+    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], check=True, text=True,
+                             capture_output=True).stdout.strip()
+    # the linker script points to the real file
+    return {"LD_PRELOAD": os.path.realpath(runtime), "GDB": "1",
+            "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",
+            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+            "DOVECOT_PRESERVE_ENVS": "LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS GDB"}
 
 
 class Record:
@@ -103,7 +122,7 @@ class Dovecot:
         self.slot = slot
         self.plugin = find_built("lib90_crdt_plugin.so", "CRDT_PLUGIN")
         self.dump_program = find_built("crdt-journal-dump", "CRDT_JOURNAL_DUMP")
-        self.imap_port = free_port()
+        self.imap_port, self.pop3_port = free_ports(2)
         self.process = None
         self.log = self.dir / "dovecot.log"
         self.conf = self.dir / "dovecot.conf"
@@ -127,7 +146,15 @@ class Dovecot:
                              ("lib95_crdt_test_plugin.so", self.dir / "lib95_crdt_test_plugin.so")):
             (modules / link).unlink(missing_ok=True)
             (modules / link).symlink_to(target)
-        (self.dir / "users").write_text("")
+        services = ""
+        asan = asan_environment()
+        for name in ("imap", "lmtp", "pop3") if asan else ():
+            wrapper = self.dir / f"{name}.sh"
+            wrapper.write_text("#!/bin/sh\n" + "".join(
+                f"export {key}={shlex.quote(value)}\n" for key, value in asan.items()) +
+                f'exec /usr/lib/dovecot/{name} "$@"\n')
+            wrapper.chmod(0o755)
+            services += f"service {name} {{\n  executable = {wrapper}\n  vsz_limit = 0\n}}\n"
         self.conf.write_text(f"""
 base_dir = {self.dir}/run
 state_dir = {self.dir}/state
@@ -169,7 +196,7 @@ service imap-login {{
 }}
 service pop3-login {{
   inet_listener pop3 {{
-    port = {self.imap_port + 20000 if self.imap_port < 40000 else self.imap_port - 15000}
+    port = {self.pop3_port}
   }}
   inet_listener pop3s {{
     port = 0
@@ -187,6 +214,7 @@ plugin {{
   {self.plugin_extra}
 }}
 {self.extra}
+{services}
 """)
 
     def start(self):
@@ -239,9 +267,6 @@ plugin {{
             ok(client.select(select))
         return client
 
-    def pop3_port(self):
-        return self.imap_port + 20000 if self.imap_port < 40000 else self.imap_port - 15000
-
     def lmtp(self, users, text="Subject: x\r\n\r\nhello\r\n"):
         """One delivery; smtplib knows nothing of an answer for each recipient."""
         with smtplib.LMTP(str(self.dir / "run" / "lmtp")) as client:
@@ -259,7 +284,8 @@ plugin {{
         for setting in plugin_settings:
             command += ["-o", f"plugin/{setting}"]
         command += [str(a) for a in args]
-        result = subprocess.run(command, input=input, text=True, capture_output=True)
+        result = subprocess.run(command, input=input, text=True, capture_output=True,
+                                env={**os.environ, **asan_environment()})
         if check and result.returncode != 0:
             raise RuntimeError(f"{shlex.join(command)}: {result.returncode}\n{result.stdout}{result.stderr}")
         return result
@@ -297,7 +323,7 @@ plugin {{
 
     def problems(self):
         return [line for line in self.log_text().splitlines()
-                if re.search(r"(Error|Panic|Fatal|Warning):", line)
+                if re.search(r"(Error|Panic|Fatal|Warning):|ERROR: Address|runtime error", line)
                 and "time moved" not in line.lower()]
 
     def build_test_plugin(self):

@@ -486,7 +486,7 @@ def test_pop3(any_format, user):
     d.lmtp([user])
     d.lmtp([user])
     after = d.last_seq(user)
-    client = poplib.POP3("127.0.0.1", d.pop3_port())
+    client = poplib.POP3("127.0.0.1", d.pop3_port)
     client.user(user)
     client.pass_(PASSWORD)
     client.retr(1)
@@ -666,7 +666,7 @@ def test_pop3_takes_over(any_format, user):
     d = any_format
     d.lmtp([user])
     d.set_ext(user, "INBOX", 1, 9)
-    client = poplib.POP3("127.0.0.1", d.pop3_port())
+    client = poplib.POP3("127.0.0.1", d.pop3_port)
     client.user(user)
     client.pass_(PASSWORD)
     assert client.stat()[0] == 1

@@ -611,8 +611,8 @@ static bool mail_is_dirty(struct replica *r, const struct crdt_mail_key *key)
 	return dirty;
 }
 
-/* One row of the queue.  It goes when its mail is not dirty any more, or its
- * claim has changed (then there is another row). */
+/* One row of the queue.  It goes when its mail is not dirty any more, or has
+ * another claim by now. */
 static void slice_row(struct slice *s, const struct row_key *row)
 {
 	struct replica *r = s->r;
@@ -628,12 +628,14 @@ static void slice_row(struct slice *s, const struct row_key *row)
 	if (crdt_mail_get(rrows(r), &key, NULL, &m) && m.uid.claim > 0)
 		now = m.uid.claim;
 	crdt_mail_free(&m);
-	if (now == claim)
+	if (now == claim) {
 		slice_mail(s, &key);
-	else
-		rrows(r)->del(rrows(r), row->p, row->n);
-	if (!mail_is_dirty(r, &key))
-		rrows(r)->del(rrows(r), row->p, row->n);
+		if (mail_is_dirty(r, &key))
+			return;
+	} else {
+		mail_queue(r, &key);
+	}
+	rrows(r)->del(rrows(r), row->p, row->n);
 }
 
 static void slice_fill(struct slice *s)

@@ -570,10 +570,10 @@ void mail_queue(struct replica *r, const struct crdt_mail_key *key)
 	struct box b;
 	uint32_t claim = UINT32_MAX;
 
-	/* Where it is to be shown, or else where it is to be removed from. */
+	/* Where it is to be shown, or else where it is to be removed from; all
+	 * zeros if there is no such place. */
 	if (!box_of(r, &key->folder, &b)) {
-		if (!place_get(r, key, &p))
-			return;
+		(void)place_get(r, key, &p);
 		b.guid = p.box;
 	}
 	if (crdt_mail_get(rrows(r), key, NULL, &m) && m.uid.claim > 0)

@@ -71,10 +71,26 @@ static bool dump_folder(void *ctx, const struct crdt_folder *f)
 	return true;
 }
 
+static bool dump_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)ctx;
+	(void)val;
+	fprintf(stderr, "  row %c %02x%02x %.*s (%zu)\n", key[0], klen > 1 ? key[1] : 0, klen > 2 ? key[2] : 0,
+		klen > 18 ? (int)klen - 18 : 0, (const char *)key + 18, vlen);
+	return true;
+}
+
+static void dump_rows(struct replica *r)
+{
+	for (const char *c = "dwhafsxy"; *c != '\0'; c++)
+		r->rows.rows.scan(&r->rows.rows, c, 1, NULL, 0, dump_row, NULL);
+}
+
 static void dump_state(struct replica *r)
 {
 	(void)replica_txn_begin(r);
 	crdt_scan_folders(&r->rows.rows, dump_folder, r);
+	dump_rows(r);
 	store_abort(&r->txn);
 }
 

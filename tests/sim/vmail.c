@@ -509,17 +509,42 @@ static struct vmail_mail *source_mail(struct vmail *v, const struct ms_cmd *c)
 }
 
 /* The result of an interrupted SAVE or MOVE, if there is one. */
-static struct vmail_mail *tried_mail(struct vmail_box *b, const struct ms_cmd *c, const char *guid)
+static struct vmail_mail *tried_mail(struct vmail *v, struct vmail_box *b, const struct ms_cmd *c, const char *guid)
 {
 	for (size_t i = 0; c->tried && i < b->n; i++) {
 		bool other = false;
 
 		for (unsigned k = 0; k < c->others_n; k++)
 			other = other || c->others[k] == b->mails[i].uid;
-		if (!other && strcmp(b->mails[i].guid, guid) == 0)
+		if (!other && strcmp(b->mails[i].guid, guid) == 0) {
+			v->tried_uid = b->mails[i].uid;
 			return &b->mails[i];
+		}
 	}
 	return NULL;
+}
+
+/* Several commands of one GUID: what one of them made is none of the others'. */
+static void tried_divide(struct ms_apply *a)
+{
+	for (size_t i = 0; i < a->n; i++) {
+		for (size_t k = 0; k < a->n; k++) {
+			struct ms_cmd *c = &a->cmds[k];
+
+			if (k == i || !c->tried || a->cmds[i].want_uid == 0 || c->others_n == MS_OTHERS_MAX)
+				continue;
+			if (c->want_uid != a->cmds[i].want_uid)
+				c->others[c->others_n++] = a->cmds[i].want_uid;
+		}
+	}
+}
+
+static void tried_taken(struct ms_apply *a, uint32_t uid)
+{
+	for (size_t k = 0; k < a->n; k++) {
+		if (a->cmds[k].tried && a->cmds[k].others_n < MS_OTHERS_MAX)
+			a->cmds[k].others[a->cmds[k].others_n++] = uid;
+	}
 }
 
 static int apply_save(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
@@ -530,7 +555,7 @@ static int apply_save(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
 
 	memset(&m, 0, sizeof(m));
 	(void)snprintf(m.guid, sizeof(m.guid), "%.*s", (int)c->guid.n, (const char *)c->guid.p);
-	there = tried_mail(b, c, m.guid);
+	there = tried_mail(v, b, c, m.guid);
 	if (there != NULL) {
 		journal_append(v, b, there, c->key);
 		c->outcome = MS_DONE;
@@ -567,7 +592,7 @@ static int apply_save(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
 
 static int apply_move(struct vmail *v, struct vmail_box *b, struct ms_cmd *c, struct vmail_mail *there)
 {
-	struct vmail_mail m = *there, *tried = tried_mail(b, c, m.guid);
+	struct vmail_mail m = *there, *tried = tried_mail(v, b, c, m.guid);
 	uint32_t old = there->uid;
 
 	if (tried == NULL) {
@@ -605,7 +630,7 @@ static int apply_cmd(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
 		char guid[40];
 
 		(void)snprintf(guid, sizeof(guid), "%.*s", (int)c->guid.n, (const char *)c->guid.p);
-		m = tried_mail(b, c, guid);
+		m = tried_mail(v, b, c, guid);
 	} else {
 		m = mail_by_uid(b, c->uid);
 	}
@@ -645,8 +670,13 @@ static int ms_do_apply(struct mailstore *ms, struct ms_apply *a)
 		return MS_GONE;
 	if (crdt_numberer_cmp(&a->numberer, &b->numberer) > 0)
 		b->numberer = a->numberer;
-	for (size_t i = 0; i < a->n && res == MS_OK; i++)
+	tried_divide(a);
+	for (size_t i = 0; i < a->n && res == MS_OK; i++) {
+		v->tried_uid = 0;
 		res = apply_cmd(v, b, &a->cmds[i]);
+		if (v->tried_uid != 0)
+			tried_taken(a, v->tried_uid);
+	}
 	a->uidnext_r = b->uidnext;
 	return res;
 }

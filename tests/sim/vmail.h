@@ -41,6 +41,7 @@ struct vmail {
 	/* Kill the "process" at a random place inside the next call: the call stops
 	 * half-way and returns MS_TEMP. */
 	bool kill_armed, trace;
+	uint32_t tried_uid;		/* found as the result of an interrupted command */
 	unsigned native_records;	/* written by users */
 	/* A UID that came to mean another mail, or UIDNEXT fell (I4, I5). */
 	const char *fault;

@@ -28,15 +28,18 @@ static int call_begin(struct replica *r, char **error_r)
 	return replica_txn_commit(r, false, error_r);
 }
 
-static enum step call_end(struct replica *r, int res, char **error_r)
+static enum step call_end(struct replica *r, const struct box *b, int res, char **error_r)
 {
 	if (replica_outbound(r, error_r) < 0)
 		return STEP_FAILED;
 	(void)replica_txn_begin(r);
 	switch (res) {
+	case MS_GONE:
+		if (b != NULL)
+			replica_box_lost(r, b);
+		return STEP_PROGRESS;
 	case MS_OK:
 	case MS_RETRY:
-	case MS_GONE:
 		return STEP_PROGRESS;
 	default:
 		*error_r = strdup(r->ms->error);
@@ -123,6 +126,34 @@ static bool box_any_at(struct replica *r, const struct box *b, const uint8_t *pa
 
 /* ---- steps ---- */
 
+/*
+ * The journal tells of a new mailbox before it is made, since users may act on
+ * it at once.  Until the worker has answered, the making is noted, and repeated
+ * after a kill.
+ */
+static void creating(struct replica *r, const struct crdt_id *id, bool on)
+{
+	uint8_t key[17] = { ROW_CREATING };
+
+	memcpy(key + 1, id->b, 16);
+	if (on)
+		rrows(r)->put(rrows(r), key, sizeof(key), "", 0);
+	else
+		rrows(r)->del(rrows(r), key, sizeof(key));
+}
+
+static bool is_creating(struct replica *r, const struct crdt_id *id)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+	uint8_t key[17] = { ROW_CREATING };
+	bool on;
+
+	memcpy(key + 1, id->b, 16);
+	on = rrows(r)->get(rrows(r), key, sizeof(key), &v);
+	crdt_buf_free(&v);
+	return on;
+}
+
 static enum step do_create(struct replica *r, const struct crdt_folder *f, char **error_r)
 {
 	struct ms_mailbox want, made;
@@ -137,11 +168,14 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	want.guid = f->id;
 	want.path = (struct crdt_str){ f->path, f->path_len };
 	want.uidvalidity = g.validity;
+	creating(r, &f->id, true);
 	if (call_begin(r, error_r) < 0)
 		return STEP_FAILED;
 	memset(&made, 0, sizeof(made));
 	res = r->ms->create(r->ms, &want, 1, &g.numberer, &made, &existed);
-	step = call_end(r, res, error_r);
+	step = call_end(r, NULL, res, error_r);
+	if (step == STEP_PROGRESS && res == MS_OK)
+		creating(r, &f->id, false);
 	if (step != STEP_PROGRESS || res != MS_OK || box_get(r, &made.guid, &b)) {
 		if (step == STEP_PROGRESS && res == MS_OK)
 			box_free(&b);
@@ -165,7 +199,7 @@ static enum step do_rename(struct replica *r, struct box *b, const void *path, s
 	if (to == NULL)
 		abort();
 	if (call_begin(r, error_r) == 0)
-		step = call_end(r, r->ms->rename(r->ms, &m, to), error_r);
+		step = call_end(r, b, r->ms->rename(r->ms, &m, to), error_r);
 	free(to);
 	return step;
 }
@@ -181,8 +215,8 @@ static enum step do_remove(struct replica *r, struct box *b, char **error_r)
 	if (call_begin(r, error_r) < 0)
 		return STEP_FAILED;
 	res = r->ms->remove(r->ms, &m, &known);
-	step = call_end(r, res, error_r);
-	/* Gone already, and no record tells so. */
+	/* Gone already is as good. */
+	step = call_end(r, NULL, res, error_r);
 	if (res == MS_GONE && step == STEP_PROGRESS && box_get(r, &b->guid, &left)) {
 		box_delete(r, &left);
 		box_free(&left);
@@ -199,7 +233,7 @@ static enum step do_revalidate(struct replica *r, struct box *b, const struct gr
 	 * by the UID rule. */
 	if (call_begin(r, error_r) < 0)
 		return STEP_FAILED;
-	return call_end(r, r->ms->revalidate(r->ms, &m, g->validity, &g->numberer, NULL, 0, &known), error_r);
+	return call_end(r, b, r->ms->revalidate(r->ms, &m, g->validity, &g->numberer, NULL, 0, &known), error_r);
 }
 
 /* Tells the mailbox who its numberer is, and gives held mails another chance. */
@@ -216,7 +250,7 @@ static enum step do_numberer(struct replica *r, struct box *b, const struct grou
 	if (call_begin(r, error_r) < 0)
 		return STEP_FAILED;
 	res = r->ms->apply(r->ms, &a);
-	step = call_end(r, res, error_r);
+	step = call_end(r, b, res, error_r);
 	if (step == STEP_PROGRESS && res == MS_OK && box_get(r, &b->guid, &now)) {
 		now.pushed = g->numberer;
 		if (a.uidnext_r > now.uidnext)
@@ -311,6 +345,10 @@ static enum step folder_live(struct replica *r, const struct crdt_folder *f, cha
 
 	if (!box_of(r, &f->id, &b))
 		return folder_place(r, f, NULL, error_r);
+	if (is_creating(r, &f->id)) {
+		box_free(&b);
+		return do_create(r, f, error_r);
+	}
 	if (b.path_len != f->path_len || memcmp(b.path, f->path, b.path_len) != 0) {
 		step = folder_place(r, f, &b, error_r);
 	} else {

@@ -755,22 +755,19 @@ static int outcomes(struct slice *s, const struct ms_apply *a, char **error_r)
 	return replica_txn_commit(r, false, error_r);
 }
 
-/* The mailbox itself is gone without a DELETE: it is made again (I9). */
-static int box_lost(struct replica *r, struct box *b, char **error_r)
+void replica_box_lost(struct replica *r, const struct box *b)
 {
 	struct box copy;
 
-	(void)replica_txn_begin(r);
-	replica_log(r, 1, "mailbox %s is gone without having been deleted: it is restored", b->path);
-	if (box_get(r, &b->guid, &copy)) {
-		for (unsigned i = 0; i < copy.folders_n; i++)
-			replica_mark_folder(r, &copy.folders[i]);
-		box_delete(r, &copy);
-		for (unsigned i = 0; i < copy.folders_n; i++)
-			replica_mark_folder_mails(r, &copy.folders[i]);
+	if (!box_get(r, &b->guid, &copy))
+		return;
+	replica_log(r, 1, "mailbox %s is gone without having been deleted: it is restored", copy.path);
+	box_delete(r, &copy);
+	for (unsigned i = 0; i < copy.folders_n; i++) {
+		replica_mark_folder(r, &copy.folders[i]);
+		replica_mark_folder_mails(r, &copy.folders[i]);
 	}
 	box_free(&copy);
-	return replica_txn_commit(r, false, error_r);
 }
 
 static int cmd_cmp(const void *va, const void *vb)
@@ -858,7 +855,9 @@ static int slice_run(struct slice *s, bool *more_r, char **error_r)
 	case MS_GONE:
 		if (replica_outbound(r, error_r) < 0)
 			return REPLICA_FAILED;
-		return box_lost(r, &s->b, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+		(void)replica_txn_begin(r);
+		replica_box_lost(r, &s->b);
+		return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
 	default:
 		r->retry_aside = true;
 		*error_r = strdup(r->ms->error);

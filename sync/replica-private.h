@@ -17,6 +17,7 @@
 #define ROW_UID 'u'		/* mailbox guid, uid(be32): struct shadow */
 #define ROW_OLD_UID 'z'		/* as ROW_UID, under the UIDVALIDITY that a mailbox just lost */
 #define ROW_MAIL 'm'		/* mail key: mailbox guid, uid: where the mail is */
+#define ROW_CREATING 'c'	/* folder id: its mailbox is being made, outcome not heard yet */
 #define ROW_SUBSCRIBED 'l'	/* name: subscribed in the mail store */
 #define ROW_TEXT 't'		/* content id: mailbox guid, uid, size: a mail here with that text */
 #define ROW_EXTRA 'x'		/* mailbox guid, uid(be32): a second record of a mail, to be removed */
@@ -186,6 +187,9 @@ int replica_journal_record(struct replica *r, const struct ms_record *rec);
 
 /* replica-folders.c: 0, or an ms_result < 0; MS_RETRY: read the journal first. */
 int replica_apply_folders(struct replica *r, bool *more_r, char **error_r);
+/* The mail store has no such mailbox, although nobody deleted it: what it showed
+ * is to be shown anew (I9). */
+void replica_box_lost(struct replica *r, const struct box *b);
 /* Gives a folder a new UIDVALIDITY above this one (and all others). */
 int replica_raise_validity(struct replica *r, const struct crdt_id *folder, uint32_t above);
 int replica_apply_subscriptions(struct replica *r, char **error_r);

@@ -699,11 +699,15 @@ static int ms_create(struct mailstore *ms, const struct ms_mailbox *box, uint32_
 			return MS_TEMP;
 		if (box_by_guid(v, &guid) != NULL || crdt_id_equal(&guid, &crdt_inbox_id))
 			box_id(v, &guid);
-		b = box_add(v, path, &guid, box->uidvalidity);
-		b->numberer = *numberer;
+		/* The record goes first: users may act on the mailbox at once. */
+		{
+			struct vmail_box plan = { .guid = guid, .uidvalidity = box->uidvalidity };
+			journal_path(v, CRDT_JREC_CREATE, path, NULL, &plan, true);
+		}
 		if (killed(v, 3))
 			return MS_TEMP;
-		journal_path(v, CRDT_JREC_CREATE, path, NULL, b, true);
+		b = box_add(v, path, &guid, box->uidvalidity);
+		b->numberer = *numberer;
 	}
 	made_r->guid = b->guid;
 	made_r->uidvalidity = b->uidvalidity;

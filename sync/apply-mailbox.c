@@ -65,7 +65,8 @@ static int create_new(struct worker_user *user, struct mailbox *box, const struc
 		guid_128_generate(update.mailbox_guid);
 	if (mailbox_create(box, &update, FALSE) == 0)
 		return MS_OK;
-	return worker_box_error(box, "create", error_r);
+	/* "not found": e.g. a name that is too long for the file system */
+	return worker_box_error(box, "create", error_r) == MS_TEMP ? MS_TEMP : MS_FAIL;
 }
 
 /* What is there now. */

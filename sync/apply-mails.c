@@ -224,7 +224,7 @@ static bool is_change(const struct apply_cmd *c)
 static void change_one(struct apply_cmd *c, struct mail *mail)
 {
 	uint32_t uid = c->cmd->kind == MS_FLAGS ? c->cmd->uid : expunge_uid(c);
-	bool there = uid != 0 && mail_set_uid(mail, uid) && !mail->expunged;
+	bool there = uid != 0 && worker_mail_find(mail, uid) && !mail->expunged;
 
 	if (there && c->cmd->kind == MS_FLAGS)
 		change_flags(mail, c->cmd);
@@ -426,6 +426,38 @@ static int plan_cmp(const struct apply_plan *a, const struct apply_plan *b)
 	return a->c->index < b->c->index ? -1 : 1;
 }
 
+static bool uids_choose(struct apply_run *run, struct apply_uid *uids, unsigned n)
+{
+	struct crdt_mailbox_ext ext;
+	struct crdt_uid_folder numbering;
+
+	apply_ext_read(run->box, &ext);
+	numbering = crdt_mailbox_ext_numbering(&ext, worker_uidvalidity(run->box));
+	return apply_uids_choose(uids, n, run->user->ident.slot, apply_uidnext(run->box), &numbering);
+}
+
+/* Gives the plan the UIDs that it would have now. */
+static void plan_number(struct apply_run *run, ARRAY_TYPE(apply_plan) *plan)
+{
+	struct apply_plan *p;
+	struct apply_uid *uids;
+	unsigned n;
+
+	p = array_get_modifiable(plan, &n);
+	uids = t_new(struct apply_uid, n + 1);
+	for (unsigned i = 0; i < n; i++)
+		uids[i] = p[i].uid;
+	(void)uids_choose(run, uids, n);
+	for (unsigned i = 0, out = 0; i < n; i++, out++) {
+		p = array_idx_modifiable(plan, out);
+		p->uid = uids[i];
+		if (uids[i].uid != 0)
+			continue;
+		set_outcome(p->c, MS_CMD_FAILED, "UIDs are used up: the mailbox needs a new UIDVALIDITY");
+		array_delete(plan, out--, 1);
+	}
+}
+
 static void plan_make(struct apply_run *run, ARRAY_TYPE(apply_plan) *plan)
 {
 	uint32_t next = apply_uidnext(run->box), last = 0;
@@ -456,6 +488,7 @@ static void plan_make(struct apply_run *run, ARRAY_TYPE(apply_plan) *plan)
 			array_push_back(plan, &own);
 		}
 	}
+	plan_number(run, plan);
 }
 
 /* The transactions of step 2 and 3, and the mail of the second that is read. */
@@ -470,9 +503,9 @@ save_alloc(struct saving *s, const struct apply_plan *p, const char *guid, time_
 {
 	struct mail_save_context *ctx = mailbox_save_alloc(s->saves.t);
 
-	/* Only for how Dovecot treats mails that come with a UID: which one it is
-	 * gets decided by the commit. */
-	mailbox_save_set_uid(ctx, p->uid.want != 0 ? p->uid.want : apply_uidnext(s->run->box));
+	/* Mails that come with a UID are not \Recent.  Which one it is gets decided
+	 * by the commit, but two must not be the same before. */
+	mailbox_save_set_uid(ctx, p->uid.uid);
 	mailbox_save_set_guid(ctx, guid);
 	mailbox_save_set_received_date(ctx, received, 0);
 	return ctx;
@@ -594,7 +627,7 @@ static int save_copy(struct saving *s, const struct apply_plan *p, struct mail *
 	bool same_guid;
 	int ret;
 
-	if (!mail_set_uid(mail, cmd->source_uid) ||
+	if (!worker_mail_find(mail, cmd->source_uid) ||
 	    mail_get_special(mail, MAIL_FETCH_GUID, &mail_guid) < 0 ||
 	    mail_get_received_date(mail, &received) < 0 ||
 	    (same_guid = strcmp(guid, mail_guid) == 0, !source_is_good(mail, cmd, same_guid))) {
@@ -645,7 +678,7 @@ static int save_moved(struct saving *s, const struct apply_plan *p)
 	time_t received;
 	int ret;
 
-	if (!mail_set_uid(mail, p->c->cmd->uid) || worker_mail_guid(mail, &guid) < 0 ||
+	if (!worker_mail_find(mail, p->c->cmd->uid) || worker_mail_guid(mail, &guid) < 0 ||
 	    mail_get_special(mail, MAIL_FETCH_GUID, &mail_guid) < 0 ||
 	    mail_get_received_date(mail, &received) < 0) {
 		if (!mail->expunged && mailbox_get_last_mail_error(mail->box) != MAIL_ERROR_EXPUNGED)
@@ -742,27 +775,16 @@ static int saving_write(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
 }
 
 /* Under the lock: whether the plan can still be carried out. */
-static bool saving_check(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
+static bool saving_check(struct saving *s)
 {
-	struct mailbox *box = s->run->box;
-	struct crdt_mailbox_ext ext;
-	struct crdt_uid_folder numbering;
 	struct apply_uid *uids;
 	unsigned n;
 	bool ok;
 
-	apply_ext_read(box, &ext);
-	numbering = crdt_mailbox_ext_numbering(&ext, worker_uidvalidity(box));
 	uids = array_get_modifiable(&s->saves.uids, &n);
-	ok = apply_uids_choose(uids, n, s->run->user->ident.slot, apply_uidnext(box), &numbering);
-	for (unsigned i = 0; i < n; i++) {
-		const struct apply_plan *p = array_idx(plan, i);
-
-		if (uids[i].uid != 0)
-			continue;
-		set_outcome(p->c, MS_CMD_FAILED, "UIDs are used up: the mailbox needs a new UIDVALIDITY");
-		ok = FALSE;
-	}
+	ok = uids_choose(s->run, uids, n);
+	for (unsigned i = 0; i < n; i++)
+		ok = ok && uids[i].uid != 0;
 	return ok;
 }
 
@@ -777,7 +799,7 @@ static int saving_commit(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
 		apply_txn_rollback(&s->saves);
 		return -1;
 	}
-	if (!saving_check(s, plan)) {
+	if (!saving_check(s)) {
 		apply_txn_rollback(&s->saves);
 		apply_uids_unlock(run->box);
 		return 0;

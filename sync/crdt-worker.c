@@ -42,6 +42,7 @@ int main(int argc, char *argv[])
 	worker_storage_service = mail_storage_service_init(master_service, NULL, storage_flags);
 	restrict_access_allow_coredumps(TRUE);
 	apply_init();
+	worker_users_init();
 	master_service_init_finish(master_service);
 
 	master_service_run(master_service, client_connected);

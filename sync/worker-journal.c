@@ -220,7 +220,7 @@ static int mail_send(struct read_ctx *ctx, uint64_t seq, struct mail *mail, uint
 	buffer_t *text = t_buffer_create(16 * 1024);
 	int ret = 0;
 
-	if (mail != NULL && mail_set_uid(mail, uid)) {
+	if (mail != NULL && worker_mail_find(mail, uid)) {
 		ret = mail_tell(ctx, seq, mail, &msg, text, I_MIN(CRDT_BODY_RIDE, *room));
 		if (ret < 0)
 			return -1;

@@ -45,6 +45,16 @@ int worker_mail_guid(struct mail *mail, const char **guid_r)
 	return 0;
 }
 
+bool worker_mail_find(struct mail *mail, uint32_t uid)
+{
+	uint32_t seq;
+
+	if (!mail_index_lookup_seq(mail->transaction->view, uid, &seq))
+		return FALSE;
+	mail_set_seq(mail, seq);
+	return TRUE;
+}
+
 uint8_t worker_mail_flags(struct mail *mail)
 {
 	return mail_get_flags(mail) & CRDT_FLAGS_ALL;
@@ -131,7 +141,7 @@ static int body_open(struct worker_user *user, struct mailbox *box, uint32_t uid
 	body->uid = uid;
 	body->t = mailbox_transaction_begin(box, 0, "crdt body");
 	body->mail = mail_alloc(body->t, 0, NULL);
-	if (!mail_set_uid(body->mail, uid)) {
+	if (!worker_mail_find(body->mail, uid)) {
 		*error_r = t_strdup_printf("mailbox %s: no mail has UID %u", box->vname, uid);
 		ret = MS_GONE;
 	} else if (text_stream(body->mail, &body->input) < 0) {

@@ -2,6 +2,7 @@
 /* The user that a connection is about: settings, names, mailboxes, locks. */
 #include "worker.h"
 #include "ioloop.h"
+#include "module-context.h"
 #include "module-dir.h"
 #include "str-sanitize.h"
 #include "unichar.h"
@@ -12,6 +13,7 @@
 #include "master-service-settings.h"
 #include "mail-storage-service.h"
 #include "mail-storage-settings.h"
+#include "mail-storage-hooks.h"
 #include "maildir-storage.h"
 #include "worker-service.h"
 #include "apply-txn.h"
@@ -334,23 +336,67 @@ static bool box_is_current(struct worker_box *wbox, const struct crdt_id *guid)
 		st.st_ino == wbox->st.st_ino && st.st_dev == wbox->st.st_dev;
 }
 
-int worker_box_exists(struct mailbox *box, const char **error_r)
+/*
+ * The directory of a Maildir INBOX may be there for the sake of the journal or
+ * of another mailbox.  Opening it would quietly make an INBOX of it, with any
+ * UIDVALIDITY; and Dovecot does open it, to look at its cache when another
+ * mailbox is made.
+ */
+static bool is_unborn_inbox(struct mailbox *box)
 {
-	enum mailbox_existence existence;
 	const char *path;
 	struct stat st;
 
+	return box->inbox_user && !box->creating &&
+		strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0 &&
+		mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 &&
+		stat(t_strconcat(path, "/cur", NULL), &st) < 0 && errno == ENOENT;
+}
+
+static MODULE_CONTEXT_DEFINE_INIT(worker_mailbox_module, &mail_storage_module_register);
+
+static int inbox_open(struct mailbox *box)
+{
+	union mailbox_module_context *ctx = MODULE_CONTEXT_REQUIRE(box, worker_mailbox_module);
+
+	if (is_unborn_inbox(box)) {
+		/* not "not found": Dovecot would create it */
+		mail_storage_set_error(box->storage, MAIL_ERROR_UNAVAILABLE, "INBOX is not created yet");
+		return -1;
+	}
+	return ctx->super.open(box);
+}
+
+static void mailbox_allocated(struct mailbox *box)
+{
+	struct mailbox_vfuncs *v = box->vlast;
+	union mailbox_module_context *ctx;
+
+	if (!box->inbox_user)
+		return;
+	ctx = p_new(box->pool, union mailbox_module_context, 1);
+	ctx->super = *v;
+	box->vlast = &ctx->super;
+	v->open = inbox_open;
+	MODULE_CONTEXT_SET_SELF(box, worker_mailbox_module, ctx);
+}
+
+static struct mail_storage_hooks hooks = {
+	.mailbox_allocated = mailbox_allocated,
+};
+
+void worker_users_init(void)
+{
+	mail_storage_hooks_add_internal(&hooks);
+}
+
+int worker_box_exists(struct mailbox *box, const char **error_r)
+{
+	enum mailbox_existence existence;
+
 	if (mailbox_exists(box, FALSE, &existence) < 0)
 		return worker_box_error(box, "exists", error_r);
-	if (existence != MAILBOX_EXISTENCE_SELECT)
-		return MS_GONE;
-	/* The directory of a Maildir INBOX may be there for the journal's sake:
-	 * opening it would quietly make an INBOX of it, with any UIDVALIDITY. */
-	if (box->inbox_user && strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0 &&
-	    mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 &&
-	    stat(t_strconcat(path, "/cur", NULL), &st) < 0 && errno == ENOENT)
-		return MS_GONE;
-	return MS_OK;
+	return existence == MAILBOX_EXISTENCE_SELECT && !is_unborn_inbox(box) ? MS_OK : MS_GONE;
 }
 
 /* Opens box, which is freed otherwise, if it has this GUID.  1; 0: it has not, or

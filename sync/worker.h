@@ -59,6 +59,8 @@ struct worker_user {
 
 /* worker-user.c */
 
+void worker_users_init(void);
+
 /* MS_GONE: no such user. */
 int worker_user_init(const char *name, struct worker_user **user_r, const char **error_r);
 void worker_user_deinit(struct worker_user **user);
@@ -103,6 +105,9 @@ static inline uint32_t worker_uidvalidity(struct mailbox *box)
 /* GUIDs that every mail format of every node can hold: printable, no space or
  * slash, no leading dot, at most CRDT_GUID_MAX bytes. */
 bool worker_guid_is_portable(const void *guid, size_t n);
+/* mail_set_uid(), but a UID that is not there leaves no trace in `mail` (Dovecot's
+ * would leave the next one that is there marked as expunged). */
+bool worker_mail_find(struct mail *mail, uint32_t uid);
 /* GUID of a mail as ops know it: its own, or a digest of it if that is not
  * portable.  0; -1: see worker_box_error(). */
 int worker_mail_guid(struct mail *mail, const char **guid_r);

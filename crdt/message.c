@@ -139,16 +139,19 @@ void crdt_mail_update_live(struct crdt_mail *m, const struct crdt_folder *folder
 
 /* ---- lists ---- */
 
-/* Makes room for one entry at `at`; NULL: out of memory or full. */
+/* Makes room for one entry at `at`; NULL: out of memory or full.  A list of n has
+ * room for the next power of two, so that n alone tells when it has to grow. */
 static void *list_insert(void *list, uint16_t *n, uint16_t at, size_t size)
 {
-	uint8_t *bytes;
+	uint8_t *bytes = list;
 
 	if (*n == UINT16_MAX)
 		return NULL;
-	bytes = realloc(list, ((size_t)*n + 1) * size);
-	if (bytes == NULL)
-		return NULL;
+	if ((*n & (*n - 1)) == 0) {
+		bytes = realloc(list, (*n == 0 ? 1 : 2 * (size_t)*n) * size);
+		if (bytes == NULL)
+			return NULL;
+	}
 	memmove(bytes + (at + 1) * size, bytes + at * size, (size_t)(*n - at) * size);
 	memset(bytes + at * size, 0, size);
 	(*n)++;
@@ -174,16 +177,14 @@ static int keyword_compare(const struct crdt_mail_keyword *k, const struct crdt_
 struct crdt_mail_keyword *crdt_mail_keyword_make(struct crdt_mail *m, const struct crdt_str *name)
 {
 	struct crdt_mail_keyword *list;
-	uint16_t i;
-	int ret = 1;
+	uint16_t i = m->keywords_n;
+	int ret = -1;
 
-	for (i = 0; i < m->keywords_n; i++) {
-		ret = keyword_compare(&m->keywords[i], name);
-		if (ret >= 0)
-			break;
-	}
-	if (i < m->keywords_n && ret == 0)
-		return &m->keywords[i];
+	/* from the end: rows are read in order */
+	while (i > 0 && (ret = keyword_compare(&m->keywords[i - 1], name)) > 0)
+		i--;
+	if (i > 0 && ret == 0)
+		return &m->keywords[i - 1];
 	if (m->keywords_n >= CRDT_MAIL_KEYWORDS_MAX)
 		return NULL;
 	list = list_insert(m->keywords, &m->keywords_n, i, sizeof(*list));
@@ -203,11 +204,12 @@ void crdt_mail_keyword_delete(struct crdt_mail *m, uint16_t i)
 struct crdt_mail_removal *crdt_mail_removal_make(struct crdt_mail *m, struct crdt_dot dot)
 {
 	struct crdt_mail_removal *list;
-	uint16_t i;
+	uint16_t i = m->removals_n;
 
-	for (i = 0; i < m->removals_n && crdt_dot_compare(m->removals[i].dot, dot) < 0; i++) ;
-	if (i < m->removals_n && crdt_dot_compare(m->removals[i].dot, dot) == 0)
-		return &m->removals[i];
+	while (i > 0 && crdt_dot_compare(m->removals[i - 1].dot, dot) > 0)
+		i--;
+	if (i > 0 && crdt_dot_compare(m->removals[i - 1].dot, dot) == 0)
+		return &m->removals[i - 1];
 	list = list_insert(m->removals, &m->removals_n, i, sizeof(*list));
 	if (list == NULL)
 		return NULL;
@@ -224,11 +226,12 @@ void crdt_mail_removal_delete(struct crdt_mail *m, uint16_t i)
 struct crdt_mail_body *crdt_mail_body_make(struct crdt_mail *m, struct crdt_dot dot)
 {
 	struct crdt_mail_body *list;
-	uint16_t i;
+	uint16_t i = m->bodies_n;
 
-	for (i = 0; i < m->bodies_n && crdt_dot_compare(m->bodies[i].dot, dot) < 0; i++) ;
-	if (i < m->bodies_n && crdt_dot_compare(m->bodies[i].dot, dot) == 0)
-		return &m->bodies[i];
+	while (i > 0 && crdt_dot_compare(m->bodies[i - 1].dot, dot) > 0)
+		i--;
+	if (i > 0 && crdt_dot_compare(m->bodies[i - 1].dot, dot) == 0)
+		return &m->bodies[i - 1];
 	list = list_insert(m->bodies, &m->bodies_n, i, sizeof(*list));
 	if (list == NULL)
 		return NULL;
@@ -245,11 +248,12 @@ void crdt_mail_body_delete(struct crdt_mail *m, uint16_t i)
 struct crdt_mail_uid *crdt_mail_uid_make(struct crdt_mail *m, struct crdt_dot dot)
 {
 	struct crdt_mail_uid *list;
-	uint16_t i;
+	uint16_t i = m->uids_n;
 
-	for (i = 0; i < m->uids_n && crdt_dot_compare(m->uids[i].dot, dot) < 0; i++) ;
-	if (i < m->uids_n && crdt_dot_compare(m->uids[i].dot, dot) == 0)
-		return &m->uids[i];
+	while (i > 0 && crdt_dot_compare(m->uids[i - 1].dot, dot) > 0)
+		i--;
+	if (i > 0 && crdt_dot_compare(m->uids[i - 1].dot, dot) == 0)
+		return &m->uids[i - 1];
 	list = list_insert(m->uids, &m->uids_n, i, sizeof(*list));
 	if (list == NULL)
 		return NULL;

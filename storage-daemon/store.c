@@ -271,7 +271,7 @@ static int store_check_dir(const char *path, bool create, char **error_r)
 static int store_check_families(struct store *s, char **error_r)
 {
 	char *err = NULL, **names;
-	size_t n, i;
+	size_t n = 0, i;
 	unsigned int j;
 	int ret = 0;
 
@@ -279,7 +279,7 @@ static int store_check_families(struct store *s, char **error_r)
 	if (err != NULL) {
 		/* new, or damaged: opening tells */
 		rocksdb_free(err);
-		return 0;
+		n = 0;
 	}
 	for (i = 0; i < n && ret == 0; i++) {
 		for (j = 0; j < STORE_SPACES; j++) {

@@ -533,7 +533,7 @@ void shadows_put_by(struct replica *r, const struct crdt_id *box)
 bool shadow_take_up(struct replica *r, const struct crdt_id *box, uint32_t old_uid, uint32_t uid)
 {
 	struct crdt_buf k = CRDT_BUF_INIT;
-	struct place p = { *box, uid };
+	struct place p = { *box, uid }, old;
 	struct crdt_mail m;
 	struct shadow s;
 
@@ -541,10 +541,20 @@ bool shadow_take_up(struct replica *r, const struct crdt_id *box, uint32_t old_u
 		return false;
 	key_uid(&k, ROW_OLD_UID, box, old_uid);
 	del(r, &k);
+	if (place_get(r, &s.key, &old) && old.uid == old_uid && crdt_id_equal(&old.box, box)) {
+		/* Not through place_put() alone: the old UID is no second record. */
+		place_forget(r, &s.key);
+		place_put(r, &s.key, &p);
+	} else {
+		/* A second record, to be removed: it still is. */
+		crdt_buf_clear(&k);
+		key_uid(&k, ROW_EXTRA, box, old_uid);
+		del(r, &k);
+		crdt_buf_clear(&k);
+		key_uid(&k, ROW_EXTRA, box, uid);
+		rrows(r)->put(rrows(r), k.data, k.len, "", 0);
+	}
 	crdt_buf_free(&k);
-	/* Not through place_put(): the old UID names no second record. */
-	place_forget(r, &s.key);
-	place_put(r, &s.key, &p);
 	shadow_put(r, box, uid, &s.key, s.flags, s.keywords, s.keywords_n);
 	if (crdt_mail_get(rrows(r), &s.key, NULL, &m))
 		text_place_put(r, &m.content, &p, m.size);

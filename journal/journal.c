@@ -218,6 +218,25 @@ int journal_read_header(struct crdt_journal *j, uint8_t header[CRDT_JOURNAL_HEAD
 	return ret > 0 && have ? 1 : 0;
 }
 
+/* The newer copy's fixed fields, unchecked. */
+static bool peek_header(struct crdt_journal *j, struct crdt_journal_peek *peek_r)
+{
+	uint8_t bytes[COPY_SIZE + COPY_PEEK_SIZE];
+	struct copy c;
+
+	memset(peek_r, 0, sizeof(*peek_r));
+	if (journal_pread(j->fd, bytes, sizeof(bytes), COPY_OFFSET(0)) <= 0)
+		return false;
+	for (int i = 0; i < 2; i++) {
+		journal_copy_decode_fixed(bytes + i * COPY_SIZE, &c);
+		if (c.generation >= peek_r->generation) {
+			peek_r->generation = c.generation;
+			peek_r->numbered_here = (c.flags & COPY_NUMBERED_HERE) != 0;
+		}
+	}
+	return true;
+}
+
 /*
  * Finds the end of the last whole batch and the next seq.  Usually one frame is
  * read, the last.  What a killed writer left behind it is cut off (never in a
@@ -337,6 +356,85 @@ static int flock_wait(int fd)
 	return ret;
 }
 
+/* Has the file open and locked, whatever it is.  1; 0: it was replaced, again. */
+static int lock_file(struct crdt_journal *j, struct stat *st_r, const char **error_r)
+{
+	struct stat path_st;
+
+	if (j->fd == -1) {
+		j->fd = open(j->path, O_RDWR | O_NOFOLLOW | O_CLOEXEC | (j->dir != NULL ? O_CREAT : 0), 0600);
+		if (j->fd < 0)
+			return journal_fail_errno(error_r, "open", j->path);
+		j->inode = 0;
+	}
+	if (flock_wait(j->fd) < 0)
+		return journal_fail_errno(error_r, "flock", j->path);
+	if (fstat(j->fd, st_r) < 0)
+		return journal_fail_errno(error_r, "fstat", j->path);
+	if (stat(j->path, &path_st) < 0)
+		return errno == ENOENT ? 0 : journal_fail_errno(error_r, "stat", j->path);
+	return st_r->st_ino == path_st.st_ino && st_r->st_dev == path_st.st_dev ? 1 : 0;
+}
+
+/* Usually nobody but writers was here since our last lock. */
+static bool is_header_known(struct crdt_journal *j)
+{
+	struct crdt_journal_peek peek;
+
+	return j->inode != 0 && peek_header(j, &peek) && peek.generation == j->copy.generation;
+}
+
+/* 0; 1: the last frame is damaged; -1 error */
+static int update_tail(struct crdt_journal *j, const struct stat *st, const char **error_r)
+{
+	if (j->end_known && j->end == st->st_size && j->end_truncations == j->copy.truncations)
+		return 0;
+	return find_tail(j, st->st_size, error_r);
+}
+
+/* A file that is new here, or whose header has changed.  1: it is good; 0: another
+ * one was begun in its place, again; -1 error. */
+static int check_file(struct crdt_journal *j, bool first, struct stat *st, const char **error_r)
+{
+	uint8_t header[CRDT_JOURNAL_HEADER_SIZE];
+	struct file_id file;
+	struct ident id;
+	struct copy c;
+	bool is_copy;
+	int ret;
+
+	if (get_file_id(j->fd, &file) < 0)
+		return journal_fail_errno(error_r, "statx", j->path);
+	if (st->st_size < CRDT_JOURNAL_HEADER_SIZE && j->dir != NULL) {
+		/* New, or its maker was killed before the header was in it: no
+		 * record was ever behind it. */
+		new_ident(j, &id, &file);
+		memset(&c, 0, sizeof(c));
+		c.base_seq = 1;
+		if (write_header(j->fd, &id, &c) < 0)
+			return journal_fail_errno(error_r, "write", j->path);
+		st->st_size = CRDT_JOURNAL_HEADER_SIZE;
+	}
+	if ((ret = journal_read_header(j, header, &id, &c, error_r)) < 0)
+		return -1;
+	if (ret == 0) {
+		return j->dir == NULL ? journal_fail(error_r, "%s: damaged header", j->path) :
+			begin_origin(j, NULL, NULL, st, error_r);
+	}
+	use_header(j, &id, &c);
+	is_copy = j->inode == 0 && memcmp(&id.file, &file, sizeof(file)) != 0;
+	j->inode = st->st_ino;
+	if ((ret = update_tail(j, st, error_r)) < 0)
+		return -1;
+	if (j->dir == NULL)
+		return 1;
+	if (ret > 0 || is_copy ||
+	    memcmp(id.boot, j->boot, sizeof(j->boot)) != 0 || !str_is(&id.user, j->user) ||
+	    (first && (!str_is(&id.replica, j->replica) || crdt_origin_slot(id.origin) != j->slot)))
+		return begin_origin(j, &id, &c, st, error_r);
+	return 1;
+}
+
 /*
  * One try to have the right file open and locked.  1: done, 0: again.
  * first: the file must have been made under our identity and this boot.
@@ -346,93 +444,19 @@ static int flock_wait(int fd)
  */
 static int try_lock(struct crdt_journal *j, bool first, const char **error_r)
 {
-	uint8_t header[CRDT_JOURNAL_HEADER_SIZE];
-	struct stat st, path_st;
-	struct file_id file;
-	struct ident id;
-	struct copy c;
-	bool is_copy;
+	struct stat st;
 	int ret;
 
-	if (j->fd == -1) {
-		j->fd = open(j->path, O_RDWR | O_NOFOLLOW | O_CLOEXEC | (j->dir != NULL ? O_CREAT : 0), 0600);
-		if (j->fd < 0)
-			return journal_fail_errno(error_r, "open", j->path);
-		first = first || j->info.origin == 0;
-		j->inode = 0;
+	first = first || j->info.origin == 0;
+	if ((ret = lock_file(j, &st, error_r)) > 0) {
+		if (is_header_known(j) && st.st_size >= CRDT_JOURNAL_HEADER_SIZE &&
+		    update_tail(j, &st, error_r) == 0)
+			return 1;
+		ret = check_file(j, first, &st, error_r);
 	}
-	if (flock_wait(j->fd) < 0) {
-		(void)journal_fail_errno(error_r, "flock", j->path);
+	if (ret <= 0)
 		close_fd(j);
-		return -1;
-	}
-	if (fstat(j->fd, &st) < 0 ||
-	    ((j->inode == 0 || st.st_size < CRDT_JOURNAL_HEADER_SIZE) &&
-	     get_file_id(j->fd, &file) < 0)) {
-		(void)journal_fail_errno(error_r, "fstat", j->path);
-		close_fd(j);
-		return -1;
-	}
-	if (stat(j->path, &path_st) < 0) {
-		if (errno != ENOENT) {
-			(void)journal_fail_errno(error_r, "stat", j->path);
-			close_fd(j);
-			return -1;
-		}
-		close_fd(j);
-		return 0;
-	}
-	if (st.st_ino != path_st.st_ino || st.st_dev != path_st.st_dev) {
-		close_fd(j);
-		return 0;
-	}
-	if (st.st_size < CRDT_JOURNAL_HEADER_SIZE && j->dir != NULL) {
-		/* New, or its maker was killed before the header was in it: no
-		 * record was ever behind it. */
-		new_ident(j, &id, &file);
-		memset(&c, 0, sizeof(c));
-		c.base_seq = 1;
-		if (write_header(j->fd, &id, &c) < 0) {
-			(void)journal_fail_errno(error_r, "write", j->path);
-			close_fd(j);
-			return -1;
-		}
-		st.st_size = CRDT_JOURNAL_HEADER_SIZE;
-	}
-	if ((ret = journal_read_header(j, header, &id, &c, error_r)) < 0) {
-		close_fd(j);
-		return -1;
-	}
-	if (ret == 0) {
-		if (j->dir == NULL) {
-			close_fd(j);
-			return journal_fail(error_r, "%s: damaged header", j->path);
-		}
-		ret = begin_origin(j, NULL, NULL, &st, error_r);
-		close_fd(j);
-		return ret;
-	}
-	use_header(j, &id, &c);
-	is_copy = j->inode == 0 && memcmp(&id.file, &file, sizeof(file)) != 0;
-	j->inode = st.st_ino;
-	if (!j->end_known || j->end != st.st_size || j->end_truncations != c.truncations) {
-		if ((ret = find_tail(j, st.st_size, error_r)) < 0) {
-			close_fd(j);
-			return -1;
-		}
-	} else {
-		ret = 0;
-	}
-	if (j->dir == NULL)
-		return 1;
-	if (ret > 0 || is_copy ||
-	    memcmp(id.boot, j->boot, sizeof(j->boot)) != 0 || !str_is(&id.user, j->user) ||
-	    (first && (!str_is(&id.replica, j->replica) || crdt_origin_slot(id.origin) != j->slot))) {
-		ret = begin_origin(j, &id, &c, &st, error_r);
-		close_fd(j);
-		return ret;
-	}
-	return 1;
+	return ret;
 }
 
 static int lock_first(struct crdt_journal *j, bool first, const char **error_r)
@@ -648,21 +672,8 @@ int crdt_journal_reserve(struct crdt_journal *j, size_t bytes, const char **erro
 bool crdt_journal_peek(struct crdt_journal *j, struct crdt_journal_peek *peek_r)
 {
 	struct stat st;
-	uint8_t bytes[COPY_PEEK_SIZE];
 
 	memset(peek_r, 0, sizeof(*peek_r));
-	if (j->fd == -1 || stat(j->path, &st) < 0 || st.st_ino != j->inode)
-		return false;
-	for (int i = 0; i < 2; i++) {
-		struct copy c;
-
-		if (journal_pread(j->fd, bytes, sizeof(bytes), COPY_OFFSET(i)) <= 0)
-			return false;
-		journal_copy_decode_fixed(bytes, &c);
-		if (c.generation > peek_r->generation) {
-			peek_r->generation = c.generation;
-			peek_r->numbered_here = (c.flags & COPY_NUMBERED_HERE) != 0;
-		}
-	}
-	return true;
+	return j->fd != -1 && stat(j->path, &st) == 0 && st.st_ino == j->inode &&
+		peek_header(j, peek_r);
 }

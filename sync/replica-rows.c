@@ -524,6 +524,9 @@ void shadows_put_by(struct replica *r, const struct crdt_id *box)
 				k.data[0] = ROW_OLD_UID;
 				put(r, &k, &v);
 			}
+			/* Old and new UIDs overlap: noted anew when taken up. */
+			k.data[0] = ROW_EXTRA;
+			del(r, &k);
 		}
 	}
 	crdt_buf_free(&k);
@@ -547,9 +550,6 @@ bool shadow_take_up(struct replica *r, const struct crdt_id *box, uint32_t old_u
 		place_put(r, &s.key, &p);
 	} else {
 		/* A second record, to be removed: it still is. */
-		crdt_buf_clear(&k);
-		key_uid(&k, ROW_EXTRA, box, old_uid);
-		del(r, &k);
 		crdt_buf_clear(&k);
 		key_uid(&k, ROW_EXTRA, box, uid);
 		rrows(r)->put(rrows(r), k.data, k.len, "", 0);

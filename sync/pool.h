@@ -10,7 +10,8 @@
  * A user's engine and worker connection are kept for a while after a visit, so
  * that the next change of a busy user finds everything open.  There are never
  * more connections than threads: each occupies a crdt-worker process
- * (process_limit of service crdt-worker must not be lower).
+ * (process_limit of service crdt-worker must be twice as high: the next user's
+ * connection may come before Dovecot has noticed that one was closed).
  */
 #include "visit.h"
 

@@ -328,7 +328,8 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 	merge(&run);
 	if (v->failed)
 		return;
-	if (v->journal && mail == VISIT_MAIL_OK)
+	/* To trim it, an engine that was opened anew must know where it ends. */
+	if ((v->journal || v->acknowledge) && mail == VISIT_MAIL_OK)
 		news = read_journal(&run);
 	give_ops(&run, v->ops_asked);
 	/* Numbers that were acknowledged of another origin say nothing here. */

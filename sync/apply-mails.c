@@ -788,6 +788,19 @@ static bool saving_check(struct saving *s)
 	return ok;
 }
 
+static int saving_note(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
+{
+	unsigned n = array_count(plan);
+	struct ms_cmd **cmds = t_new(struct ms_cmd *, n);
+
+	for (unsigned i = 0; i < n; i++) {
+		const struct apply_plan *p = array_idx(plan, i);
+
+		cmds[i] = p->c->cmd;
+	}
+	return apply_intent_write(s->run->user, s->run->box, cmds, n, s->run->error_r);
+}
+
 /* 1: carried out; 0: plan anew; -1. */
 static int saving_commit(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
 {
@@ -807,7 +820,13 @@ static int saving_commit(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
 	array_foreach(plan, p)
 		p->c->done = p->c->cmd->kind == MS_SAVE;
 	seen_lowered(run, &run->seen);
-	ret = apply_txn_commit(&s->saves, run->error_r);
+	if ((ret = saving_note(s, plan)) == MS_OK) {
+		ret = apply_txn_commit(&s->saves, run->error_r);
+		if (ret == MS_OK || s->saves.committed)
+			apply_intent_clear(run->user);
+	} else {
+		apply_txn_rollback(&s->saves);
+	}
 	apply_uids_unlock(run->box);
 	if (ret != MS_OK)
 		return -1;

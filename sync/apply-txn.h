@@ -92,6 +92,22 @@ void apply_uids_unlock(struct mailbox *box);
 /* UIDNEXT of the synced mailbox; exact while locked. */
 uint32_t apply_uidnext(struct mailbox *box);
 
+/*
+ * apply-intent.c: around the commit of new mails, with the user's lock.  write():
+ * "if this process is killed from now on, its files are these".
+ */
+int apply_intent_write(struct worker_user *user, struct mailbox *box, struct ms_cmd *const *cmds,
+		       unsigned n, const char **error_r);
+void apply_intent_clear(struct worker_user *user);
+/* Without the lock: whether somebody may have been killed. */
+bool apply_intent_exists(struct worker_user *user);
+/* With the lock: finishes what a killed one left. */
+int apply_intent_recover(struct worker_user *user, const char **error_r);
+/* Applier records that were written by recovering; the newest `max`. */
+struct apply_done { crdt_origin journal; uint64_t first, last; };
+#define APPLY_DONE_MAX 32
+unsigned apply_intent_done(struct worker_user *user, struct apply_done *done_r, unsigned max);
+
 /* The header extension at the head of the index; exact under the log's lock. */
 void apply_ext_read(struct mailbox *box, struct crdt_mailbox_ext *ext_r);
 /* Locks the index log and maps its head, unless it is locked: then *unlock_r is FALSE. */

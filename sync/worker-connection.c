@@ -424,7 +424,9 @@ static void request_run(struct worker_conn *conn, const struct worker_msg *msg)
 		conn_fail(conn, "no HELLO");
 		return;
 	} else {
-		ret = handle(conn, msg, &result, &error);
+		ret = worker_user_recover(conn->user, &error);
+		if (ret == MS_OK)
+			ret = handle(conn, msg, &result, &error);
 		worker_user_unlock(conn->user);
 	}
 	send_result(conn, ret, error, &result);

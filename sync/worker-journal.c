@@ -2,7 +2,9 @@
 /* The user's journals: reading with what only the mails can tell, trimming,
  * applier records. */
 #include "worker.h"
+#include "hash.h"
 #include "mail-user.h"
+#include "apply-txn.h"
 
 #include <dirent.h>
 
@@ -162,6 +164,8 @@ struct read_ctx {
 	int ret;
 	const char *error;		/* of ret, in pool */
 	pool_t pool;
+	/* Mails that recovering has recorded; value: seq (apply-intent.c). */
+	HASH_TABLE(const char *, void *) recovered;
 };
 
 static int read_fail(struct read_ctx *ctx, int ret, const char *error)
@@ -214,6 +218,60 @@ static int mail_tell(struct read_ctx *ctx, uint64_t seq, struct mail *mail, stru
 	return unreadable_is_gone(ctx, seq, mail) ? 0 : -1;
 }
 
+/* Recovered mails.  The native record of one was written by who found it before
+ * it was put in order: it is no news. */
+
+struct recovered_ctx {
+	struct read_ctx *read;
+	const struct apply_done *done;
+};
+
+static const char *recovered_key(const struct crdt_jrec *rec, uint32_t uid)
+{
+	return t_strdup_printf("%s %u %u", guid_128_to_string(rec->mailbox.b), rec->uidvalidity, uid);
+}
+
+static bool recovered_add(void *context, const struct crdt_jrec *rec)
+{
+	struct recovered_ctx *ctx = context;
+
+	if (rec->seq > ctx->done->last)
+		return FALSE;
+	for (unsigned i = 0; rec->applier && i < rec->mails_n; i++) T_BEGIN {
+		const char *key = p_strdup(ctx->read->pool, recovered_key(rec, rec->mails[i].uid));
+
+		hash_table_update(ctx->read->recovered, key, POINTER_CAST(rec->seq));
+	} T_END;
+	return TRUE;
+}
+
+static void recovered_read(struct read_ctx *ctx, struct crdt_journal *j, uint64_t from_seq)
+{
+	struct apply_done done[APPLY_DONE_MAX];
+	unsigned n = apply_intent_done(ctx->user, done, APPLY_DONE_MAX);
+	const char *error;
+
+	hash_table_clear(ctx->recovered, FALSE);
+	for (unsigned i = 0; i < n; i++) {
+		struct recovered_ctx rctx = { .read = ctx, .done = &done[i] };
+
+		/* an error shows when the journal is read */
+		if (done[i].journal == ctx->journal && done[i].last >= from_seq)
+			(void)crdt_journal_read(j, done[i].first, recovered_add, &rctx, &error);
+	}
+}
+
+static bool is_recovered(struct read_ctx *ctx, const struct crdt_jrec *rec, uint32_t uid)
+{
+	bool ret = FALSE;
+
+	if (hash_table_count(ctx->recovered) > 0) T_BEGIN {
+		ret = POINTER_CAST_TO(hash_table_lookup(ctx->recovered, recovered_key(rec, uid)),
+				      uint64_t) > rec->seq;
+	} T_END;
+	return ret;
+}
+
 static int mail_send(struct read_ctx *ctx, uint64_t seq, struct mail *mail, uint32_t uid, size_t *room)
 {
 	struct worker_msg msg = { .type = WORKER_MAIL };
@@ -257,7 +315,9 @@ static int mails_send(struct read_ctx *ctx, const struct crdt_jrec *rec)
 	/* else: the mailbox, or the numbering that the record is about, has gone */
 	ret = 0;
 	for (unsigned i = 0; i < rec->mails_n && ret == 0; i++) T_BEGIN {
-		ret = mail_send(ctx, rec->seq, mail, rec->mails[i].uid, &room);
+		uint32_t uid = rec->mails[i].uid;
+
+		ret = mail_send(ctx, rec->seq, is_recovered(ctx, rec, uid) ? NULL : mail, uid, &room);
 	} T_END;
 	if (mail != NULL) {
 		mail_free(&mail);
@@ -311,8 +371,12 @@ static void journals_read(struct read_ctx *ctx, struct journals *js, const struc
 
 		if (j == ctx->user->journal && !js->complete)
 			break;	/* first what was set aside */
+		uint64_t from_seq;
+
 		ctx->journal = crdt_journal_info(j)->origin;
-		if (crdt_journal_read(j, position_of(req, ctx->journal) + 1, record_read, ctx, &error) < 0)
+		from_seq = position_of(req, ctx->journal) + 1;
+		recovered_read(ctx, j, from_seq);
+		if (crdt_journal_read(j, from_seq, record_read, ctx, &error) < 0)
 			read_fail(ctx, MS_FAIL, error);
 	}
 }
@@ -329,6 +393,7 @@ int worker_read(struct worker_conn *conn, struct worker_user *user, const struct
 		return ret;
 	worker_body_free(&user->body);
 	ctx.pool = pool_alloconly_create("crdt read", 512);
+	hash_table_create(&ctx.recovered, ctx.pool, 0, str_hash, strcmp);
 	journals_read(&ctx, &js, req);
 	msg.pos_n = js.n;
 	for (unsigned i = 0; i < js.n; i++) {
@@ -341,6 +406,7 @@ int worker_read(struct worker_conn *conn, struct worker_user *user, const struct
 	journals_close(user, &js);
 	*more_r = ctx.more;
 	*error_r = t_strdup(ctx.error);
+	hash_table_destroy(&ctx.recovered);
 	pool_unref(&ctx.pool);
 	return ctx.ret;
 }

@@ -23,7 +23,7 @@
 #include <unistd.h>
 #include <sys/file.h>
 
-#define LOCK_NAME "dovecot.crdt.lock"
+#define LOCK_NAME "dovecot.crdt.apply"
 #define LOCK_WAIT_MSECS (30 * 1000)
 #define LOCK_RETRY_MSECS 20
 
@@ -546,7 +546,12 @@ int worker_user_lock(struct worker_user *user, const char **error_r)
 		i_close_fd(&user->lock_fd);
 		return MS_TEMP;
 	}
-	return MS_OK;
+	return apply_intent_recover(user, error_r);
+}
+
+int worker_user_recover(struct worker_user *user, const char **error_r)
+{
+	return apply_intent_exists(user) ? worker_user_lock(user, error_r) : MS_OK;
 }
 
 void worker_user_unlock(struct worker_user *user)

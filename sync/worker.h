@@ -11,6 +11,7 @@
  *  worker-user.c        user, settings, names of mailboxes, opening them
  *  worker-mail.c        reading mails: GUIDs, texts, digests
  *  worker-journal.c     read, trim
+ *  apply-intent.c       what a killed applier leaves
  *  apply-txn.c          transactions: index header, UIDs, journal records, locks
  *  apply-mails.c        SAVE, MOVE, FLAGS, EXPUNGE
  *  apply-mailbox.c      create, remove, rename, subscribe
@@ -47,7 +48,7 @@ struct worker_user {
 	struct crdt_journal_ident ident;
 	const char *state_dir, *control_dir;
 	struct crdt_journal *journal;	/* NULL: not opened yet */
-	int lock_fd;			/* worker_user_lock(); -1 */
+	int lock_fd;			/* locked file, -1: none */
 	const char *lock_path;
 
 	/* What a sync finds below this UID is known (apply-revalidate.c); 0: nothing. */
@@ -80,8 +81,11 @@ void worker_boxes_close(struct worker_user *user);
 int worker_box_error(struct mailbox *box, const char *what, const char **error_r);
 /* The current journal.  MS_GONE: there is none and create is FALSE. */
 int worker_journal_get(struct worker_user *user, bool create, const char **error_r);
-/* One process at a time changes a user's mailboxes; waits some time. */
+/* One process at a time changes a user's mailboxes; waits some time.  What a
+ * killed one left is put in order then. */
 int worker_user_lock(struct worker_user *user, const char **error_r);
+/* The same if a killed one has left something. */
+int worker_user_recover(struct worker_user *user, const char **error_r);
 void worker_user_unlock(struct worker_user *user);
 
 static inline struct crdt_str worker_str(const char *s)

@@ -813,8 +813,7 @@ def test_killed_while_saving(dovecot, user):
             dovecot.kill_workers()
             code, _, _ = t.answer()
             assert code in (OK, TEMP)
-            outcomes, _ = t.apply(box, [dict(cmd, tried=1) for cmd in cmds])
-            assert outcomes == [DONE] * 20, round_number
+            assert t.apply_again(box, cmds) == [DONE] * 20, round_number
     with dovecot.tool(user) as t:
         found = t.list(box)
         assert sorted(g for _, g in found.values()) == sorted(guids)
@@ -845,8 +844,7 @@ def test_killed_while_moving(dovecot, user):
             time.sleep(rng.uniform(0, 0.05))
             dovecot.kill_workers()
             t.answer()
-            outcomes, _ = t.apply(box, [dict(cmd, tried=1, others=cmd["uid"]) for cmd in cmds])
-            assert outcomes == [DONE] * 20
+            assert t.apply_again(box, [dict(cmd, others=cmd["uid"]) for cmd in cmds]) == [DONE] * 20
             found = t.list(box)
             assert sorted(g for _, g in found.values()) == sorted(guids)
             now = {g: uid for uid, (_, g) in found.items()}

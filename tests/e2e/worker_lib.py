@@ -106,6 +106,14 @@ class Tool:
                           uidvalidity=uidvalidity, uidnext=uidnext, numberer=numberer, **args)
         return words(line)
 
+    def apply_again(self, box, cmds):
+        """As crdt-sync does it: until the outcome is known."""
+        while True:
+            try:
+                return self.apply(box, [dict(cmd, tried=1) for cmd in cmds])[0]
+            except CallFailed as e:
+                assert e.code == TEMP, e
+
     def apply(self, box, cmds, expect=OK, **args):
         """Outcomes and UIDNEXT."""
         for cmd in cmds:

@@ -688,10 +688,9 @@ static void cmd_gone(struct slice *s, size_t i)
 
 	if (s->cmds[i].kind == MS_SAVE) {
 		/* The mail to copy the text from. */
-		uint8_t row[33] = { ROW_TEXT };
+		struct place p = { s->cmds[i].source.guid, s->cmds[i].source_uid };
 
-		memcpy(row + 1, s->cmds[i].content.b, 32);
-		rrows(r)->del(rrows(r), row, sizeof(row));
+		text_place_forget(r, &s->cmds[i].content, &p);
 		return;
 	}
 	if (!shadow_get(r, &s->b.guid, s->uids[i], &sh))

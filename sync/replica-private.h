@@ -19,7 +19,7 @@
 #define ROW_MAIL 'm'		/* mail key: mailbox guid, uid: where the mail is */
 #define ROW_CREATING 'c'	/* folder id: its mailbox is being made, outcome not heard yet */
 #define ROW_SUBSCRIBED 'l'	/* name: subscribed in the mail store */
-#define ROW_TEXT 't'		/* content id: mailbox guid, uid, size: a mail here with that text */
+#define ROW_TEXT 't'		/* content id, mailbox guid, uid(be32): size: a mail here with that text */
 #define ROW_EXTRA 'x'		/* mailbox guid, uid(be32): a second record of a mail, to be removed */
 /* What differs from the mail store; values: the dots that are not applied. */
 #define ROW_DIRTY_FOLDER 'f'
@@ -151,6 +151,7 @@ size_t shadow_uids(struct replica *r, const struct crdt_id *box, uint32_t first,
 		   uint32_t *out, size_t max);
 /* Where a text is in this mail store. */
 bool text_place_get(struct replica *r, const struct crdt_content *c, struct place *p_r, uint64_t *size_r);
+void text_place_forget(struct replica *r, const struct crdt_content *c, const struct place *p);
 void text_place_put(struct replica *r, const struct crdt_content *c, const struct place *p, uint64_t size);
 bool place_get(struct replica *r, const struct crdt_mail_key *key, struct place *p_r);
 void place_put(struct replica *r, const struct crdt_mail_key *key, const struct place *p);

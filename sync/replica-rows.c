@@ -290,51 +290,73 @@ struct ms_mailbox box_ms(const struct box *b)
 
 /* ---- texts ---- */
 
-bool text_place_get(struct replica *r, const struct crdt_content *c, struct place *p_r, uint64_t *size_r)
+/* ROW_TEXT key: content id, mailbox GUID, UID (be32).  All places are kept: the
+ * last copy of a text must be found when a peer asks for it. */
+static void key_text(struct crdt_buf *k, const struct crdt_content *c, const struct place *p)
 {
-	struct crdt_buf v = CRDT_BUF_INIT;
-	struct crdt_reader rd;
-	uint8_t key[33] = { ROW_TEXT };
-	bool found;
-
-	memcpy(key + 1, c->b, 32);
-	found = rrows(r)->get(rrows(r), key, sizeof(key), &v) && v.len == 28;
-	if (found) {
-		rd = crdt_reader(v.data, v.len);
-		memcpy(p_r->box.b, crdt_get_raw(&rd, 16), 16);
-		p_r->uid = crdt_get_u32(&rd);
-		*size_r = crdt_get_u64(&rd);
+	crdt_buf_u8(k, ROW_TEXT);
+	crdt_buf_raw(k, c->b, sizeof(c->b));
+	if (p != NULL) {
+		crdt_buf_raw(k, p->box.b, sizeof(p->box.b));
+		crdt_buf_be32(k, p->uid);
 	}
-	crdt_buf_free(&v);
-	return found;
+}
+
+struct text_ctx { struct place *p; uint64_t *size; bool found; };
+
+static bool text_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct text_ctx *c = vctx;
+	struct crdt_reader rk = crdt_reader(key + 33, klen - 33), rv = crdt_reader(val, vlen);
+
+	if (klen != 53)
+		return true;
+	memcpy(c->p->box.b, crdt_get_raw(&rk, 16), 16);
+	c->p->uid = crdt_get_be32(&rk);
+	*c->size = crdt_get_u64(&rv);
+	c->found = !rv.bad;
+	return !c->found;
+}
+
+bool text_place_get(struct replica *r, const struct crdt_content *content, struct place *p_r, uint64_t *size_r)
+{
+	struct text_ctx c = { p_r, size_r, false };
+	struct crdt_buf k = CRDT_BUF_INIT;
+
+	key_text(&k, content, NULL);
+	rrows(r)->scan(rrows(r), k.data, k.len, NULL, 0, text_row, &c);
+	crdt_buf_free(&k);
+	return c.found;
 }
 
 void text_place_put(struct replica *r, const struct crdt_content *c, const struct place *p, uint64_t size)
 {
-	struct crdt_buf v = CRDT_BUF_INIT;
-	uint8_t key[33] = { ROW_TEXT };
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
 
-	memcpy(key + 1, c->b, 32);
-	crdt_buf_raw(&v, p->box.b, 16);
-	crdt_buf_u32(&v, p->uid);
+	key_text(&k, c, p);
 	crdt_buf_u64(&v, size);
-	rrows(r)->put(rrows(r), key, sizeof(key), v.data, v.len);
+	put(r, &k, &v);
+	crdt_buf_free(&k);
 	crdt_buf_free(&v);
 }
 
-/* Called when the record at p goes: somebody else may know another place. */
-static void text_place_forget(struct replica *r, const struct crdt_mail_key *key, const struct crdt_id *box, uint32_t uid)
+void text_place_forget(struct replica *r, const struct crdt_content *c, const struct place *p)
 {
-	struct crdt_mail m;
-	struct place p;
-	uint64_t size;
-	uint8_t row[33] = { ROW_TEXT };
+	struct crdt_buf k = CRDT_BUF_INIT;
 
-	if (crdt_mail_get(rrows(r), key, NULL, &m) && text_place_get(r, &m.content, &p, &size) && p.uid == uid &&
-	    crdt_id_equal(&p.box, box)) {
-		memcpy(row + 1, m.content.b, 32);
-		rrows(r)->del(rrows(r), row, sizeof(row));
-	}
+	key_text(&k, c, p);
+	del(r, &k);
+	crdt_buf_free(&k);
+}
+
+/* The record of a mail at p goes. */
+static void mail_text_forget(struct replica *r, const struct crdt_mail_key *key, const struct crdt_id *box, uint32_t uid)
+{
+	struct place p = { *box, uid };
+	struct crdt_mail m;
+
+	if (crdt_mail_get(rrows(r), key, NULL, &m))
+		text_place_forget(r, &m.content, &p);
 	crdt_mail_free(&m);
 }
 
@@ -413,7 +435,7 @@ void shadow_delete(struct replica *r, const struct crdt_id *box, uint32_t uid, c
 	crdt_buf_clear(&k);
 	key_uid(&k, ROW_EXTRA, box, uid);
 	del(r, &k);
-	text_place_forget(r, key, box, uid);
+	mail_text_forget(r, key, box, uid);
 	/* The mail may be known at another place by now: a move adds the new
 	 * record before it removes the old one. */
 	if (place_get(r, key, &p) && p.uid == uid && crdt_id_equal(&p.box, box)) {
@@ -512,6 +534,7 @@ void shadows_put_by(struct replica *r, const struct crdt_id *box)
 	enum { SLICE = 512 };
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
 	uint32_t uids[SLICE];
+	struct shadow s;
 	size_t n;
 
 	while ((n = shadow_uids(r, box, 1, UINT32_MAX, uids, SLICE)) > 0) {
@@ -527,6 +550,10 @@ void shadows_put_by(struct replica *r, const struct crdt_id *box)
 			/* Old and new UIDs overlap: noted anew when taken up. */
 			k.data[0] = ROW_EXTRA;
 			del(r, &k);
+			if (shadow_get_row(r, ROW_OLD_UID, box, uids[i], &s)) {
+				mail_text_forget(r, &s.key, box, uids[i]);
+				shadow_free(&s);
+			}
 		}
 	}
 	crdt_buf_free(&k);

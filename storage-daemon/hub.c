@@ -271,6 +271,14 @@ void hub_conn_fail(struct hub_conn *c, enum crdt_frame_error code, const char *f
 	conn_error(c, code, text);
 }
 
+static void conn_supersede(struct hub_conn *c)
+{
+	hub_log(c->h, 2, "peer %s: a new connection takes the place of the one before", c->peer->conf.name);
+	conn_reset(c);
+	conn_error(c, CRDT_ERR_IDENTITY, "another connection with this key took the place of this one");
+	conn_free(c);
+}
+
 /* ---- peers ---- */
 
 static struct hub_peer *peer_find(struct hub *h, const char *name)
@@ -441,9 +449,10 @@ static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
 			      conf->role == HUB_WORKER ? "a worker" : "a storage daemon", conf->slot);
 		return;
 	}
-	/* one connection of a peer counts: the newest */
-	if (c->peer->conn != NULL && c->peer->conn != c)
-		conn_free(c->peer->conn);
+	/* One connection of a peer counts: the newest.  Usually the other one is dead
+	 * and does not know it; but two nodes may have got one key. */
+	if (c->peer->conn != NULL)
+		conn_supersede(c->peer->conn);
 	if (!fanout_hello(c, f))
 		return;
 	c->ready = true;

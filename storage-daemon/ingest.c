@@ -421,15 +421,13 @@ static void ingest_op(struct hub_conn *c, const struct hub_user *user, const str
 
 	if (is_blocked(c, user->id) || (hu != NULL && held_has(hu, op->dot)))
 		return;
-	if (is_known(c->h, user, op->dot)) {
-		touch(c, user->id, op->dot.origin);
-		return;
-	}
 	missing_n = find_missing(c->h, user, op, missing);
-	if (missing_n > 0 || hu != NULL)
-		held_add(c, user, op, p, n, missing, missing_n);
-	else
+	if (missing_n == 0 && hu == NULL)
 		merge_op(c, user, op, p, n);
+	else if (is_known(c->h, user, op->dot))
+		touch(c, user->id, op->dot.origin);	/* no text is fetched for it again */
+	else
+		held_add(c, user, op, p, n, missing, missing_n);
 }
 
 void ingest_ops(struct hub_conn *c, const struct crdt_frame *f)

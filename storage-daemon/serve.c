@@ -23,6 +23,8 @@
 #define SERVE_BATCH_USECS 2000
 #define SERVE_RETRY_MSECS 5		/* a peer's queue was full */
 #define SERVE_BACKGROUND_MSECS 100	/* after traffic, between slices */
+#define SERVE_BACKGROUND_LATE_MSECS 1000	/* then a slice is done under load too */
+#define SERVE_NEVER (INT64_MAX / 2)
 #define SERVE_GONE_MAX 64
 
 struct serve {
@@ -42,7 +44,7 @@ struct serve {
 	bool sent, refused, stop;
 	uint64_t gone[SERVE_GONE_MAX];	/* connections to which a send failed for good */
 	unsigned int gone_n;
-	int64_t background_due;		/* INT64_MAX: nothing has changed */
+	int64_t background_due;		/* SERVE_NEVER: nothing has changed */
 };
 
 static int64_t now_usecs(void)
@@ -340,7 +342,7 @@ static void sleep_until_event(struct serve *s, int64_t now, bool more)
 
 	if (s->control != NULL)
 		n += control_fds(s->control, fds + n);
-	if (s->background_due != INT64_MAX)
+	if (s->background_due != SERVE_NEVER)
 		msecs = s->background_due > now ? (s->background_due - now + 999) / 1000 : 0;
 	if (more && (msecs < 0 || msecs > SERVE_RETRY_MSECS))
 		msecs = s->refused ? SERVE_RETRY_MSECS : 0;
@@ -365,13 +367,13 @@ static int turn(struct serve *s, char **error_r)
 	if (s->control != NULL)
 		control_run(s->control);
 	now = now_usecs();
-	if (frames > 0 && s->background_due == INT64_MAX)
+	if (frames > 0 && s->background_due == SERVE_NEVER)
 		s->background_due = now + SERVE_BACKGROUND_MSECS * 1000;
 	/* Sending may have swallowed the sign that something waits: look again. */
-	if (frames > 0 || s->sent || s->stop)
+	if (s->stop || ((frames > 0 || s->sent) && now < s->background_due + SERVE_BACKGROUND_LATE_MSECS * 1000))
 		return 0;
 	if (s->background_due <= now)
-		s->background_due = hub_background(s->hub) ? now : INT64_MAX;
+		s->background_due = hub_background(s->hub) ? now : SERVE_NEVER;
 	else
 		sleep_until_event(s, now, more);
 	return 0;

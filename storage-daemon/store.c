@@ -225,8 +225,8 @@ static bool dir_has_database(const char *path, bool *current_r)
 
 static char *damaged_text(const char *path, const char *detail)
 {
-	return text("%s: the database is damaged, nothing was served from it: %s. Restore the "
-		    "directory from a backup, or move it away and let it be rebuilt from the peers",
+	return text("%s: the database is damaged, nothing was served from it: %s. Restore the directory from "
+		    "a backup, or, if its peers hold all that was in it, move it away to be filled again",
 		    path, detail);
 }
 

@@ -162,6 +162,8 @@ bool fanout_hello(struct hub_conn *c, const struct crdt_frame *f)
 		return false;
 	}
 	c->feed_pos = c->feed_sent = start;
+	c->ride_gsn = 0;
+	c->ride_next = 0;
 	set_cursor(c->peer, start);
 	return true;
 }
@@ -208,7 +210,8 @@ static void flight_add(struct hub_conn *c, uint64_t gsn, size_t bytes)
 	c->flight_bytes += bytes;
 }
 
-struct ride { struct crdt_content content; };
+/* A text that goes ahead of an op: the index-th of the log row gsn. */
+struct ride { struct crdt_content content; uint64_t gsn; unsigned int index; };
 
 struct feeder {
 	struct hub_conn *c;
@@ -231,9 +234,16 @@ static bool feeder_send(struct feeder *s, const struct hub_user *user)
 	size_t i, start = 0;
 
 	for (i = 0; i < s->rides_n; i++) {
-		/* sent again when the feed is refused after it: that does no harm */
-		if (!bodies_ride(s->c, s->t, user, &s->rides[i].content))
+		const struct ride *r = &s->rides[i];
+
+		/* A peer whose queue holds less than a frame's texts gets them all
+		 * the same, a part at each try. */
+		if (r->gsn < s->c->ride_gsn || (r->gsn == s->c->ride_gsn && r->index < s->c->ride_next))
+			continue;
+		if (!bodies_ride(s->c, s->t, user, &r->content))
 			return false;
+		s->c->ride_gsn = r->gsn;
+		s->c->ride_next = r->index + 1;
 	}
 	for (i = 0; i < s->ops_n; i++) {
 		ops[i].p = s->bytes.data + start;
@@ -281,7 +291,7 @@ static void feeder_add_rides(struct feeder *s, const struct log_row *row)
 			if (size == 0)
 				continue;
 			s->rides = hub_grow(s->rides, s->rides_n, &s->rides_cap, sizeof(*s->rides));
-			s->rides[s->rides_n++].content = op.mails[i].content;
+			s->rides[s->rides_n++] = (struct ride){ op.mails[i].content, row->gsn, i };
 			s->rides_bytes += size;
 		}
 	}

@@ -71,8 +71,9 @@ struct store {
 	bool in_memory;
 	struct store *base;		/* in_memory: the store that owns the database */
 	uint8_t prefix[4];		/* in_memory: our number */
-	pthread_mutex_t lock;		/* guards failed */
+	pthread_mutex_t lock;		/* guards failed and last_user */
 	char *failed;			/* first error, kept until the end */
+	uint64_t last_user;		/* highest number that was given out here */
 };
 
 struct store_txn {
@@ -851,12 +852,17 @@ uint64_t store_user_id(struct store_txn *t, const char *name, uint32_t gen, bool
 	if (!create || t->failed)
 		return 0;
 	/* The highest so far, plus one: users are never removed from this table,
-	 * so no number is used twice. */
+	 * so no number is used twice.  Nor may two transactions at once take one:
+	 * they do not see each other's rows. */
 	id_key[0] = USER_BY_ID;
 	store_scan(t, STORE_META, id_key, 1, NULL, 0, true, last_user_cb, &id);
 	if (t->failed)
 		return 0;
-	id++;
+	pthread_mutex_lock(&t->s->lock);
+	if (id < t->s->last_user)
+		id = t->s->last_user;
+	t->s->last_user = ++id;
+	pthread_mutex_unlock(&t->s->lock);
 	put_be(id_val, id, 8);
 	store_put(t, STORE_META, key, 5 + len, id_val, 8);
 	put_be(id_key + 1, id, 8);

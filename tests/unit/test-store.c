@@ -287,6 +287,30 @@ static void test_users(void **state)
 	store_abort(&t);
 }
 
+/* Two new users at once: each gets rows of his own. */
+static void test_users_at_once(void **state)
+{
+	struct fixture *f = *state;
+	struct store_txn *t = store_begin(f->s), *u = store_begin(f->s);
+
+	assert_int_equal(store_user_id(t, "alice", 0, true), 1);
+	assert_int_equal(store_user_id(u, "bob", 0, true), 2);
+	commit(&u);
+	commit(&t);
+	/* one that came to nothing leaves a gap at most */
+	t = store_begin(f->s);
+	u = store_begin(f->s);
+	assert_int_equal(store_user_id(t, "carol", 0, true), 3);
+	store_abort(&t);
+	assert_int_equal(store_user_id(u, "dave", 0, true), 4);
+	store_abort(&u);
+	t = store_begin(f->s);
+	assert_int_equal(store_user_id(t, "alice", 0, false), 1);
+	assert_int_equal(store_user_id(t, "bob", 0, false), 2);
+	assert_int_equal(store_user_id(t, "carol", 0, false), 0);
+	store_abort(&t);
+}
+
 static void test_large_values(void **state)
 {
 	struct fixture *f = *state;
@@ -612,12 +636,12 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 #define D(name) { #name " on disk", name, setup_disk, teardown, NULL }
 #define M(name) { #name " in memory", name, setup_memory, teardown, NULL }
-		D(test_own_writes), D(test_scan), D(test_savepoint), D(test_user_rows), D(test_users),
+		D(test_own_writes), D(test_scan), D(test_savepoint), D(test_user_rows), D(test_users), D(test_users_at_once),
 		D(test_large_values), D(test_no_directory), D(test_damaged_log), D(test_torn_log),
 		D(test_missing_files), D(test_damaged_table), D(test_newer_format), D(test_foreign_database),
 		D(test_locked), D(test_kill),
 		/* These keep a database open to the end; the two above fork. */
-		M(test_own_writes), M(test_scan), M(test_savepoint), M(test_user_rows), M(test_users),
+		M(test_own_writes), M(test_scan), M(test_savepoint), M(test_user_rows), M(test_users), M(test_users_at_once),
 		M(test_large_values), M(test_memory_stores_are_apart),
 	};
 

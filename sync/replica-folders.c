@@ -459,7 +459,8 @@ int replica_apply_folders(struct replica *r, bool *more_r, char **error_r)
 	struct row_key keys[SLICE];
 	const char first = ROW_DIRTY_FOLDER;
 	enum step step = STEP_SETTLED;
-	bool later = false, progress = false;
+	bool progress = false;
+	char *later = NULL;	/* why the last one has to wait */
 	size_t n;
 
 	(void)replica_txn_begin(r);
@@ -477,8 +478,11 @@ int replica_apply_folders(struct replica *r, bool *more_r, char **error_r)
 			rrows(r)->del(rrows(r), keys[i].p, keys[i].n);
 		if (step == STEP_SETTLED || step == STEP_PROGRESS)
 			progress = true;
-		if (step == STEP_LATER)
-			later = true;
+		if (step == STEP_LATER) {
+			free(later);
+			later = *error_r;
+			*error_r = NULL;
+		}
 	}
 	row_keys_free(keys, n);
 	if (step != STEP_FAILED && (step = drop_orphans(r, error_r)) == STEP_PROGRESS)
@@ -486,13 +490,25 @@ int replica_apply_folders(struct replica *r, bool *more_r, char **error_r)
 	if (step == STEP_FAILED) {
 		if (r->txn != NULL)
 			store_abort(&r->txn);
+		free(later);
 		return REPLICA_FAILED;
 	}
-	later = later || step == STEP_LATER;
-	if (replica_txn_commit(r, false, error_r) < 0)
-		return REPLICA_FAILED;
+	if (step == STEP_LATER) {
+		free(later);
+		later = *error_r;
+		*error_r = NULL;
+	}
 	*more_r = progress;
-	return later && !progress ? REPLICA_LATER : REPLICA_DONE;
+	if (replica_txn_commit(r, false, error_r) < 0) {
+		free(later);
+		return REPLICA_FAILED;
+	}
+	if (later == NULL || progress) {
+		free(later);
+		return REPLICA_DONE;
+	}
+	*error_r = later;
+	return REPLICA_LATER;
 }
 
 /* ---- subscriptions ---- */

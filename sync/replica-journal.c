@@ -474,7 +474,7 @@ static void applied_save(struct replica *r, const struct box *b, const struct cr
 	place_put(r, &m->key, &p);
 	shadow_put(r, &b->guid, jm->uid, &m->key, jm->flags & CRDT_FLAGS_ALL, kw, jm->keywords_n);
 	text_place_put(r, &m->content, &p, m->size);
-	mail_tried(r, &m->key, TRIED_NOT, NULL);
+	mail_tried_clear(r, &m->key, TRIED_ADD);
 	if (!replica_mail_settled(r, &m->key))
 		replica_mark_mail(r, &m->key);
 	free(kw);

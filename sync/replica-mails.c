@@ -217,10 +217,10 @@ bool replica_mail_settled(struct replica *r, const struct crdt_mail_key *key)
 	bool shown = place_get(r, key, &p), settled, held = false;
 
 	if (!crdt_mail_get(rrows(r), key, NULL, &m) || !m.live) {
-		settled = !shown && mail_was_tried(r, key, NULL) == TRIED_NOT;
+		settled = !shown && mail_tried(r, key, NULL) == 0;
 	} else {
 		memset(&b, 0, sizeof(b));
-		settled = shown && mail_was_tried(r, key, NULL) == TRIED_NOT &&
+		settled = shown && mail_tried(r, key, NULL) == 0 &&
 			  box_of(r, &key->folder, &b) && crdt_id_equal(&b.guid, &p.box) && shown_settled(r, &b, &m, p.uid, &held);
 		box_free(&b);
 	}
@@ -467,7 +467,7 @@ static void flags_cmd(struct slice *s, const struct crdt_mail_key *key, struct c
 	unsigned n = 0, added;
 
 	if (again)
-		(void)mail_was_tried(s->r, key, tried);
+		(void)mail_tried(s->r, key, tried);
 	c->flags_add = again ? want : want & (uint8_t)~sh->flags;
 	c->flags_remove = (again ? CRDT_FLAGS_ALL : sh->flags) & (uint8_t)~want;
 	s->mails[i] = *m;
@@ -497,7 +497,7 @@ static void flags_cmd(struct slice *s, const struct crdt_mail_key *key, struct c
 
 static void shown_cmd(struct slice *s, const struct crdt_mail_key *key, struct crdt_mail *m, uint32_t uid)
 {
-	enum tried tried = mail_was_tried(s->r, key, NULL);
+	unsigned tried = mail_tried(s->r, key, NULL);
 	enum crdt_uid_verdict v;
 	struct shadow sh;
 	uint32_t to;
@@ -505,8 +505,8 @@ static void shown_cmd(struct slice *s, const struct crdt_mail_key *key, struct c
 	if (!shadow_get(s->r, &s->b.guid, uid, &sh))
 		return;
 	v = uid_verdict(s->r, &s->b, m, uid, &to);
-	if (tried == TRIED_FLAGS || crdt_mail_flags(m) != sh.flags || !keywords_equal(m, &sh)) {
-		flags_cmd(s, key, m, &sh, uid, tried == TRIED_FLAGS);
+	if ((tried & TRIED_FLAGS) != 0 || crdt_mail_flags(m) != sh.flags || !keywords_equal(m, &sh)) {
+		flags_cmd(s, key, m, &sh, uid, (tried & TRIED_FLAGS) != 0);
 	} else if (v == CRDT_UID_SHOW_AT_CLAIM || v == CRDT_UID_CLAIM_OWN) {
 		struct ms_cmd *c = slice_cmd(s, MS_MOVE, key, uid);
 
@@ -515,7 +515,7 @@ static void shown_cmd(struct slice *s, const struct crdt_mail_key *key, struct c
 			c->want_uid = 0;
 			c->policy = MS_UID_OWN;
 		}
-	} else if (tried == TRIED_ADD) {
+	} else if ((tried & TRIED_ADD) != 0) {
 		/* Perhaps half moved, and now it need not move any more. */
 		(void)slice_cmd(s, MS_EXPUNGE, key, 0);
 	}
@@ -532,7 +532,7 @@ static void expunge_cmd(struct slice *s, const struct crdt_mail_key *key, const 
 		if (slice_box(s, &p->box))
 			(void)slice_cmd(s, MS_EXPUNGE, key, p->uid);
 	} else if (!box_of(s->r, &key->folder, &b)) {
-		mail_tried(s->r, key, TRIED_NOT, NULL);
+		mail_tried_clear(s->r, key, TRIED_ADD | TRIED_FLAGS);
 	} else {
 		if (slice_box(s, &b.guid))
 			(void)slice_cmd(s, MS_EXPUNGE, key, 0);
@@ -708,8 +708,13 @@ static void slice_heard(struct slice *s)
 	for (size_t i = 0; i < s->n; i++) {
 		const struct ms_cmd *c = &s->cmds[i];
 
-		if (c->kind == MS_FLAGS || c->outcome != MS_DONE || (c->kind == MS_EXPUNGE && s->uids[i] == 0))
-			mail_tried(s->r, &s->keys[i], TRIED_NOT, NULL);
+		if (c->kind == MS_FLAGS)
+			mail_tried_clear(s->r, &s->keys[i], TRIED_FLAGS);
+		else if (c->kind == MS_EXPUNGE ? s->uids[i] == 0 : c->outcome != MS_DONE)
+			mail_tried_clear(s->r, &s->keys[i], TRIED_ADD);
+		/* A mail that is gone has no flags in doubt. */
+		if (c->kind == MS_EXPUNGE)
+			mail_tried_clear(s->r, &s->keys[i], TRIED_FLAGS);
 	}
 }
 
@@ -812,14 +817,14 @@ static void slice_tried(struct slice *s, struct ms_apply *a)
 		if (c->kind == MS_FLAGS) {
 			keywords_note(&kw, c->kw_add, c->kw_add_n);
 			keywords_note(&kw, c->kw_remove, c->kw_remove_n);
-			mail_tried(s->r, &s->keys[i], TRIED_FLAGS, &kw);
+			mail_tried_set(s->r, &s->keys[i], TRIED_FLAGS, &kw);
 		} else if (c->kind != MS_EXPUNGE || c->uid == 0) {
-			c->tried = mail_was_tried(s->r, &s->keys[i], NULL) == TRIED_ADD;
+			c->tried = (mail_tried(s->r, &s->keys[i], NULL) & TRIED_ADD) != 0;
 			if (c->tried) {
 				a->verify = true;
 				c->others_n = mail_others(s->r, &s->b, &s->keys[i], c->others, MS_OTHERS_MAX);
 			} else {
-				mail_tried(s->r, &s->keys[i], TRIED_ADD, NULL);
+				mail_tried_set(s->r, &s->keys[i], TRIED_ADD, NULL);
 			}
 		}
 		crdt_buf_free(&kw);

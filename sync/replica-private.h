@@ -171,9 +171,11 @@ void mail_hold(struct replica *r, const struct crdt_mail_key *key);
  * it holds.  keywords: those that FLAGS adds or removes, each a length byte and
  * the name.
  */
-enum tried { TRIED_NOT = 0, TRIED_ADD = 'a', TRIED_FLAGS = 'f' };
-void mail_tried(struct replica *r, const struct crdt_mail_key *key, enum tried tried, const struct crdt_buf *keywords);
-enum tried mail_was_tried(struct replica *r, const struct crdt_mail_key *key, struct crdt_buf *keywords_r);
+enum tried { TRIED_ADD = 1, TRIED_FLAGS = 2 };
+void mail_tried_set(struct replica *r, const struct crdt_mail_key *key, enum tried what, const struct crdt_buf *keywords);
+void mail_tried_clear(struct replica *r, const struct crdt_mail_key *key, unsigned what);	/* mask */
+/* Mask of enum tried; 0: nothing is in doubt. */
+unsigned mail_tried(struct replica *r, const struct crdt_mail_key *key, struct crdt_buf *keywords_r);
 /* Other mails of that GUID in mailbox b: their UIDs; how many. */
 unsigned mail_others(struct replica *r, const struct box *b, const struct crdt_mail_key *key,
 		     uint32_t *uids, unsigned max);

@@ -668,38 +668,56 @@ void mail_hold(struct replica *r, const struct crdt_mail_key *key)
 	crdt_buf_free(&v);
 }
 
-/* Value: the kind, then the keywords. */
-void mail_tried(struct replica *r, const struct crdt_mail_key *key, enum tried tried, const struct crdt_buf *keywords)
+/* Value: u8 mask, then the keywords. */
+static void tried_put(struct replica *r, const struct crdt_mail_key *key, unsigned mask, const struct crdt_buf *keywords)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
 
 	mail_row_key(&k, ROW_TRIED, key);
-	if (tried == TRIED_NOT) {
+	crdt_buf_u8(&v, (uint8_t)mask);
+	if (keywords != NULL && keywords->len > 0)
+		crdt_buf_raw(&v, keywords->data, keywords->len);
+	if (mask == 0)
 		del(r, &k);
-	} else {
-		crdt_buf_u8(&v, (uint8_t)tried);
-		if (keywords != NULL && keywords->len > 0)
-			crdt_buf_raw(&v, keywords->data, keywords->len);
+	else
 		put(r, &k, &v);
-	}
 	crdt_buf_free(&k);
 	crdt_buf_free(&v);
 }
 
-enum tried mail_was_tried(struct replica *r, const struct crdt_mail_key *key, struct crdt_buf *keywords_r)
+unsigned mail_tried(struct replica *r, const struct crdt_mail_key *key, struct crdt_buf *keywords_r)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
-	enum tried tried = TRIED_NOT;
+	unsigned mask = 0;
 
 	mail_row_key(&k, ROW_TRIED, key);
 	if (get(r, &k, &v) && v.len > 0) {
-		tried = v.data[0] == TRIED_FLAGS ? TRIED_FLAGS : TRIED_ADD;
+		mask = v.data[0];
 		if (keywords_r != NULL && v.len > 1)
 			crdt_buf_raw(keywords_r, v.data + 1, v.len - 1);
 	}
 	crdt_buf_free(&k);
 	crdt_buf_free(&v);
-	return tried;
+	return mask;
+}
+
+void mail_tried_set(struct replica *r, const struct crdt_mail_key *key, enum tried what, const struct crdt_buf *keywords)
+{
+	struct crdt_buf kw = CRDT_BUF_INIT;
+	unsigned mask = mail_tried(r, key, &kw);
+
+	tried_put(r, key, mask | what, what == TRIED_FLAGS ? keywords : &kw);
+	crdt_buf_free(&kw);
+}
+
+void mail_tried_clear(struct replica *r, const struct crdt_mail_key *key, unsigned what)
+{
+	struct crdt_buf kw = CRDT_BUF_INIT;
+	unsigned mask = mail_tried(r, key, &kw);
+
+	if ((mask & what) != 0)
+		tried_put(r, key, mask & ~what, (what & TRIED_FLAGS) != 0 ? NULL : &kw);
+	crdt_buf_free(&kw);
 }
 
 unsigned mail_others(struct replica *r, const struct box *b, const struct crdt_mail_key *key,

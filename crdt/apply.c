@@ -73,12 +73,9 @@ static void folder_close(struct folder_edit *e)
 
 /* ---- facts of a folder ---- */
 
-/* The newest add of each origin stays, also where a later one has seen it: the
- * context of a DELETE leaves out what was not applied where it was made, so it
- * may cover the later add and not the earlier one. */
 static void folder_refresh(struct folder_edit *e)
 {
-	(void)crdt_vv_raise(&e->f.presence, e->op->dot.origin, e->op->dot.seq);
+	crdt_dots_put(&e->f.presence, e->op);
 	e->dirty = true;
 }
 
@@ -142,7 +139,8 @@ static void folder_number(struct folder_edit *e, const struct crdt_op_folder *of
 	}
 	/* A mailbox can show several folders: its mails are then claimed under the
 	 * UIDVALIDITY of one of them, which is none of the others' business. */
-	if (e->op->kind != CRDT_OP_CREATE && e->op->kind != CRDT_OP_TAKEOVER && of->validity != f->validity)
+	if (e->op->kind != CRDT_OP_CREATE && e->op->kind != CRDT_OP_TAKEOVER &&
+	    e->op->kind != CRDT_OP_RELEASE && of->validity != f->validity)
 		return;
 	if (of->validity == 0 || !crdt_uid_folder_join(&new, &heard))
 		return;
@@ -185,7 +183,7 @@ static void folder_rename(struct folder_edit *e, const struct crdt_op_folder *of
 
 	folder_refresh(e);
 	folder_set_path(e, of);
-	(void)crdt_vv_raise(&e->f.renames, e->op->dot.origin, e->op->dot.seq);
+	crdt_dots_put(&e->f.renames, e->op);
 	for (i = 0; i < e->f.deletes_n; i++) {
 		struct crdt_folder_delete *d = &e->f.deletes[i];
 
@@ -217,9 +215,6 @@ static void folder_delete(struct folder_edit *e)
 	struct crdt_folder_delete *deletes;
 	uint16_t i;
 
-	/* no row: all that it could take is collected */
-	if (!e->existed)
-		return;
 	for (i = 0; i < f->deletes_n && crdt_dot_compare(f->deletes[i].dot, e->op->dot) < 0; i++) ;
 	if (i < f->deletes_n && crdt_dot_compare(f->deletes[i].dot, e->op->dot) == 0)
 		return;
@@ -270,7 +265,8 @@ static void apply_folder(struct folder_edit *e, const struct crdt_op_folder *of)
 	}
 }
 
-static void apply_subscription(struct crdt_rows *rows, const struct crdt_op *op, struct crdt_sink *sink)
+static void apply_subscription(struct crdt_rows *rows, const struct crdt_op *op,
+			       struct crdt_sink *sink)
 {
 	struct crdt_effect effect = { .kind = CRDT_EFFECT_SUBSCRIPTION, .name = op->name };
 	struct crdt_buf key = CRDT_BUF_INIT, val = CRDT_BUF_INIT;

@@ -148,7 +148,6 @@ static const char *removals_fault(const struct crdt_mail *m)
 static const char *mail_fault(struct check *c, const struct crdt_mail *m)
 {
 	uint16_t i;
-	uint32_t j;
 
 	if (!crdt_mail_each_dot(m, dot_is_merged, &c->merged.vv))
 		return "dot of an op that is not merged";
@@ -160,15 +159,9 @@ static const char *mail_fault(struct check *c, const struct crdt_mail *m)
 		if (m->uids[i].uid.validity == 0)
 			return "claim without a UIDVALIDITY";
 	}
-	/* what an ADD said goes with the ADD or later */
-	for (j = 0; j < m->adds.n; j++) {
-		for (i = 0; i < m->bodies_n; i++) {
-			if (crdt_dot_compare(m->bodies[i].dot, m->adds.e[j]) == 0)
-				break;
-		}
-		if (i == m->bodies_n)
-			return "ADD without a body";
-	}
+	/* only an ADD takes the body of another */
+	if (m->adds.n > 0 && m->bodies_n == 0)
+		return "ADD without a body";
 	return removals_fault(m);
 }
 
@@ -179,7 +172,8 @@ static void note_contents(struct check *c, const struct crdt_mail *m)
 
 	for (i = 0; i < m->bodies_n; i++) {
 		for (j = 0; j < i; j++) {
-			if (memcmp(&m->bodies[i].content, &m->bodies[j].content, sizeof(*list)) == 0)
+			if (memcmp(&m->bodies[i].content, &m->bodies[j].content,
+				   sizeof(*list)) == 0)
 				break;
 		}
 		if (j < i)
@@ -282,7 +276,8 @@ static void check_buffered(struct check *c, const struct crdt_buf *key, const st
 	crdt_op_free(&op);
 }
 
-static void check_subscription(struct check *c, const struct crdt_buf *key, const struct crdt_buf *val)
+static void check_subscription(struct check *c, const struct crdt_buf *key,
+			       const struct crdt_buf *val)
 {
 	struct crdt_vv dots;
 

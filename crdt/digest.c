@@ -66,7 +66,8 @@ static bool digest_subscription(void *ctx, const uint8_t *name, size_t len)
 	return true;
 }
 
-void crdt_digest(struct crdt_rows *rows, void (*update)(void *ctx, const void *p, size_t n), void *ctx)
+void crdt_digest(struct crdt_rows *rows, void (*update)(void *ctx, const void *p, size_t n),
+		 void *ctx)
 {
 	struct digest d = { update, ctx, CRDT_BUF_INIT, 0, false };
 	struct crdt_buf key = CRDT_BUF_INIT, val = CRDT_BUF_INIT;

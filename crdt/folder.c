@@ -241,7 +241,8 @@ static bool folders_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t
 	return more;
 }
 
-void crdt_scan_folders(struct crdt_rows *rows, bool (*cb)(void *ctx, const struct crdt_folder *f), void *ctx)
+void crdt_scan_folders(struct crdt_rows *rows,
+		       bool (*cb)(void *ctx, const struct crdt_folder *f), void *ctx)
 {
 	struct folders_ctx s = { rows, cb, ctx };
 

@@ -36,7 +36,8 @@ void crdt_validity_raise(struct crdt_rows *rows, uint32_t validity);
 
 /* Row 'C': one more, or one fewer, message row names this body. */
 void crdt_content_ref(struct crdt_rows *rows, const struct crdt_content *c);
-void crdt_content_unref(struct crdt_rows *rows, const struct crdt_content *c, struct crdt_sink *sink);
+void crdt_content_unref(struct crdt_rows *rows, const struct crdt_content *c,
+			struct crdt_sink *sink);
 
 /* Row 'S'. */
 void crdt_subscription_key(struct crdt_buf *b, const void *name, size_t len);
@@ -61,7 +62,8 @@ static inline bool crdt_folder_listed(const struct crdt_folder *f)
 /* ---- message.c, message-codec.c ---- */
 
 void crdt_mail_init(struct crdt_mail *m, const struct crdt_mail_key *key);
-bool crdt_mail_decode(const void *p, size_t n, const struct crdt_mail_key *key, struct crdt_mail *m_r);
+bool crdt_mail_decode(const void *p, size_t n, const struct crdt_mail_key *key,
+		      struct crdt_mail *m_r);
 void crdt_mail_encode(struct crdt_buf *b, const struct crdt_mail *m);
 void crdt_mail_put(struct crdt_rows *rows, const struct crdt_mail *m);
 /* Sets content, size, received, uid from what the ADDs and claims say. */
@@ -106,13 +108,19 @@ static inline bool crdt_dots_have(const struct crdt_vv *dots, struct crdt_dot d)
 {
 	return crdt_vv_get(dots, d.origin) == d.seq;
 }
-/* Takes away the dots that v covers, or those that it does not.  Returns whether
- * any went. */
+/* Takes away the dots that v covers.  Returns whether any went. */
 bool crdt_dots_drop_covered(struct crdt_vv *dots, const struct crdt_vv *v);
 /* Takes away the dots that the op had seen.  Returns whether any went. */
 bool crdt_dots_drop_seen(struct crdt_vv *dots, const struct crdt_op *op);
-/* Adds the op's dot, in place of those it had seen. */
-void crdt_dots_put(struct crdt_vv *dots, const struct crdt_op *op);
+/*
+ * Adds the op's dot.  Dots of other origins stay, also where the op had seen
+ * them: contexts are not transitive (what is merged and not yet applied where a
+ * change is made is left out), so a remove may cover this dot and not those.
+ */
+static inline void crdt_dots_put(struct crdt_vv *dots, const struct crdt_op *op)
+{
+	(void)crdt_vv_raise(dots, op->dot.origin, op->dot.seq);
+}
 
 /* ---- apply.c ---- */
 

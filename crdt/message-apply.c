@@ -17,7 +17,8 @@ struct mail_edit {
 	bool dirty, visible;
 };
 
-static void mail_open(struct mail_edit *e, struct folder_edit *folder, const struct crdt_op_mail *om)
+static void mail_open(struct mail_edit *e, struct folder_edit *folder,
+		      const struct crdt_op_mail *om)
 {
 	struct crdt_mail_key key;
 
@@ -54,7 +55,8 @@ static void mail_list_collectable(struct mail_edit *e)
 	}
 }
 
-static bool bodies_have(const struct crdt_mail_body *bodies, uint16_t n, const struct crdt_content *c)
+static bool bodies_have(const struct crdt_mail_body *bodies, uint16_t n,
+			const struct crdt_content *c)
 {
 	uint16_t i;
 
@@ -74,7 +76,8 @@ static void mail_count_bodies(struct mail_edit *e)
 	for (i = 0; i < m->bodies_n; i++) {
 		const struct crdt_content *c = &m->bodies[i].content;
 
-		if (!bodies_have(e->old_bodies, e->old_bodies_n, c) && !bodies_have(m->bodies, i, c))
+		if (!bodies_have(e->old_bodies, e->old_bodies_n, c) &&
+		    !bodies_have(m->bodies, i, c))
 			crdt_content_ref(e->folder->rows, c);
 	}
 	for (i = 0; i < e->old_bodies_n; i++) {
@@ -131,7 +134,8 @@ static void mail_set_keyword(struct mail_edit *e, const struct crdt_str *name)
 	crdt_dots_put(&k->dots, e->op);
 }
 
-static bool keyword_named(const struct crdt_mail_keyword *k, const struct crdt_str *names, uint16_t n)
+static bool keyword_named(const struct crdt_mail_keyword *k, const struct crdt_str *names,
+			  uint16_t n)
 {
 	uint16_t i;
 
@@ -184,15 +188,18 @@ static void mail_set_flags(struct mail_edit *e, uint8_t flags)
 
 /* ---- claims and floors ---- */
 
-/* Whether hearing `new` makes `old` say nothing more.  A floor at or below a
- * claim is met by it. */
+/* Whether `new` makes `old` of the same origin say nothing more.  A floor at or
+ * below a claim is met by it. */
 static bool uid_supersedes(const struct crdt_uid_state *new, const struct crdt_uid_state *old)
 {
 	if (new->validity != old->validity)
 		return new->validity > old->validity;
-	return new->claim >= old->claim && (new->floor >= old->floor || new->claim >= old->floor);
+	if ((new->claim > 0) == (old->claim > 0))
+		return true;
+	return new->claim >= old->floor && new->claim > 0;
 }
 
+/* Of each origin the newest claim and the newest floor stay, as with dots. */
 static void mail_hear_uid(struct mail_edit *e, const struct crdt_uid_state *new)
 {
 	struct crdt_mail *m = &e->m;
@@ -200,13 +207,10 @@ static void mail_hear_uid(struct mail_edit *e, const struct crdt_uid_state *new)
 	uint16_t i = 0;
 
 	while (i < m->uids_n) {
-		const struct crdt_mail_uid *old = &m->uids[i];
-		bool same_kind = (old->uid.claim > 0) == (new->claim > 0);
+		struct crdt_dot dot = m->uids[i].dot;
 
-		/* the newest of each origin and kind is enough, as with dots */
-		if (crdt_op_saw(e->op, old->dot) &&
-		    (uid_supersedes(new, &old->uid) ||
-		     (same_kind && old->dot.origin == e->op->dot.origin)))
+		if (dot.origin == e->op->dot.origin && dot.seq < e->op->dot.seq &&
+		    uid_supersedes(new, &m->uids[i].uid))
 			crdt_mail_uid_delete(m, i);
 		else
 			i++;
@@ -271,7 +275,8 @@ static void mail_add_body(struct mail_edit *e, const struct crdt_op_mail *om)
 }
 
 /* The mail as the ADD says, but for what the ADD had not seen. */
-static void mail_add(struct mail_edit *e, const struct crdt_op_folder *of, const struct crdt_op_mail *om)
+static void mail_add(struct mail_edit *e, const struct crdt_op_folder *of,
+		     const struct crdt_op_mail *om)
 {
 	struct crdt_uid_state claim = { 0, 0, 0 };
 	struct crdt_mail *m = &e->m;
@@ -299,7 +304,7 @@ static void mail_refresh(struct mail_edit *e)
 	uint16_t i;
 
 	crdt_dots_put(&m->presence, e->op);
-	(void)crdt_vv_raise(&m->refreshes, e->op->dot.origin, e->op->dot.seq);
+	crdt_dots_put(&m->refreshes, e->op);
 	for (i = 0; i < m->removals_n; i++) {
 		/* merged before us, so it had not seen us */
 		if (!crdt_op_saw(e->op, m->removals[i].dot))
@@ -378,7 +383,8 @@ static void mail_expunge(struct mail_edit *e)
 	e->dirty = true;
 }
 
-static void mail_number(struct mail_edit *e, const struct crdt_op_folder *of, const struct crdt_op_mail *om)
+static void mail_number(struct mail_edit *e, const struct crdt_op_folder *of,
+			const struct crdt_op_mail *om)
 {
 	struct crdt_uid_state new = { 0, 0, 0 };
 	bool heard;

@@ -10,12 +10,11 @@
 
 #define SHAPE_ONE_BODY 0x01	/* one body, and its dot is all of adds */
 #define SHAPE_ONE_UID 0x02	/* one claim, with the dot of the first body */
-#define SHAPE_PRESENT_ADDS 0x04	/* presence equals adds */
+#define SHAPE_PRESENT_ALL 0x04	/* presence: of each origin the newest of adds and refreshes */
 #define SHAPE_REFRESHES 0x08
-#define SHAPE_PRESENT_REFRESHES 0x10	/* presence equals refreshes */
-#define SHAPE_REMOVALS 0x20
-#define SHAPE_KEYWORDS 0x40
-#define SHAPE_ALL 0x7f
+#define SHAPE_REMOVALS 0x10
+#define SHAPE_KEYWORDS 0x20
+#define SHAPE_ALL 0x3f
 
 /* ---- key ---- */
 
@@ -264,8 +263,13 @@ static bool dots_equal(const struct crdt_vv *a, const struct crdt_vv *b)
 
 static uint8_t mail_shape(const struct crdt_mail *m)
 {
+	struct crdt_vv all;
 	uint8_t shape = 0;
 
+	crdt_vv_copy(&all, &m->adds);
+	(void)crdt_vv_join(&all, &m->refreshes);
+	if (dots_equal(&m->presence, &all))
+		shape |= SHAPE_PRESENT_ALL;
 	if (m->bodies_n == 1 && m->adds.n == 1 &&
 	    crdt_dot_compare(m->bodies[0].dot, m->adds.e[0]) == 0)
 		shape |= SHAPE_ONE_BODY;
@@ -274,10 +278,6 @@ static uint8_t mail_shape(const struct crdt_mail *m)
 		shape |= SHAPE_ONE_UID;
 	if (m->refreshes.n > 0)
 		shape |= SHAPE_REFRESHES;
-	if (dots_equal(&m->presence, &m->adds))
-		shape |= SHAPE_PRESENT_ADDS;
-	else if (m->refreshes.n > 0 && dots_equal(&m->presence, &m->refreshes))
-		shape |= SHAPE_PRESENT_REFRESHES;
 	if (m->removals_n > 0)
 		shape |= SHAPE_REMOVALS;
 	if (m->keywords_n > 0)
@@ -285,7 +285,8 @@ static uint8_t mail_shape(const struct crdt_mail *m)
 	return shape;
 }
 
-static void put_body(struct crdt_buf *b, const struct dot_table *t, const struct crdt_mail_body *body)
+static void put_body(struct crdt_buf *b, const struct dot_table *t,
+		     const struct crdt_mail_body *body)
 {
 	uint64_t zigzag = ((uint64_t)body->received << 1) ^ (body->received < 0 ? UINT64_MAX : 0);
 
@@ -365,7 +366,7 @@ static void mail_encode(struct crdt_buf *b, const struct dot_table *t, const str
 	}
 	if ((shape & SHAPE_REFRESHES) != 0)
 		put_dots(b, t, &m->refreshes);
-	if ((shape & (SHAPE_PRESENT_ADDS | SHAPE_PRESENT_REFRESHES)) == 0)
+	if ((shape & SHAPE_PRESENT_ALL) == 0)
 		put_dots(b, t, &m->presence);
 	put_flags(b, t, m);
 	if ((shape & SHAPE_ONE_UID) != 0)
@@ -417,7 +418,8 @@ static void get_bodies(struct crdt_reader *r, const struct dot_table *t, struct 
 	if ((shape & SHAPE_ONE_BODY) != 0) {
 		get_body(r, t, m);
 		if (!r->bad)
-			(void)crdt_vv_raise(&m->adds, m->bodies[0].dot.origin, m->bodies[0].dot.seq);
+			(void)crdt_vv_raise(&m->adds, m->bodies[0].dot.origin,
+					    m->bodies[0].dot.seq);
 		return;
 	}
 	n = crdt_get_varint_max(r, t->n);
@@ -462,12 +464,13 @@ static void get_presence(struct crdt_reader *r, const struct dot_table *t, struc
 {
 	if ((shape & SHAPE_REFRESHES) != 0)
 		get_dots(r, t, &m->refreshes);
-	if ((shape & SHAPE_PRESENT_ADDS) != 0)
-		crdt_vv_copy(&m->presence, &m->adds);
-	else if ((shape & SHAPE_PRESENT_REFRESHES) != 0)
-		crdt_vv_copy(&m->presence, &m->refreshes);
-	else
+	if ((shape & SHAPE_PRESENT_ALL) == 0) {
 		get_dots(r, t, &m->presence);
+		return;
+	}
+	crdt_vv_copy(&m->presence, &m->adds);
+	if (!crdt_vv_join(&m->presence, &m->refreshes))
+		r->bad = true;
 }
 
 static void get_flags(struct crdt_reader *r, const struct dot_table *t, struct crdt_mail *m)
@@ -539,7 +542,8 @@ static void mail_decode(struct crdt_reader *r, struct crdt_mail *m)
 	table_free(&t);
 }
 
-bool crdt_mail_decode(const void *p, size_t n, const struct crdt_mail_key *key, struct crdt_mail *m_r)
+bool crdt_mail_decode(const void *p, size_t n, const struct crdt_mail_key *key,
+		      struct crdt_mail *m_r)
 {
 	struct crdt_reader r = crdt_reader(p, n);
 

@@ -350,7 +350,8 @@ static bool mails_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *
 	return more;
 }
 
-void crdt_scan_mails(struct crdt_rows *rows, const struct crdt_id *folder, const struct crdt_mail_key *from,
+void crdt_scan_mails(struct crdt_rows *rows, const struct crdt_id *folder,
+		     const struct crdt_mail_key *from,
 		     bool (*cb)(void *ctx, const struct crdt_mail *m), void *ctx)
 {
 	struct crdt_buf start = CRDT_BUF_INIT;

@@ -189,7 +189,8 @@ void crdt_content_ref(struct crdt_rows *rows, const struct crdt_content *c)
 	crdt_buf_free(&key);
 }
 
-void crdt_content_unref(struct crdt_rows *rows, const struct crdt_content *c, struct crdt_sink *sink)
+void crdt_content_unref(struct crdt_rows *rows, const struct crdt_content *c,
+			struct crdt_sink *sink)
 {
 	struct crdt_effect e = { .kind = CRDT_EFFECT_BODY_UNREFERENCED, .content = c };
 	struct crdt_buf key = CRDT_BUF_INIT;
@@ -291,10 +292,4 @@ bool crdt_dots_drop_seen(struct crdt_vv *dots, const struct crdt_op *op)
 	}
 	dots->n = n;
 	return n < before;
-}
-
-void crdt_dots_put(struct crdt_vv *dots, const struct crdt_op *op)
-{
-	crdt_dots_drop_seen(dots, op);
-	(void)crdt_vv_raise(dots, op->dot.origin, op->dot.seq);
 }

@@ -96,12 +96,12 @@ struct crdt_mail_uid { struct crdt_dot dot; struct crdt_uid_state uid; };
 
 struct crdt_mail {
 	struct crdt_mail_key key;
-	/* Of the visible body: of the ADDs that no later ADD had seen the bytewise
-	 * highest (content, size, received). */
+	/* Of the visible body: of the ADDs that no ADD had seen the bytewise highest
+	 * (content, size, received). */
 	struct crdt_content content;
 	uint64_t size;
 	int64_t received;
-	/* The claims and floors that no later ADD had seen, joined. */
+	/* The claims and floors that no ADD had seen, joined. */
 	struct crdt_uid_state uid;
 	/*
 	 * Live: (1) some dot of `presence` (of ADDs and of STOREs that refresh) was
@@ -112,7 +112,7 @@ struct crdt_mail {
 	 */
 	bool live;
 	struct crdt_vv presence;	/* as stored: dots that a folder DELETE takes are still in it */
-	struct crdt_vv adds;		/* ADDs that no later ADD had seen; the EXPUNGEs' too, until stable */
+	struct crdt_vv adds;		/* newest ADD of each origin; expunged ones too, until stable */
 	struct crdt_vv refreshes;	/* newest STORE of each origin that refreshes */
 	struct crdt_vv flag_dots[5];	/* per system flag, bit order of CRDT_FLAG_* */
 	uint16_t keywords_n, removals_n, bodies_n, uids_n;

@@ -38,7 +38,7 @@ struct world {
 	uint32_t uid[REPLICAS_MAX];
 	struct crdt_vv report[REPLICAS_MAX];
 	unsigned folders;		/* ids in use */
-	bool collects, tight, verbose;
+	bool collects, tight, holes, verbose;
 	unsigned collected;
 };
 
@@ -282,16 +282,20 @@ static void list_mails(struct kit_replica *r, struct list *l, bool live)
 	crdt_scan_folders(&r->m.rows, live ? list_mails_cb : list_deads_cb, l);
 }
 
-/* The context of a mailbox to which nothing was applied but ops about this
- * folder: each origin's newest of these. */
-static void tight_context(struct world *w, struct kit_replica *r, const struct crdt_id *id,
+/* All that is merged here; or of each origin the newest op about this folder, as
+ * of a mailbox to which nothing else was applied. */
+static void whole_context(struct world *w, struct kit_replica *r, const struct crdt_id *id,
 			  struct crdt_vv *ctx)
 {
 	struct crdt_vv merged;
 	unsigned i, j;
 
-	crdt_vv_init(ctx);
 	crdt_vv_get_merged(&r->m.rows, &merged);
+	if (!w->tight) {
+		crdt_vv_copy(ctx, &merged);
+		return;
+	}
+	crdt_vv_init(ctx);
 	for (i = 0; i < w->h.n; i++) {
 		const struct crdt_op *op = &w->h.ops[i]->op;
 
@@ -300,6 +304,31 @@ static void tight_context(struct world *w, struct kit_replica *r, const struct c
 				crdt_vv_raise(ctx, op->dot.origin, op->dot.seq);
 		}
 	}
+}
+
+/*
+ * The context of a change in this folder.  It may have holes: what is merged, and
+ * not applied yet when the change is made, was not seen.  But what this replica
+ * has reported as applied it has seen.
+ */
+static void act_context(struct world *w, struct kit_replica *r, const struct crdt_id *id,
+			struct crdt_vv *ctx)
+{
+	const struct crdt_vv *report = &w->report[r - w->r];
+	struct crdt_vv whole;
+	uint32_t i;
+
+	whole_context(w, r, id, &whole);
+	crdt_vv_init(ctx);
+	for (i = 0; i < whole.n; i++) {
+		crdt_origin origin = whole.e[i].origin;
+		uint64_t high = whole.e[i].seq, low = crdt_vv_get(report, origin);
+
+		if (w->holes && low < high && kit_random(&w->random, 4) == 0)
+			high = low + kit_random(&w->random, (uint32_t)(high - low));
+		crdt_vv_raise(ctx, origin, high);
+	}
+	r->context = ctx;
 }
 
 static uint32_t next_uid(struct world *w, unsigned i)
@@ -356,8 +385,7 @@ static void act_mail(struct world *w, struct kit_replica *r, unsigned what)
 	if (l.n == 0)
 		return;
 	key = &l.key[kit_random(&w->random, l.n)];
-	tight_context(w, r, &key->folder, &ctx);
-	r->context = w->tight ? &ctx : NULL;
+	act_context(w, r, &key->folder, &ctx);
 	if (what == 0)
 		kit_expunge_id(r, key->folder, guid_of(key, guid));
 	else
@@ -381,10 +409,9 @@ static void act_move(struct world *w, struct kit_replica *r, unsigned i)
 	key = &mails.key[kit_random(&w->random, mails.n)];
 	to = folders.id[kit_random(&w->random, folders.n)];
 	guid_of(key, guid);
-	tight_context(w, r, &to, &ctx);
-	r->context = w->tight ? &ctx : NULL;
+	act_context(w, r, &to, &ctx);
 	kit_add_id(r, to, guid, CRDT_FLAG_SEEN, "moved", next_uid(w, i));
-	tight_context(w, r, &key->folder, &ctx);
+	act_context(w, r, &key->folder, &ctx);
 	if (kit_random(&w->random, 3) != 0 && !crdt_id_equal(&to, &key->folder))
 		kit_expunge_id(r, key->folder, guid);
 	r->context = NULL;
@@ -402,14 +429,12 @@ static void act_folder(struct world *w, struct kit_replica *r, unsigned i, unsig
 		return;
 	k = kit_random(&w->random, l.n);
 	id = l.id[k];
-	tight_context(w, r, &id, &ctx);
-	r->context = w->tight ? &ctx : NULL;
+	act_context(w, r, &id, &ctx);
 	switch (what) {
 	case 0:		/* of INBOX too: invalid, but must not hurt */
 		kit_delete_id(r, id);
 		break;
 	case 1:
-		r->context = NULL;
 		if (!crdt_id_equal(&id, &crdt_inbox_id))
 			kit_rename(r, l.path[k], pick(w, paths));
 		break;
@@ -445,6 +470,7 @@ static void act_number(struct world *w, unsigned i)
 	struct list folders, mails;
 	struct crdt_numberer numberer;
 	struct crdt_folder f;
+	struct crdt_vv ctx;
 	char guid[256];
 	unsigned k;
 
@@ -458,11 +484,13 @@ static void act_number(struct world *w, unsigned i)
 	if (k < 2 && mails.n > 0) {
 		const struct crdt_mail_key *key = &mails.key[kit_random(&w->random, mails.n)];
 
+		act_context(w, r, &key->folder, &ctx);
 		kit_claim_id(r, k == 0 ? CRDT_OP_CLAIM : CRDT_OP_FLOOR, key->folder,
 			     guid_of(key, guid), next_uid(w, i));
 	} else if (k >= 2) {
 		struct crdt_id id = folders.id[kit_random(&w->random, folders.n)];
 
+		act_context(w, r, &id, &ctx);
 		(void)crdt_folder_get(&r->m.rows, &id, &f);
 		numberer = f.numberer;
 		crdt_folder_free(&f);
@@ -472,6 +500,7 @@ static void act_number(struct world *w, unsigned i)
 		kit_number_id(r, k == 2 ? CRDT_OP_TAKEOVER : CRDT_OP_RELEASE, id, numberer,
 			      1000 + kit_random(&w->random, 1000));
 	}
+	r->context = NULL;
 	w->sync_seq[i] = r->seq;
 	r->origin = origin;
 	r->seq = seq;
@@ -714,6 +743,7 @@ static void world_init(struct world *w, uint64_t seed)
 	w->n = 2 + kit_random(&w->random, REPLICAS_MAX - 1);
 	w->collects = kit_random(&w->random, 2) == 0;
 	w->tight = kit_random(&w->random, 2) == 0;
+	w->holes = kit_random(&w->random, 2) == 0;
 	for (i = 0; i < w->n; i++) {
 		kit_replica_init(&w->r[i], &w->h, i + 1);
 		w->sync[i] = CRDT_ORIGIN(i + 1, 0x2000 + i);

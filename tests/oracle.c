@@ -130,7 +130,9 @@ static struct numbers folder_numbers(const struct set *s, const struct crdt_id *
 
 	each(x, s) {
 		const struct crdt_op_folder *f = names_folder(x, id);
-		if (f != NULL && f->validity > n.validity)
+
+		if (f != NULL && f->validity > n.validity && (x->kind == CRDT_OP_CREATE ||
+		    x->kind == CRDT_OP_TAKEOVER || x->kind == CRDT_OP_RELEASE))
 			n.validity = f->validity;
 	}
 	each(x, s) {

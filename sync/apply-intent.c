@@ -404,6 +404,15 @@ static int intent_recover(struct worker_user *user, struct intent *intent, const
 	if (ret != MS_OK || strcmp(box->storage->name, MAILDIR_STORAGE_NAME) != 0 ||
 	    worker_uidvalidity(box) != intent->uidvalidity)
 		return ret == MS_GONE ? MS_OK : ret;
+	/* The killed one may have left its uidlist locked: the sync of opening has
+	 * passed over what is new then.  This waits until the lock is stale. */
+	if ((ret = apply_uids_lock(box, error_r)) != MS_OK)
+		return ret;
+	apply_uids_unlock(box);
+	if (mailbox_sync(box, MAILBOX_SYNC_FLAG_FULL_READ) < 0) {
+		(void)worker_box_error(box, "sync", error_r);
+		return MS_TEMP;
+	}
 	if ((ret = apply_uids_lock(box, error_r)) != MS_OK)
 		return ret;
 	ret = guids_restore(user, intent, box, error_r);

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import threading
 import time
 
@@ -863,6 +864,115 @@ def test_killed_while_moving(dovecot, user):
         native = {int(m["uid"]) for r in records(t, kind=APPEND, applier=0) for m in r["mails"]}
     assert {uid: k for uid, k in state.items() if k} == {uid: mail_key(g) for g, uid in at.items()}
     assert native <= set(at.values()) | set(range(1, max(at.values())))
+
+
+STEPS = ("rename", "link", "unlink", "write", "pwrite64", "fdatasync", "fsync", "openat", "utime",
+         "flock", "fcntl", "umask")
+
+
+@contextlib.contextmanager
+def killed_at(pid, call, number):
+    """The process is killed when it enters this system call for the number-th time."""
+    strace = subprocess.Popen(["strace", "-p", str(pid), "-o", "/dev/null",
+                               "-e", f"inject={call}:signal=KILL:when={number}"],
+                              stderr=subprocess.PIPE, text=True)
+    assert "attached" in strace.stderr.readline()
+    try:
+        yield
+    finally:
+        strace.terminate()
+        strace.wait()
+        strace.stderr.close()
+
+
+def shadow(recs, box):
+    """What the engine takes a mailbox for: {UID: key}, and native mails that it counts as new."""
+    mails, news = {}, {}
+    for r in recs:
+        if r["mailbox"] != box:
+            continue
+        for m in r["mails"]:
+            uid = int(m["uid"])
+            if r["applier"] == "1":
+                mails[uid] = m["key"]
+            elif not m.get("gone") and uid not in mails:
+                news[uid] = m["guid"]
+        for part in filter(None, r["uids"].split(",")):
+            first, last = map(int, part.split(":"))
+            for uid in range(first, last + 1):
+                mails.pop(uid, None)
+    return mails, news
+
+
+def kill_steps():
+    """(system call, its number), as far as the caller sends back True for a kill."""
+    stride = 1 if os.environ.get("CRDT_KILLS") == "all" else 12
+    for n, call in enumerate(STEPS):
+        number, killed = 1 + n % stride, True
+        while killed:
+            killed = yield call, number
+            number += stride
+
+
+@pytest.mark.allows_errors
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+@pytest.mark.parametrize("what", ["save", "move", "changes"])
+@pytest.mark.parametrize("client_first", [False, True])
+def test_killed_at_each_step(dovecot, user, what, client_first):
+    """... and perhaps a client looks before the next worker does.  CRDT_KILLS=all
+    takes every step, else it is each twelfth."""
+    kills, rounds, steps = 0, 0, kill_steps()
+    step = next(steps)
+    while True:
+        rounds += 1
+        path = f"box{rounds}"
+        guids = [os.urandom(16).hex() for _ in range(3)]
+        saves = [dovecot.save(message(n), g, kwadd="kw") for n, g in enumerate(guids)]
+        dovecot.kill_workers()
+        wait_for("end of the workers", lambda: not dovecot.worker_pids())
+        with dovecot.tool(user) as t:
+            box = t.create(path)["guid"]
+            if what == "save":
+                cmds = saves
+            else:
+                t.apply(box, saves)
+                at = {g: uid for uid, (_, g) in t.list(box).items()}
+                if what == "move":
+                    cmds = [dict(kind="move", uid=at[g], policy="own", mailguid=g, key=mail_key(g),
+                                 others=at[g]) for g in guids]
+                else:
+                    cmds = [dict(kind="flags", uid=at[guids[0]], add=FLAGGED, kwadd="new"),
+                            dict(kind="expunge", uid=at[guids[1]])]
+            for cmd in cmds:
+                t.call("cmd", **cmd)
+            pid, = dovecot.worker_pids()
+            with killed_at(pid, *step):
+                t.send("apply", guid=box)
+                code, _, _ = t.answer()
+            kills += code != OK
+            if client_first:
+                with dovecot.imap(user, path) as c:
+                    fetch(c)
+            if what == "changes":
+                t.apply_again(box, cmds)
+            elif code != OK:
+                assert t.apply_again(box, cmds) == [DONE] * 3, step
+            found = t.list(box)
+            mails, news = shadow(t.read()[0], box)
+            assert news == {}, step
+            if what == "changes":
+                assert [g for _, g in found.values()] == [guids[0], guids[2]], step
+                assert found[at[guids[0]]][0] == FLAGGED
+            else:
+                assert sorted(g for _, g in found.values()) == sorted(guids), step
+                assert mails == {uid: mail_key(g) for uid, (_, g) in found.items()}, step
+            t.call("trim", pos=t.position())
+        try:
+            step = steps.send(code != OK)
+        except StopIteration:
+            break
+    print(f"{kills} kills")
+    assert kills > 2
 
 
 @pytest.mark.allows_errors

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Settings of the end-to-end tests, and what a failed one shows.
+
+CRDT_PREFIX   where scripts/build installed to (default: build/inst)
+CRDT_LONG=1   long runs where a test has a short and a long one
+"""
+
+import os
+import re
+
+import pytest
+
+from crdtlib import TOP, Cluster
+
+PREFIX = os.environ.get("CRDT_PREFIX") or os.path.join(TOP, "build", "inst")
+LONG = os.environ.get("CRDT_LONG") == "1"
+_LOG_LINES = 60
+_RUNNING = {}
+_SHOWN = {}
+_FIGURES = []
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "allows_errors: causes errors in a log")
+
+
+@pytest.fixture(scope="session")
+def long_run():
+    """Whether to take the time (CRDT_LONG=1)."""
+    return LONG
+
+
+@pytest.fixture(scope="module")
+def new_cluster(tmp_path_factory):
+    """Starts clusters with what is to be tested; all end with the module."""
+    running = []
+
+    def start(name="cluster", **options):
+        cluster = Cluster.up(tmp_path_factory.mktemp(name) / "c", prefix=PREFIX, **options)
+        running.append(cluster)
+        _RUNNING[cluster.directory] = cluster
+        return cluster
+
+    yield start
+    for cluster in running:
+        del _RUNNING[cluster.directory]
+        _keep_logs(cluster)
+        cluster.down()
+
+
+def _keep_logs(cluster):
+    """Beside the cluster's directory: pytest keeps that of the last runs."""
+    for node in cluster.description["nodes"]:
+        path = os.path.join(os.path.dirname(cluster.directory), node["name"] + ".log")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(cluster.log(node["name"]))
+
+
+@pytest.fixture
+def figure():
+    """figure("lag", "median 3 ms"): told at the end of the run."""
+    return lambda name, text: _FIGURES.append(f"{name}: {text}")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Adds what the nodes logged last to the report of a failure."""
+    del item, call
+    report = (yield).get_result()
+    if not report.failed:
+        return
+    for cluster in _RUNNING.values():
+        for node in cluster.description["nodes"]:
+            _add_log(report, cluster, node["name"])
+
+
+def _add_log(report, cluster, node):
+    """The node's log since it was last shown, but for the usual."""
+    lines = cluster.log(node).splitlines()
+    seen = _SHOWN.get((cluster.directory, node), 0)
+    _SHOWN[cluster.directory, node] = len(lines)
+    news = [line for line in lines[seen:]
+            if not re.search(r"-login: Info|lmtp\(\d+\): Info|Logged out", line)]
+    if news:
+        report.sections.append((f"log of {node}", "\n".join(news[-_LOG_LINES:])))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _FIGURES:
+        terminalreporter.section("figures")
+        for line in _FIGURES:
+            terminalreporter.write_line(line)

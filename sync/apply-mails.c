@@ -45,6 +45,13 @@ struct apply_run {
 	const char **error_r;
 };
 
+static void run_txn_begin(struct apply_run *run, struct apply_txn *txn, enum mailbox_transaction_flags flags,
+			  const struct crdt_vv *seen)
+{
+	apply_txn_begin(txn, run->user, run->box, flags, seen, &run->a->numberer);
+	txn->numberer_next = run->a->numberer_next;
+}
+
 static void set_outcome(struct apply_cmd *c, int value, const char *error)
 {
 	c->cmd->outcome = value;
@@ -362,7 +369,7 @@ static int apply_changes(struct apply_run *run)
 		n += is_change(&run->cmds[i]) ? 1 : 0;
 	if (n == 0)
 		return MS_OK;
-	apply_txn_begin(&txn, run->user, run->box, CHANGE_FLAGS, &run->seen, &run->a->numberer);
+	run_txn_begin(run, &txn, CHANGE_FLAGS, &run->seen);
 	txn.records = changes_record;
 	txn.context = run;
 	mail = mail_alloc(txn.t, 0, NULL);
@@ -733,13 +740,12 @@ static void saving_begin(struct saving *s, struct apply_run *run, ARRAY_TYPE(app
 	array_foreach(plan, p)
 		moves = moves || p->c->cmd->kind == MS_MOVE;
 	if (moves) {
-		apply_txn_begin(&s->moves, run->user, run->box, CHANGE_FLAGS, &run->seen_moves,
-				&run->a->numberer);
+		run_txn_begin(run, &s->moves, CHANGE_FLAGS, &run->seen_moves);
 		s->moves.records = moves_record;
 		s->moves.context = run;
 		s->moved = mail_alloc(s->moves.t, 0, NULL);
 	}
-	apply_txn_begin(&s->saves, run->user, run->box, SAVE_FLAGS, &run->seen, &run->a->numberer);
+	run_txn_begin(run, &s->saves, SAVE_FLAGS, &run->seen);
 }
 
 static void saving_rollback_moves(struct saving *s)
@@ -876,7 +882,7 @@ static int apply_saves(struct apply_run *run)
 static int apply_header(struct apply_run *run)
 {
 	struct crdt_mailbox_ext ext;
-	struct crdt_uid_folder has, add = { .numberer = run->a->numberer };
+	struct crdt_uid_folder has, add = { .numberer = run->a->numberer, .next = run->a->numberer_next };
 	struct apply_txn txn;
 
 	add.validity = worker_uidvalidity(run->box);
@@ -885,7 +891,7 @@ static int apply_header(struct apply_run *run)
 	has = crdt_mailbox_ext_numbering(&ext, add.validity);
 	if (crdt_vv_covers_all(&ext.seen, &run->seen) && !crdt_uid_folder_join(&has, &add))
 		return MS_OK;
-	apply_txn_begin(&txn, run->user, run->box, CHANGE_FLAGS, &run->seen, &run->a->numberer);
+	run_txn_begin(run, &txn, CHANGE_FLAGS, &run->seen);
 	return apply_txn_commit(&txn, run->error_r);
 }
 

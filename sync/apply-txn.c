@@ -147,7 +147,9 @@ static bool ext_raise(struct apply_txn *txn, struct crdt_mailbox_ext *ext)
 {
 	uint32_t uidvalidity = txn->box->index->map->hdr.uid_validity;
 	struct crdt_uid_folder had = crdt_mailbox_ext_numbering(ext, uidvalidity), has = had;
-	struct crdt_uid_folder add = { .validity = uidvalidity, .numberer = txn->numberer };
+	struct crdt_uid_folder add = {
+		.validity = uidvalidity, .numberer = txn->numberer, .next = txn->numberer_next,
+	};
 	bool changed = !crdt_vv_covers_all(&ext->seen, txn->seen);
 
 	if (changed) {

@@ -45,6 +45,7 @@ struct apply_txn {
 	/* For the header extension: raised to these. */
 	const struct crdt_vv *seen;
 	struct crdt_numberer numberer;
+	uint32_t numberer_next;
 	ARRAY(struct apply_uid) uids;	/* of the mails saved, in that order */
 	/* Adds records other than APPENDs of saved mails; head is the index as of
 	 * now, under the lock.  May be NULL. */

@@ -95,6 +95,7 @@ struct ms_apply {
 	 * are not done yet (or held, or failed), never lowering what is there. */
 	struct crdt_vv seen;
 	struct crdt_numberer numberer;	/* highest known; the mailbox keeps the higher */
+	uint32_t numberer_next;		/* UIDNEXT that it stated when it took over; own UIDs start there */
 	size_t n; struct ms_cmd *cmds;	/* at most 256; SAVEs ascending by want_uid */
 	bool verify;			/* some command has `tried` set */
 	uint32_t uidnext_r;		/* out: UIDNEXT after it */

@@ -55,6 +55,7 @@ struct group {
 	size_t n;
 	uint32_t validity;
 	struct crdt_numberer numberer;
+	uint32_t numberer_next;
 	struct crdt_id primary;
 };
 
@@ -78,6 +79,7 @@ static void group_number(struct replica *r, struct group *g)
 	if (crdt_folder_get(rrows(r), &g->primary, &f)) {
 		g->validity = f.validity;
 		g->numberer = f.numberer;
+		g->numberer_next = f.numberer_uidnext;
 	}
 	crdt_folder_free(&f);
 }
@@ -247,6 +249,7 @@ static enum step do_numberer(struct replica *r, struct box *b, const struct grou
 	memset(&a, 0, sizeof(a));
 	a.box = box_ms(b);
 	a.numberer = g->numberer;
+	a.numberer_next = g->numberer_next;
 	if (call_begin(r, error_r) < 0)
 		return STEP_FAILED;
 	res = r->ms->apply(r->ms, &a);

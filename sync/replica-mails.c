@@ -840,8 +840,10 @@ static int slice_run(struct slice *s, bool *more_r, char **error_r)
 
 	memset(&a, 0, sizeof(a));
 	a.box = box_ms(&s->b);
-	if (box_primary(r, &s->b, &primary))
+	if (box_primary(r, &s->b, &primary) && primary.validity == s->b.uidvalidity) {
 		a.numberer = primary.numberer;
+		a.numberer_next = primary.numberer_uidnext;
+	}
 	crdt_folder_free(&primary);
 	slice_sort(s);
 	a.n = s->n;

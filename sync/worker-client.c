@@ -548,6 +548,7 @@ static int ms_apply(struct mailstore *ms, struct ms_apply *a)
 	m.box = a->box;
 	m.seen = a->seen;
 	m.numberer = a->numberer;
+	m.numberer_next = a->numberer_next;
 	m.flag = a->verify;
 	m.n = (uint32_t)a->n;
 	if ((ret = request(c, &m)) != MS_OK || (ret = send_cmds(c, a)) != MS_OK)

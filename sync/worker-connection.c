@@ -348,6 +348,7 @@ static int handle_apply(struct worker_conn *conn, struct worker_msg *result, con
 	apply.box = conn->request.box;
 	apply.seen = conn->request.seen;
 	apply.numberer = conn->request.numberer;
+	apply.numberer_next = conn->request.numberer_next;
 	apply.verify = conn->request.flag;
 	apply.n = array_count(&conn->cmds);
 	apply.cmds = apply.n == 0 ? NULL : array_front_modifiable(&conn->cmds);

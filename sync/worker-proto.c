@@ -136,6 +136,7 @@ static void put_fields(struct crdt_buf *b, const struct worker_msg *m)
 		put_box(b, &m->box);
 		crdt_vv_encode(b, &m->seen);
 		put_numberer(b, &m->numberer);
+		crdt_buf_varint(b, m->numberer_next);
 		crdt_buf_u8(b, m->flag ? 1 : 0);
 		crdt_buf_varint(b, m->n);
 		break;
@@ -468,6 +469,7 @@ static bool get_fields(struct crdt_reader *r, struct worker_msg *m)
 		get_box(r, &m->box);
 		(void)crdt_vv_decode(r, &m->seen);
 		m->numberer = get_numberer(r);
+		m->numberer_next = get_u32(r);
 		m->flag = get_bool(r);
 		m->n = (uint32_t)crdt_get_varint_max(r, WORKER_CMDS_MAX);
 		break;

@@ -65,6 +65,7 @@ struct worker_msg {
 	struct crdt_vv seen;			/* SET_SEEN, APPLY */
 	uint32_t uidvalidity;			/* SET_SEEN (highest), REVALIDATE (new) */
 	struct crdt_numberer numberer;		/* APPLY, CREATE, REVALIDATE */
+	uint32_t numberer_next;			/* APPLY */
 	uint32_t uidnext;			/* CREATE; RESULT of APPLY */
 	uint32_t n;				/* APPLY: commands; REVALIDATE: entries; WANT_TEXT, OUTCOME: index */
 	bool flag;				/* APPLY: verify; SUBSCRIBE: on; MADE: existed; RESULT: more */

@@ -291,7 +291,7 @@ int vmail_rename(struct vmail *v, const char *from, const char *to)
 
 static int add_native(struct vmail *v, struct vmail_box *b, struct vmail_mail *m)
 {
-	m->uid = crdt_uid_own_next(v->slot, b->uidnext);
+	m->uid = crdt_uid_own_next(v->slot, crdt_uid_base(&b->numbering, b->uidnext));
 	mail_add(v, b, m);
 	journal_append(v, b, m, (struct crdt_str){ NULL, 0 });
 	return 0;
@@ -391,13 +391,13 @@ int vmail_open(struct vmail *v, const char *path)
 
 	if (b == NULL)
 		return -1;
-	if (b->numberer.term == 0 || b->numberer.slot == v->slot)
+	if (b->numbering.numberer.term == 0 || crdt_uid_is_numberer(&b->numbering, v->slot))
 		return 0;
-	b->numberer.term++;
-	b->numberer.slot = (uint8_t)v->slot;
-	b->uidnext = crdt_uid_takeover_next(v->slot, b->uidnext, false);
+	if (crdt_uid_takeover(&b->numbering, v->slot, b->uidnext, NULL, false, &b->numbering) < 0)
+		return -1;
+	b->uidnext = b->numbering.next;
 	box_record(v, b, &rec, CRDT_JREC_TAKEOVER, false);
-	rec.numberer = b->numberer;
+	rec.numberer = b->numbering.numberer;
 	rec.uidnext = b->uidnext;
 	journal(v, &rec);
 	return 0;
@@ -491,10 +491,18 @@ static int ms_set_seen(struct mailstore *ms, const struct crdt_vv *seen, uint32_
 	return MS_OK;
 }
 
+static void numbering_join(struct vmail_box *b, const struct crdt_numberer *numberer, uint32_t next)
+{
+	struct crdt_uid_folder heard = { b->uidvalidity, *numberer, next };
+
+	(void)crdt_uid_folder_join(&b->numbering, &heard);
+}
+
 /* UID for a SAVE or MOVE, 0: held. */
 static uint32_t choose_uid(struct vmail *v, const struct vmail_box *b, const struct ms_cmd *c)
 {
-	uint32_t base = c->floor > b->uidnext ? c->floor : b->uidnext;
+	uint32_t next = crdt_uid_base(&b->numbering, b->uidnext);
+	uint32_t base = c->floor > next ? c->floor : next;
 
 	if (c->want_uid >= b->uidnext && c->want_uid > 0)
 		return c->want_uid;
@@ -668,8 +676,7 @@ static int ms_do_apply(struct mailstore *ms, struct ms_apply *a)
 
 	if (b == NULL)
 		return MS_GONE;
-	if (crdt_numberer_cmp(&a->numberer, &b->numberer) > 0)
-		b->numberer = a->numberer;
+	numbering_join(b, &a->numberer, a->numberer_next);
 	tried_divide(a);
 	for (size_t i = 0; i < a->n && res == MS_OK; i++) {
 		v->tried_uid = 0;
@@ -707,7 +714,7 @@ static int ms_create(struct mailstore *ms, const struct ms_mailbox *box, uint32_
 		if (killed(v, 3))
 			return MS_TEMP;
 		b = box_add(v, path, &guid, box->uidvalidity);
-		b->numberer = *numberer;
+		numbering_join(b, numberer, 0);
 	}
 	made_r->guid = b->guid;
 	made_r->uidvalidity = b->uidvalidity;
@@ -787,7 +794,7 @@ static int ms_revalidate(struct mailstore *ms, const struct ms_mailbox *box, uin
 	if (killed(v, 3))
 		return MS_TEMP;
 	b->uidvalidity = uidvalidity;
-	b->numberer = *numberer;
+	numbering_join(b, numberer, 0);
 	box_record(v, b, &rec, CRDT_JREC_REVALIDATE, true);
 	journal(v, &rec);
 	for (size_t i = 0; i < b->n; i++) {
@@ -943,7 +950,7 @@ void vmail_dump(const struct vmail *v, const char *name)
 		const struct vmail_box *b = &v->boxes[i];
 
 		fprintf(stderr, "  %s validity %u next %u numberer %u/%u guid %02x%02x\n", b->path, b->uidvalidity,
-			b->uidnext, b->numberer.term, b->numberer.slot, b->guid.b[0], b->guid.b[1]);
+			b->uidnext, b->numbering.numberer.term, b->numbering.numberer.slot, b->guid.b[0], b->guid.b[1]);
 		for (size_t k = 0; k < b->n; k++)
 			fprintf(stderr, "    %u %s flags %x kw %x\n", b->mails[k].uid, b->mails[k].guid, b->mails[k].flags,
 				b->mails[k].keywords);

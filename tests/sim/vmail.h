@@ -23,7 +23,7 @@ struct vmail_box {
 	struct crdt_id guid;
 	char path[256];
 	uint32_t uidvalidity, uidnext;
-	struct crdt_numberer numberer;
+	struct crdt_uid_folder numbering;
 	struct vmail_mail *mails; size_t n, cap;	/* ascending by uid */
 };
 

@@ -116,6 +116,7 @@ void kit_replica_init(struct kit_replica *r, struct kit_history *h, unsigned slo
 	r->origin = CRDT_ORIGIN(slot, 0x1000 + slot);
 	r->seq = 0;
 	r->context = NULL;
+	r->claim_validity = 0;
 	kit_effects_init(&r->effects);
 }
 
@@ -232,6 +233,11 @@ static void single_init(struct single *s, struct kit_replica *r, uint8_t kind, s
 	s->folder.numberer = f.numberer;
 	s->counter = f.path_counter;
 	crdt_folder_free(&f);
+	if (r->claim_validity > 0 && (kind == CRDT_OP_ADD || kind == CRDT_OP_CLAIM ||
+				      kind == CRDT_OP_FLOOR)) {
+		s->folder.validity = r->claim_validity;
+		s->folder.numberer = (struct crdt_numberer){ 0, 0 };
+	}
 	if (guid != NULL) {
 		s->op.mails_n = 1;
 		s->op.mails = &s->mail;

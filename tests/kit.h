@@ -48,6 +48,9 @@ struct kit_replica {
 	/* If set, the context of its ops: lower than what it has merged, as that
 	 * of a mailbox that nothing else was applied to. */
 	const struct crdt_vv *context;
+	/* If not 0, the UIDVALIDITY of its claims: of another folder that shares the
+	 * mailbox. */
+	uint32_t claim_validity;
 };
 void kit_replica_init(struct kit_replica *r, struct kit_history *h, unsigned slot);
 void kit_replica_free(struct kit_replica *r);

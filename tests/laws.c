@@ -3,7 +3,8 @@
  * The laws of the merge, on random users: replicas act on what they have merged,
  * hear of each other in any order, more than once, and collect what is stable.
  * In the end all show the same, and that is what the oracle says; without
- * collection all rows are equal too, whatever the order (I1, I2, I3).
+ * collection all rows are equal too, whatever the order (I1, I2, I3, and I5 of
+ * the numbering).
  *
  * Usage: laws [--runs N] [--seed S] [--verbose]
  * Each run prints nothing unless it fails; then it prints its seed, and
@@ -191,12 +192,46 @@ static void compare_things(struct world *w, const struct things *a, const struct
 	}
 }
 
+/* ---- I5: what numbers a folder never falls ---- */
+
+#define IDS_MAX 10
+
+static void numbers_get(struct kit_replica *r, struct crdt_uid_folder *numbers)
+{
+	struct crdt_folder f;
+	struct crdt_id id;
+	unsigned i;
+
+	for (i = 0; i < IDS_MAX; i++) {
+		id = kit_id(i);
+		(void)crdt_folder_get(&r->m.rows, &id, &f);
+		numbers[i] = (struct crdt_uid_folder){ f.validity, f.numberer, f.numberer_uidnext };
+		crdt_folder_free(&f);
+	}
+}
+
+static void compare_numbers(struct world *w, const struct crdt_uid_folder *old,
+			    const struct crdt_uid_folder *new)
+{
+	struct crdt_uid_folder join;
+	unsigned i;
+
+	for (i = 0; i < IDS_MAX; i++) {
+		join = new[i];
+		if (crdt_uid_folder_join(&join, &old[i]))
+			fail(w, "I5: UIDVALIDITY, numberer or UIDNEXT fell");
+	}
+}
+
 static enum crdt_merge_result deliver(struct world *w, struct kit_replica *r, const struct kit_op *op)
 {
+	struct crdt_uid_folder numbers[2][IDS_MAX];
 	enum crdt_merge_result result;
+	uint32_t highest = crdt_validity_highest(&r->m.rows);
 	struct memrows old;
 
 	things_get(&before, &r->m.rows);
+	numbers_get(r, numbers[0]);
 	announced.n = 0;
 	r->effects.effect = announce;
 	memrows_clone(&old, &r->m);
@@ -205,6 +240,10 @@ static enum crdt_merge_result deliver(struct world *w, struct kit_replica *r, co
 	things_get(&after, &r->m.rows);
 	compare_things(w, &before, &after);
 	compare_things(w, &after, &before);
+	numbers_get(r, numbers[1]);
+	compare_numbers(w, numbers[0], numbers[1]);
+	if (crdt_validity_highest(&r->m.rows) < highest)
+		fail(w, "I5: the highest UIDVALIDITY fell");
 	if (result == CRDT_MERGE_DUPLICATE && !memrows_equal(&old, &r->m))
 		fail(w, "a repetition changed rows");
 	memrows_free(&old);
@@ -526,6 +565,7 @@ static void act(struct world *w, unsigned i)
 	struct kit_replica *r = &w->r[i];
 	const char *name;
 
+	r->claim_validity = kit_random(&w->random, 6) > 0 ? 0 : crdt_validity_highest(&r->m.rows);
 	switch (kit_random(&w->random, 20)) {
 	case 0: case 1:
 		act_create(w, r);

@@ -51,6 +51,7 @@ struct wake_fifo {
 	bool skip;			/* the rest of a line that is too long */
 };
 
+static struct event *event;		/* for what only log_debug or mail_debug shows */
 static struct sync_settings set;
 static struct zcert own_cert, storage_certs[NODE_STORAGES_MAX];
 static int lock_fd = -1;
@@ -93,7 +94,7 @@ static void log_line(int level, const char *text)
 		i_info("%s", text);
 		break;
 	default:
-		i_debug("%s", text);
+		e_debug(event, "%s", text);
 		break;
 	}
 }
@@ -608,6 +609,7 @@ int main(int argc, char *argv[])
 	master_service_init_log(master_service);
 	if (sync_settings_read(master_service, &set, &error) < 0)
 		i_fatal("%s", error);
+	event = event_create(NULL);
 	if (sodium_init() < 0)
 		i_fatal("sodium_init() failed");
 	if (set.mode != SYNC_MODE_OFF) {
@@ -629,6 +631,7 @@ int main(int argc, char *argv[])
 
 	sync_deinit();
 	zcert_free(&own_cert);
+	event_unref(&event);
 	master_service_deinit(&master_service);
 	return 0;
 }

@@ -8,7 +8,7 @@
 #include <stdio.h>
 
 #define META_CURSOR 'c'
-#define MAIL_CHANGED_RETRY_MSECS 1000	/* after trouble, a wake-up shortens the wait to this */
+#define MAIL_CHANGED_RETRY_MSECS 1000	/* times failures: a wake-up shortens the wait after trouble to this */
 #define MAIL_FAILURES_LOGGED 4		/* in a row: then it is no hiccup */
 #define AGE_MSECS 30000
 
@@ -412,6 +412,7 @@ void node_storage_state(const struct node *n, unsigned storage, bool *up_r, uint
 void node_changed(struct node *n, int64_t now, const char *user)
 {
 	struct user *u;
+	int64_t soon;
 
 	n->now = now;
 	if (n->users_n >= NODE_USERS_MAX && node_user_find(n, user, 0) == NULL) {
@@ -423,8 +424,9 @@ void node_changed(struct node *n, int64_t now, const char *user)
 	}
 	u = node_user(n, user, 0);
 	u->journal = true;
-	if (u->mail_due > now + MAIL_CHANGED_RETRY_MSECS)
-		u->mail_due = now + MAIL_CHANGED_RETRY_MSECS;
+	soon = now + MAIL_CHANGED_RETRY_MSECS * (int64_t)(u->failures + 1);
+	if (u->mail_due > soon)
+		u->mail_due = soon;
 	if (u->mail_due > now)
 		node_wake_at(u, u->mail_due);
 	else
@@ -699,7 +701,7 @@ int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
 	visited_mail(u, v);
 	visited_applied(u, v);
 	visited_engine(u, v);
-	if (v->read_journal || (v->applied && v->progress != REPLICA_LATER)) {
+	if ((v->journal && v->read_journal) || v->news || (v->applied && v->progress != REPLICA_LATER)) {
 		trim_soon(u);
 		if (u->applied_due == 0)
 			u->applied_due = now + NODE_APPLIED_MSECS;

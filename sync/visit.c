@@ -200,6 +200,7 @@ static bool read_journal(struct run *run)
 		return false;
 	}
 	run->v->read_journal = true;
+	run->v->news = run->v->news || ret > 0;
 	return ret > 0;
 }
 
@@ -319,7 +320,6 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 {
 	struct run run = { .v = v, .r = r, .spool = spool, .hooks = hooks, .handed_over = v->ops_after };
 	crdt_origin known = v->origin;
-	bool news = false;
 	char *error = NULL;
 
 	v->mail_result = mail;
@@ -330,7 +330,7 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 		return;
 	/* To trim it, an engine that was opened anew must know where it ends. */
 	if ((v->journal || v->acknowledge) && mail == VISIT_MAIL_OK)
-		news = read_journal(&run);
+		(void)read_journal(&run);
 	give_ops(&run, v->ops_asked);
 	/* Numbers that were acknowledged of another origin say nothing here. */
 	if (v->acknowledge && v->mail_result == VISIT_MAIL_OK &&
@@ -338,11 +338,9 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 		failed(v, error);
 		return;
 	}
-	if (read_bodies(&run)) {
-		news = true;
+	if (read_bodies(&run))
 		give_ops(&run, false);
-	}
-	if ((v->apply || (news && v->apply_news)) && v->mail_result == VISIT_MAIL_OK) {
+	if ((v->apply || (v->news && v->apply_news)) && v->mail_result == VISIT_MAIL_OK) {
 		apply(&run);
 		give_ops(&run, false);
 	}

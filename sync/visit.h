@@ -98,6 +98,7 @@ struct visit {
 	bool applied;			/* applying was tried: progress says how it ended */
 	enum replica_progress progress;
 	bool read_journal;		/* it was read to its end */
+	bool news;			/* and had something */
 	crdt_origin own_origin;
 	uint64_t last_seq;
 	struct crdt_vv *applied_vv;	/* owned; with tell_applied */

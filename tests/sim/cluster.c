@@ -17,7 +17,7 @@
 #include "../../storage-daemon/hub.h"
 #include "vmail.h"
 
-enum { WORKERS_MAX = 3, DAEMONS_MAX = 2, USERS = 3, PATHS = 5, PIPE_MAX = 40, VISITS = 2 };
+enum { WORKERS_MAX = 3, DAEMONS_MAX = 2, USERS = 3, PATHS = 5, PIPE_MAX = 1200, VISITS = 2 };
 static const char *const paths[PATHS] = { "INBOX", "a", "b", "a/c", "d" };
 static const char *const users[USERS] = { "u1", "u2", "u3" };
 static const char *const daemons[DAEMONS_MAX] = { "tcp://s1", "tcp://s2" };

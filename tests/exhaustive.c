@@ -10,12 +10,14 @@
  * Checked for each case, for each set of its ops that is closed under "had been
  * seen": whatever the order in which these ops arrive, the rows are the same
  * bytes, and show what the oracle says; I2 and I3 hold of the whole case.
+ * With holes the op's context may also be lower than what its replica merged: what
+ * is merged and not applied yet where a change is made was not seen.
  * A set of ops is reached from each of the sets with one op less, so the rows of
  * all orders are compared without trying the orders one by one; orders that
  * break "had been seen" too (ops that wait) are tried one by one where
  * --orders says so.
  *
- * Usage: exhaustive [--deep] [--orders] [--replicas N --ops N [--start N]]
+ * Usage: exhaustive [--deep] [--orders] [--holes] [--replicas N --ops N [--start N]]
  */
 #include "kit.h"
 #include "oracle.h"
@@ -43,12 +45,14 @@ struct case_state {
 	struct memrows rows[SETS];		/* of each closed set; unset: chunks_n == 0 */
 	bool have[SETS];
 	unsigned knows[REPLICAS_MAX];		/* set of ops merged at each replica */
+	unsigned saw;				/* of these, what the next op's context holds */
+	struct crdt_vv context;			/* the same as a vector */
 	unsigned folders;			/* ids used */
 	struct kit_history h;
 	struct memrows start;
 	struct kit_replica actor;
 	uint64_t seq[REPLICAS_MAX];
-	bool orders;
+	bool orders, holes;
 	uint64_t cases, states, merges;
 };
 
@@ -188,13 +192,46 @@ static void note_case(struct case_state *c)
 		try_orders(c, &c->start, 0);
 }
 
+/* What must be there before the op that r makes now: what its context holds, its
+ * own earlier ops, and what had to be there before these. */
+static unsigned past_of(const struct case_state *c, unsigned r)
+{
+	unsigned i, past = c->saw;
+
+	for (i = 0; i < c->n; i++) {
+		if (c->by[i] == r)
+			past |= 1u << i;
+	}
+	for (i = c->n; i-- > 0; ) {
+		if ((past & (1u << i)) != 0)
+			past |= c->past[i];
+	}
+	return past;
+}
+
+/* The context as a vector: of the start all, of each replica the ops in c->saw. */
+static void set_context(struct case_state *c)
+{
+	unsigned i;
+
+	crdt_vv_init(&c->context);
+	for (i = 0; i < c->common; i++)
+		crdt_vv_raise(&c->context, c->h.ops[i]->op.dot.origin, c->h.ops[i]->op.dot.seq);
+	for (i = 0; i < c->n; i++) {
+		const struct crdt_op *op = &c->h.ops[c->common + i]->op;
+
+		if ((c->saw & (1u << i)) != 0)
+			crdt_vv_raise(&c->context, op->dot.origin, op->dot.seq);
+	}
+}
+
 /* The actor has just issued an op; go on from there, then take it back. */
 static void descend(struct case_state *c, unsigned r)
 {
-	unsigned old_knows = c->knows[r], i = c->n++;
+	unsigned old_knows = c->knows[r], saw = c->saw, past = past_of(c, r), i = c->n++;
 
 	c->by[i] = r;
-	c->past[i] = old_knows;
+	c->past[i] = past;
 	c->knows[r] |= 1u << i;
 	c->seq[r]++;
 	extend_states(c);
@@ -206,6 +243,8 @@ static void descend(struct case_state *c, unsigned r)
 	c->knows[r] = old_knows;
 	c->n--;
 	kit_history_pop(&c->h);
+	c->saw = saw;
+	set_context(c);
 }
 
 /* The actor: rows of what r knows, and r's origin. */
@@ -217,6 +256,7 @@ static struct kit_replica *actor(struct case_state *c, unsigned r)
 	memrows_clone(&a->m, &c->rows[c->knows[r]]);
 	a->origin = CRDT_ORIGIN(r + 1, 0x1000 + r + 1);
 	a->seq = c->seq[r];
+	a->context = &c->context;
 	return a;
 }
 
@@ -312,6 +352,40 @@ static void act(struct case_state *c, unsigned r)
 	}
 }
 
+/* Whether c->saw holds with an op all earlier ops of its replica. */
+static bool is_vector(const struct case_state *c, unsigned set)
+{
+	unsigned i, j;
+
+	for (i = 0; i < c->n; i++) {
+		for (j = 0; j < i; j++) {
+			if (c->by[i] == c->by[j] && (set & (1u << i)) != 0 && (set & (1u << j)) == 0)
+				return false;
+		}
+	}
+	return true;
+}
+
+/* All contexts that r can have with what it knows now. */
+static void act_with_contexts(struct case_state *c, unsigned r)
+{
+	unsigned knows = c->knows[r], own = 0, i, saw;
+
+	for (i = 0; i < c->n; i++) {
+		if (c->by[i] == r)
+			own |= 1u << i;
+	}
+	for (saw = 0; saw <= knows; saw++) {
+		if ((saw & ~knows) != 0 || (saw & own) != own || !is_vector(c, saw))
+			continue;
+		if (saw != knows && !c->holes)
+			continue;
+		c->saw = saw;
+		set_context(c);
+		act(c, r);
+	}
+}
+
 /* The next op: by any replica, after it heard of any closed set of ops. */
 static void step(struct case_state *c)
 {
@@ -327,7 +401,7 @@ static void step(struct case_state *c)
 			if ((set & old) != old || !closed(c, set))
 				continue;
 			c->knows[r] = set;
-			act(c, r);
+			act_with_contexts(c, r);
 		}
 		c->knows[r] = old;
 	}
@@ -355,7 +429,7 @@ static void make_start(struct case_state *c, enum start start)
 	kit_replica_free(&r);
 }
 
-static void run(unsigned replicas, unsigned ops, enum start start, bool orders)
+static void run(unsigned replicas, unsigned ops, enum start start, bool orders, bool holes)
 {
 	static const char *const starts[] = { "nothing", "a mail", "a flagged mail", "two folders" };
 	static struct case_state c;
@@ -364,6 +438,7 @@ static void run(unsigned replicas, unsigned ops, enum start start, bool orders)
 	c.replicas = replicas;
 	c.ops_max = ops;
 	c.orders = orders;
+	c.holes = holes;
 	kit_history_init(&c.h);
 	kit_replica_init(&c.actor, &c.h, 1);
 	make_start(&c, start);
@@ -371,8 +446,8 @@ static void run(unsigned replicas, unsigned ops, enum start start, bool orders)
 	c.have[0] = true;
 	step(&c);
 	printf("%u replicas, %u ops, from %s: %" PRIu64 " cases, %" PRIu64 " states, %" PRIu64
-	       " merges%s\n", replicas, ops, starts[start], c.cases, c.states, c.merges,
-	       orders ? ", all orders" : "");
+	       " merges%s%s\n", replicas, ops, starts[start], c.cases, c.states, c.merges,
+	       orders ? ", all orders" : "", holes ? ", contexts with holes" : "");
 	fflush(stdout);
 	memrows_free(&c.rows[0]);
 	memrows_free(&c.start);
@@ -383,7 +458,7 @@ static void run(unsigned replicas, unsigned ops, enum start start, bool orders)
 int main(int argc, char **argv)
 {
 	unsigned replicas = 0, ops = 0, start, first = 0, last = STARTS - 1;
-	bool deep = false, orders = false;
+	bool deep = false, orders = false, holes = false;
 	int i;
 
 	for (i = 1; i < argc; i++) {
@@ -391,6 +466,8 @@ int main(int argc, char **argv)
 			deep = true;
 		} else if (strcmp(argv[i], "--orders") == 0) {
 			orders = true;
+		} else if (strcmp(argv[i], "--holes") == 0) {
+			holes = true;
 		} else if (strcmp(argv[i], "--replicas") == 0 && i + 1 < argc) {
 			replicas = (unsigned)atoi(argv[++i]);
 		} else if (strcmp(argv[i], "--ops") == 0 && i + 1 < argc) {
@@ -398,7 +475,7 @@ int main(int argc, char **argv)
 		} else if (strcmp(argv[i], "--start") == 0 && i + 1 < argc) {
 			first = last = (unsigned)atoi(argv[++i]);
 		} else {
-			fprintf(stderr, "Usage: %s [--deep] [--orders] "
+			fprintf(stderr, "Usage: %s [--deep] [--orders] [--holes] "
 				"[--replicas N --ops N [--start N]]\n", argv[0]);
 			return 2;
 		}
@@ -407,17 +484,17 @@ int main(int argc, char **argv)
 		return 2;
 	for (start = first; start <= last; start++) {
 		if (replicas > 0) {
-			run(replicas, ops, start, orders);
+			run(replicas, ops, start, orders, holes);
 			continue;
 		}
-		run(2, 3, start, true);
-		run(3, 3, start, true);
+		run(2, 3, start, true, true);
+		run(3, 3, start, true, holes);
 		if (start != START_TWO || deep)
-			run(2, 4, start, deep || orders);
+			run(2, 4, start, deep || orders, deep || holes);
 		if (deep) {
-			run(3, 4, start, orders);
+			run(3, 4, start, orders, holes);
 			if (start != START_TWO)
-				run(2, 5, start, orders);
+				run(2, 5, start, orders, holes);
 		}
 	}
 	return 0;

@@ -162,6 +162,7 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	struct group g;
 	enum step step;
 	struct box b;
+	uint32_t uidnext = 1;
 	bool existed = false;
 	int res;
 
@@ -170,11 +171,18 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	want.guid = f->id;
 	want.path = (struct crdt_str){ f->path, f->path_len };
 	want.uidvalidity = g.validity;
+	for (size_t i = 0; i < g.n; i++) {
+		uint32_t had = uidnext_get(r, &g.ids[i], g.validity);
+		/* What we know of it is a lower bound: as at an unclean takeover. */
+		if (had > 0)
+			had = crdt_uid_takeover_next(r->cfg->slot, had, false);
+		uidnext = had > uidnext ? had : uidnext;
+	}
 	creating(r, &f->id, true);
 	if (call_begin(r, error_r) < 0)
 		return STEP_FAILED;
 	memset(&made, 0, sizeof(made));
-	res = r->ms->create(r->ms, &want, 1, &g.numberer, &made, &existed);
+	res = r->ms->create(r->ms, &want, uidnext, &g.numberer, &made, &existed);
 	step = call_end(r, NULL, res, error_r);
 	if (step == STEP_PROGRESS && res == MS_OK)
 		creating(r, &f->id, false);

@@ -194,6 +194,10 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 		op.mails = mails;
 		ret = replica_own_op(r, &op, &ctx);
 	}
+	if (n > 0 && mails[n - 1].uid >= b.uidnext) {
+		b.uidnext = mails[n - 1].uid + 1;
+		box_put(r, &b);
+	}
 	for (unsigned i = 0; i < n; i++)
 		free((void *)mails[i].keywords);
 	free(keys);
@@ -520,6 +524,10 @@ static int applier_append(struct replica *r, const struct crdt_jrec *rec)
 		else if (!applied_reuid(r, &b, jm))
 			replica_log(r, 1, "an applied mail (UID %u) in the journal is not known: ignored", jm->uid);
 		crdt_mail_free(&m);
+	}
+	if (rec->mails_n > 0 && rec->mails[rec->mails_n - 1].uid >= b.uidnext) {
+		b.uidnext = rec->mails[rec->mails_n - 1].uid + 1;
+		box_put(r, &b);
 	}
 	box_free(&b);
 	return 0;

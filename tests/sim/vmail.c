@@ -198,8 +198,26 @@ static struct vmail_box *box_add(struct vmail *v, const char *path, const struct
 	return b;
 }
 
+/* Clients saw this UIDNEXT: it must not fall (I5). */
+static void box_shown(struct vmail *v, const struct vmail_box *b)
+{
+	size_t i;
+
+	for (i = 0; i < v->shown_n && v->shown[i].validity != b->uidvalidity; i++) ;
+	if (i == 256)
+		return;
+	if (i == v->shown_n) {
+		v->shown[v->shown_n].next = 0;
+		v->shown[v->shown_n++].validity = b->uidvalidity;
+	}
+	if (b->uidnext < v->shown[i].next)
+		v->fault = "UIDNEXT fell when a mailbox came back (I5)";
+	v->shown[i].next = b->uidnext;
+}
+
 static void box_remove(struct vmail *v, struct vmail_box *b)
 {
+	box_shown(v, b);
 	free(b->mails);
 	*b = v->boxes[--v->boxes_n];
 }
@@ -695,7 +713,6 @@ static int ms_create(struct mailstore *ms, const struct ms_mailbox *box, uint32_
 	char path[256];
 	struct vmail_box *b;
 
-	(void)uidnext;
 	(void)snprintf(path, sizeof(path), "%.*s", (int)box->path.n, (const char *)box->path.p);
 	b = vmail_box(v, path);
 	*existed_r = b != NULL;
@@ -714,7 +731,9 @@ static int ms_create(struct mailstore *ms, const struct ms_mailbox *box, uint32_
 		if (killed(v, 3))
 			return MS_TEMP;
 		b = box_add(v, path, &guid, box->uidvalidity);
+		b->uidnext = uidnext;
 		numbering_join(b, numberer, 0);
+		box_shown(v, b);
 	}
 	made_r->guid = b->guid;
 	made_r->uidvalidity = b->uidvalidity;

@@ -39,7 +39,11 @@ AC_DEFUN([CRDT_DOVECOT], [
     DOVECOT_STORAGE_LIBS="$LIBDOVECOT_STORAGE $DOVECOT_LIBS"
   ])
   AS_IF([test -n "$with_moduledir"], [moduledir="$with_moduledir"], [moduledir="$dovecot_moduledir"])
+  dnl Services go where Dovecot looks for them, too, unless told otherwise.
+  AS_IF([test -z "$with_moduledir" && test "x$libexecdir" = 'x${exec_prefix}/libexec'],
+    [dovecotexecdir="$dovecot_pkglibexecdir"], [dovecotexecdir='${libexecdir}/dovecot'])
   AC_SUBST([moduledir])
+  AC_SUBST([dovecotexecdir])
   AC_SUBST([DOVECOT_CPPFLAGS])
   AC_SUBST([DOVECOT_LIBS])
   AC_SUBST([DOVECOT_STORAGE_LIBS])

@@ -23,6 +23,7 @@
 #define META_APPLIED 'A'	/* user id(be64) peer name -> vv */
 #define META_STABLE 'S'		/* user id(be64) -> vv */
 #define META_PARTIAL 'W'	/* user id(be64) content: a text that arrives in pieces */
+#define META_UNKNOWN 'K'	/* user id(be64): ops of an unknown kind wait */
 #define META_ORPHAN 'O'		/* user id(be64) content: a text that no merged op names yet */
 
 /* First byte of a LOG row: some text came with this op and may ride with it. */
@@ -165,6 +166,8 @@ struct hub {
 	struct body_orphan *orphans;
 	size_t orphans_n;
 
+	struct hub_id_set unknown;	/* users with META_UNKNOWN */
+	size_t unknown_left;		/* of them: to be tried after the start */
 	struct hub_id_set changed;	/* users whose stable vector may advance */
 	struct hub_id_set collecting;
 };
@@ -186,6 +189,8 @@ bool hub_conn_try(struct hub_conn *c, const struct crdt_frame *f);
 void hub_conn_fail(struct hub_conn *c, enum crdt_frame_error code, const char *fmt, ...)
 	__attribute__((format(printf, 3, 4)));
 void hub_id_add(struct hub_id_set *s, uint64_t id);
+void hub_id_del(struct hub_id_set *s, uint64_t id);
+bool hub_id_has(const struct hub_id_set *s, uint64_t id);
 const char *hub_content_hex(const struct crdt_content *c);	/* static buffer */
 
 /* ---- ingest.c ---- */
@@ -203,6 +208,7 @@ void ingest_conn_drop(struct hub_conn *c);
 void ingest_flush_notes(struct hub *h);
 /* Whether an op in a 'B' row names the text. */
 bool ingest_buffered_names(struct crdt_rows *rows, const struct crdt_content *content);
+bool ingest_background(struct hub *h);
 
 /* ---- bodies.c ---- */
 void bodies_init(struct hub *h);

@@ -49,7 +49,8 @@ void hub_log(struct hub *h, int level, const char *fmt, ...)
 	h->cb.log(h->cb.ctx, level, text);
 }
 
-void hub_id_add(struct hub_id_set *s, uint64_t id)
+/* Where id is, or would be. */
+static size_t id_find(const struct hub_id_set *s, uint64_t id)
 {
 	size_t lo = 0, hi = s->n, mid;
 
@@ -60,12 +61,34 @@ void hub_id_add(struct hub_id_set *s, uint64_t id)
 		else
 			hi = mid;
 	}
-	if (lo < s->n && s->ids[lo] == id)
+	return lo;
+}
+
+bool hub_id_has(const struct hub_id_set *s, uint64_t id)
+{
+	size_t i = id_find(s, id);
+
+	return i < s->n && s->ids[i] == id;
+}
+
+void hub_id_add(struct hub_id_set *s, uint64_t id)
+{
+	size_t i = id_find(s, id);
+
+	if (i < s->n && s->ids[i] == id)
 		return;
 	s->ids = hub_grow(s->ids, s->n, &s->cap, sizeof(*s->ids));
-	memmove(s->ids + lo + 1, s->ids + lo, (s->n - lo) * sizeof(*s->ids));
-	s->ids[lo] = id;
+	memmove(s->ids + i + 1, s->ids + i, (s->n - i) * sizeof(*s->ids));
+	s->ids[i] = id;
 	s->n++;
+}
+
+void hub_id_del(struct hub_id_set *s, uint64_t id)
+{
+	size_t i = id_find(s, id);
+
+	if (i < s->n && s->ids[i] == id)
+		memmove(s->ids + i, s->ids + i + 1, (--s->n - i) * sizeof(*s->ids));
 }
 
 const char *hub_content_hex(const struct crdt_content *c)
@@ -386,11 +409,11 @@ struct hub *hub_new(struct store *s, const char *name, const struct hub_callback
 	h->s = s;
 	h->cb = *cb;
 	snprintf(h->name, sizeof(h->name), "%s", name);
-	ingest_init(h);
 	if (daemon_id_init(h, error_r) < 0) {
 		hub_free(&h);
 		return NULL;
 	}
+	ingest_init(h);
 	fanout_init(h);
 	bodies_init(h);
 	if (store_failed(s) != NULL) {
@@ -419,6 +442,7 @@ void hub_free(struct hub **_h)
 	crdt_buf_free(&h->sink_bytes);
 	free(h->applied);
 	free(h->contents);
+	free(h->unknown.ids);
 	free(h->changed.ids);
 	free(h->collecting.ids);
 	free(h);
@@ -618,6 +642,7 @@ bool hub_background(struct hub *h)
 	bool more;
 
 	more = stable_background(h);
+	more = ingest_background(h) || more;
 	more = fanout_trim(h) || more;
 	more = bodies_background(h) || more;
 	/* Not synced: what is lost with the power is done again.  Unless frames

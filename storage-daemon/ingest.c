@@ -50,10 +50,26 @@ static void sink_applied(struct crdt_sink *sink, const struct crdt_op *op, const
 	}
 }
 
+static bool unknown_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct crdt_reader r = crdt_reader(key, klen);
+
+	(void)val; (void)vlen;
+	(void)crdt_get_u8(&r);
+	hub_id_add(ctx, crdt_get_be64(&r));
+	return true;
+}
+
 void ingest_init(struct hub *h)
 {
+	struct store_txn *t = store_begin(h->s);
+	uint8_t first = META_UNKNOWN;
+
 	h->sink.effect = sink_effect;
 	h->sink.applied = sink_applied;
+	store_scan(t, STORE_META, &first, 1, NULL, 0, false, unknown_cb, &h->unknown);
+	h->unknown_left = h->unknown.n;
+	store_abort(&t);
 }
 
 static void notes_clear(struct hub *h)
@@ -124,6 +140,57 @@ static void block(struct hub_conn *c, uint64_t user)
 	c->blocked[c->blocked_n++] = user;
 }
 
+/* A 'B' row holds it. */
+static bool is_buffered(struct crdt_rows *rows, struct crdt_dot dot)
+{
+	struct crdt_buf key = CRDT_BUF_INIT, val = CRDT_BUF_INIT;
+	bool found;
+
+	crdt_buf_u8(&key, 'B');
+	crdt_buf_be64(&key, dot.origin);
+	crdt_buf_be64(&key, dot.seq);
+	found = rows->get(rows, key.data, key.len, &val);
+	crdt_buf_free(&key);
+	crdt_buf_free(&val);
+	return found;
+}
+
+/* An op of a kind that only newer nodes know takes no effect here, and holds back
+ * what follows it: but those nodes shall get both. */
+static bool waits_for_upgrade(struct hub *h, uint64_t user, const struct crdt_op *op)
+{
+	return (!crdt_op_known(op->kind) && (op->kind & CRDT_OP_KIND_OPTIONAL) == 0) ||
+		hub_id_has(&h->unknown, user);
+}
+
+static void unknown_key(uint8_t key[9], uint64_t user)
+{
+	int i;
+
+	key[0] = META_UNKNOWN;
+	for (i = 8; i > 0; i--) {
+		key[i] = (uint8_t)user;
+		user >>= 8;
+	}
+}
+
+static void pass_on(struct hub_conn *c, const struct hub_user *user, const struct crdt_op *op,
+		    const uint8_t *p, size_t n)
+{
+	struct hub *h = c->h;
+	uint8_t key[9];
+
+	if (!hub_id_has(&h->unknown, user->id)) {
+		hub_log(h, 1, "peer %s: op %016"PRIx64":%"PRIu64" of user %s is of a kind (%u) that this version does not "
+			"know. It and what follows it is kept and passed on, but has no effect here before an upgrade",
+			c->peer->conf.name, op->dot.origin, op->dot.seq, user->name, op->kind);
+		hub_id_add(&h->unknown, user->id);
+		unknown_key(key, user->id);
+		store_put(hub_txn(h), STORE_META, key, sizeof(key), "", 0);
+	}
+	fanout_log_put(h, user->id, (uint8_t)crdt_origin_slot(op->dot.origin), false, p, n);
+}
+
 static void merge_op(struct hub_conn *c, const struct hub_user *user, const struct crdt_op *op,
 		     const uint8_t *p, size_t n)
 {
@@ -131,14 +198,19 @@ static void merge_op(struct hub_conn *c, const struct hub_user *user, const stru
 	struct store_rows rows;
 	size_t noted = h->unreferenced_n;
 	const char *error = "";
+	bool pass;
 
 	store_savepoint(hub_txn(h));
 	store_rows_init(&rows, h->txn, user->id);
 	h->sink_user = user->id;
+	pass = waits_for_upgrade(h, user->id, op) && !is_buffered(&rows.rows, op->dot);
 	switch (crdt_merge(&rows.rows, op, p, n, &h->sink, &error)) {
 	case CRDT_MERGED:
 	case CRDT_MERGE_DUPLICATE:
+		break;
 	case CRDT_MERGE_BUFFERED:
+		if (pass && !rows.rows.failed)
+			pass_on(c, user, op, p, n);
 		break;
 	case CRDT_MERGE_INVALID:
 		hub_log(h, 1, "peer %s: op %016"PRIx64":%"PRIu64" of user %s makes no sense and was passed over: %s",
@@ -170,23 +242,12 @@ static void merge_op(struct hub_conn *c, const struct hub_user *user, const stru
 /* Merged before, or waiting in a 'B' row. */
 static bool is_known(struct hub *h, const struct hub_user *user, struct crdt_dot dot)
 {
-	struct crdt_buf key = CRDT_BUF_INIT, val = CRDT_BUF_INIT;
 	struct store_rows rows;
 	struct crdt_vv vv;
-	bool known;
 
 	store_rows_init(&rows, hub_txn(h), user->id);
 	crdt_vv_get_merged(&rows.rows, &vv);
-	known = crdt_vv_covers(&vv, dot);
-	if (!known) {
-		crdt_buf_u8(&key, 'B');
-		crdt_buf_be64(&key, dot.origin);
-		crdt_buf_be64(&key, dot.seq);
-		known = rows.rows.get(&rows.rows, key.data, key.len, &val);
-	}
-	crdt_buf_free(&key);
-	crdt_buf_free(&val);
-	return known;
+	return crdt_vv_covers(&vv, dot) || is_buffered(&rows.rows, dot);
 }
 
 /* ---- ops that wait for texts ---- */
@@ -566,4 +627,50 @@ bool ingest_buffered_names(struct crdt_rows *rows, const struct crdt_content *co
 
 	rows->scan(rows, "B", 1, NULL, 0, names_content_cb, &s);
 	return s.found;
+}
+
+/* ---- after an upgrade ---- */
+
+static bool unknown_row_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct crdt_op op;
+	const char *error;
+
+	(void)key; (void)klen;
+	if (crdt_op_decode(val, vlen, &op, &error) == 0)
+		*(bool *)ctx = !crdt_op_known(op.kind) && (op.kind & CRDT_OP_KIND_OPTIONAL) == 0;
+	crdt_op_free(&op);
+	return !*(bool *)ctx;
+}
+
+/* Ops that waited for this version, one user a slice.  Once after each start. */
+bool ingest_background(struct hub *h)
+{
+	struct store_rows rows;
+	size_t noted = h->unreferenced_n;
+	uint8_t key[9];
+	uint64_t user;
+	bool still = false;
+
+	if (h->unknown_left == 0)
+		return false;
+	user = h->unknown.ids[--h->unknown_left];
+	store_savepoint(hub_txn(h));
+	store_rows_init(&rows, h->txn, user);
+	h->sink_user = user;
+	crdt_merge_waiting(&rows.rows, &h->sink);
+	rows.rows.scan(&rows.rows, "B", 1, NULL, 0, unknown_row_cb, &still);
+	if (rows.rows.failed) {
+		store_rollback(h->txn);
+		notes_clear(h);
+		h->unreferenced_n = noted;
+		return h->unknown_left > 0;
+	}
+	ingest_flush_notes(h);
+	if (!still) {
+		unknown_key(key, user);
+		store_del(h->txn, STORE_META, key, sizeof(key));
+		hub_id_del(&h->unknown, user);
+	}
+	return h->unknown_left > 0;
 }

@@ -154,6 +154,8 @@ static bool collect(struct hub *h, uint64_t user)
 	store_rows_init(&rows, h->txn, user);
 	h->sink_user = user;
 	more = crdt_collect(&rows.rows, &stable, HUB_COLLECT_ROWS, &h->sink);
+	if (!more)
+		crdt_merge_waiting(&rows.rows, &h->sink);	/* there may be room now */
 	if (rows.rows.failed) {
 		store_rollback(h->txn);
 		h->unreferenced_n = noted;

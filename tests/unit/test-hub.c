@@ -593,6 +593,99 @@ static void test_gap_and_buffer(void **state)
 	reader_free(&r2);
 }
 
+/* Kept and passed on, with what follows; applied when a version knows it. */
+static void test_unknown_kind(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	struct crdt_buf op = op_subscribe(ORIGIN1, 2, "new");
+	struct crdt_frame *f;
+	int i;
+
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	op.data[1] = 100;
+	for (i = 0; i < 2; i++) {	/* twice: passed on once */
+		send_op(w, 1, "u", op_subscribe(ORIGIN1, 1, "a"));
+		ops_frame(w, CONN1, "w1", "u", &op, 1);
+		send_op(w, 1, "u", op_subscribe(ORIGIN1, 3, "behind"));
+		commit(w);
+		assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 3);
+	}
+	f = expect(&r2, CRDT_FRAME_FEED);
+	assert_int_equal(f->ops_n, 3);
+	assert_int_equal(f->ops[1].n, op.len);
+	assert_memory_equal(f->ops[1].p, op.data, op.len);
+	expect_none(&r2);
+	assert_non_null(strstr(w->log, "is of a kind (100) that this version does not know"));
+	settle(w);
+	hub_free(&w->h);
+	world_open_hub(w);
+	settle(w);
+	assert_true(status_has(w, false, "vv=0100000000111111:1\tunsent=0\tpending=0\theld=0\tbuffered=2"));
+	/* one that may be skipped holds back nothing */
+	connect_worker(w, 1);
+	crdt_buf_free(&op);
+	op = op_subscribe(ORIGIN1, 1, "new");
+	op.data[1] = 100 | CRDT_OP_KIND_OPTIONAL;
+	ops_frame(w, CONN1, "w1", "v", &op, 1);
+	send_op(w, 1, "v", op_subscribe(ORIGIN1, 2, "behind"));
+	commit(w);
+	assert_true(status_has(w, false, "name=v\tgen=0\tvv=0100000000111111:2"));
+	crdt_buf_free(&op);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+/* More origins than a vector holds: that user's ops wait, the others' do not,
+ * and the peer is told to send again when it may help. */
+static void test_refused_op(void **state)
+{
+	struct world *w = *state;
+	struct reader r3 = { .w = w, .conn = CONN3 };
+	struct crdt_buf op;
+	unsigned int i;
+	char *p;
+
+	hello(w, CONN3, "s2", "s2", HUB_STORAGE, 0, 0, 0);
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 1, "a"));
+	for (i = 0; i < CRDT_VV_MAX + 5; i++) {
+		op = op_subscribe(CRDT_ORIGIN(7, i + 1), 1, "a");
+		ops_frame(w, CONN3, "s2", "u", &op, 1);
+		ops_frame(w, CONN3, "s2", "other", &op, 1);
+		crdt_buf_free(&op);
+		if (i == CRDT_VV_MAX - 2)
+			commit(w);
+	}
+	commit(w);
+	p = strstr(w->log, "refused op 0700000000000080:1 of user u");
+	assert_non_null(p);
+	p = strchr(p, '\n');
+	assert_null(strstr(p, "of user u:"));	/* said once */
+	assert_non_null(strstr(p, "of user other:"));
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 2, "b"));
+	commit(w);
+	while (next(w, CONN3, &r3.f, &r3.hold) && r3.f.type != CRDT_FRAME_ERROR) ;
+	assert_int_equal(r3.f.type, CRDT_FRAME_ERROR);
+	assert_int_equal(r3.f.code, CRDT_ERR_LIMIT);
+	reader_free(&r3);
+	sent_drop(w);
+}
+
+static void test_newer_connection_counts(void **state)
+{
+	struct world *w = *state;
+	struct reader old = { .w = w, .conn = CONN1 }, new = { .w = w, .conn = CONN2 };
+
+	connect_worker(w, 1);
+	hello(w, CONN2, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	expect(&new, CRDT_FRAME_WELCOME);
+	assert_int_equal(expect(&old, CRDT_FRAME_ERROR)->code, CRDT_ERR_IDENTITY);
+	reader_free(&old);
+	reader_free(&new);
+}
+
 static void test_restart_keeps_all(void **state)
 {
 	struct world *w = *state;
@@ -1117,7 +1210,8 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 		T(test_identity), T(test_nothing_before_hello), T(test_garbage), T(test_foreign_origin),
-		T(test_peer_removed), T(test_ack_and_feed), T(test_gap_and_buffer), T(test_restart_keeps_all),
+		T(test_peer_removed), T(test_ack_and_feed), T(test_gap_and_buffer), T(test_unknown_kind),
+		T(test_refused_op), T(test_newer_connection_counts), T(test_restart_keeps_all),
 		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_empty_body),
 		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_orphan_goes),
 		T(test_window), T(test_refused_sends), T(test_trim_and_reset), T(test_stable_and_collect),

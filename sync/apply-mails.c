@@ -435,11 +435,9 @@ static int plan_cmp(const struct apply_plan *a, const struct apply_plan *b)
 
 static bool uids_choose(struct apply_run *run, struct apply_uid *uids, unsigned n)
 {
-	struct crdt_mailbox_ext ext;
-	struct crdt_uid_folder numbering;
+	struct crdt_uid_folder numbering = apply_numbering(run->box, &run->a->numberer,
+							   run->a->numberer_next);
 
-	apply_ext_read(run->box, &ext);
-	numbering = crdt_mailbox_ext_numbering(&ext, worker_uidvalidity(run->box));
 	return apply_uids_choose(uids, n, run->user->ident.slot, apply_uidnext(run->box), &numbering);
 }
 

@@ -200,6 +200,20 @@ bool apply_uids_choose(struct apply_uid *uids, unsigned n, unsigned slot, uint32
 	return ok;
 }
 
+struct crdt_uid_folder apply_numbering(struct mailbox *box, const struct crdt_numberer *numberer,
+				       uint32_t numberer_next)
+{
+	struct crdt_uid_folder add = {
+		.validity = box->index->map->hdr.uid_validity, .numberer = *numberer, .next = numberer_next,
+	}, numbering;
+	struct crdt_mailbox_ext ext;
+
+	apply_ext_read(box, &ext);
+	numbering = crdt_mailbox_ext_numbering(&ext, add.validity);
+	(void)crdt_uid_folder_join(&numbering, &add);
+	return numbering;
+}
+
 /* Dovecot is about to give UIDs to the mails of the transaction that is being
  * committed, and holds the lock under which it does. */
 static void uids_preset(struct apply_txn *txn)
@@ -207,7 +221,6 @@ static void uids_preset(struct apply_txn *txn)
 	struct mailbox_transaction_context *t;
 	struct mail_index_record *recs;
 	struct apply_uid *uids;
-	struct crdt_mailbox_ext ext;
 	struct crdt_uid_folder numbering;
 	struct mail_index *index = txn->box->index;
 	unsigned count, n;
@@ -226,8 +239,7 @@ static void uids_preset(struct apply_txn *txn)
 	i_assert(count == n);
 	if (is_maildir(txn->box))
 		next = I_MAX(next, maildir_uidlist_get_next_uid(box_uidlist(txn->box)));
-	apply_ext_read(txn->box, &ext);
-	numbering = crdt_mailbox_ext_numbering(&ext, index->map->hdr.uid_validity);
+	numbering = apply_numbering(txn->box, &txn->numberer, txn->numberer_next);
 	if (!apply_uids_choose(uids, n, txn->user->ident.slot, next, &numbering)) {
 		/* Only where nothing could be locked before.  An own UID is never wrong. */
 		e_warning(txn->user->event, "crdt: mailbox %s: UIDNEXT rose to %u beside a commit",

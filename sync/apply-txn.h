@@ -85,6 +85,10 @@ void apply_txn_record_found(struct apply_txn *txn, struct mail_index_view *head,
  */
 bool apply_uids_choose(struct apply_uid *uids, unsigned n, unsigned slot, uint32_t next,
 		       const struct crdt_uid_folder *numbering);
+/* The numbering of a mailbox: what its header extension says and what this
+ * transaction brings. */
+struct crdt_uid_folder apply_numbering(struct mailbox *box, const struct crdt_numberer *numberer,
+				       uint32_t numberer_next);
 
 /* Locks that keep UIDNEXT where it is until the next commit, where the format has
  * one that can be taken before (Maildir's uidlist).  MS_TEMP. */

@@ -16,7 +16,7 @@
  *   body guid= uid= offset= len=        prints size and SHA-256
  *   revalidate guid= path= uidvalidity= new= [numberer=] pos= [map=UID:NEW,...]
  *   cmd kind=save|move|flags|expunge ...    collected for the next apply
- *   apply guid= [path=] [uidvalidity=] [seen=] [numberer=]
+ *   apply guid= [path=] [uidvalidity=] [seen=] [numberer=] [numberernext=]
  */
 #include "../sync/worker-client.h"
 
@@ -452,6 +452,7 @@ static int do_apply(void)
 	a.box = mailbox("guid");
 	a.seen = vector("seen");
 	a.numberer = numberer();
+	a.numberer_next = (uint32_t)number("numberernext");
 	a.n = cmds_n;
 	a.cmds = cmds;
 	for (size_t i = 0; i < cmds_n; i++)

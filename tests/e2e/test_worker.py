@@ -461,6 +461,16 @@ def test_uids_by_policy(dovecot, user, tool):
         assert append(c, "box") > uids[-1]
 
 
+def test_own_uids_start_where_the_numberer_took_over(dovecot, user, tool):
+    box = tool.create("box", uidvalidity=1000)["guid"]
+    for _ in range(2):
+        outcomes, uidnext = tool.apply(box, [dovecot.save(message(1)), dovecot.save(message(2), want=7)],
+                                       numberer="2:9", numberernext=100000)
+        assert outcomes == [DONE, DONE]
+    own = own_next(100000)
+    assert list(tool.list(box)) == [7, own, own + 1, own + 2] and uidnext == own + 3
+
+
 def test_uids_are_used_up(dovecot, user, tool):
     box = tool.create("box", uidnext=4294967230)["guid"]
     outcomes, _ = tool.apply(box, [dovecot.save(message(1)), dovecot.save(message(2), want=4294967295)])

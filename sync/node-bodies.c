@@ -287,10 +287,14 @@ static void fetches_run(struct node *n, int64_t *due)
 	for (f = n->fetches; f != NULL; f = next) {
 		next = f->next;
 		if (f->due <= n->now) {
-			if (f->storage >= 0)
+			if (f->storage >= 0) {
 				fetch_refused(f);	/* silent for too long */
-			else
+			} else {
+				/* and is it still wanted? */
+				f->u->apply = true;
+				node_wake(f->u, SCHED_LOW);
 				fetch_ask(f);
+			}
 		}
 		if (f->due < *due)
 			*due = f->due;

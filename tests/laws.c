@@ -358,6 +358,7 @@ static void act_context(struct world *w, struct kit_replica *r, const struct crd
 	uint32_t i;
 
 	whole_context(w, r, id, &whole);
+	crdt_vv_join(&whole, report);
 	crdt_vv_init(ctx);
 	for (i = 0; i < whole.n; i++) {
 		crdt_origin origin = whole.e[i].origin;

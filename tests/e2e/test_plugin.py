@@ -4,10 +4,12 @@
 Needs root (Dovecot's master) and what was built; see plugin_lib.find_built().
 """
 import hashlib
+import imaplib
 import os
 import poplib
 import re
 import select
+import shutil
 import subprocess
 import threading
 
@@ -18,6 +20,7 @@ from plugin_lib import (MAIL_UID, PASSWORD, Dovecot, append, in_own_block, messa
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
               pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning")]
 SLOT = 5
+imaplib.Commands.update({"MOVE": ("SELECTED",)})
 
 
 @pytest.fixture(scope="module")
@@ -439,11 +442,6 @@ def test_copy_and_move(any_format, user):
     assert rec.mailbox == inbox and list(rec.mail_dict) > [uids[2]]
 
 
-imap_commands = {"MOVE": ("SELECTED",)}
-import imaplib  # noqa: E402
-imaplib.Commands.update(imap_commands)
-
-
 def test_lmtp_with_two_recipients(dovecot, user):
     users = [user, "second-" + user]
     dovecot.lmtp(users)
@@ -857,8 +855,129 @@ namespace shared {
 
 # ---- durability, failures ----
 
-def strace_available():
-    return subprocess.run(["sh", "-c", "command -v strace"], capture_output=True).returncode == 0
+class Killer:
+    """Kills a session at its nth write from now on, before it is made."""
+
+    def __init__(self, d, nth):
+        pid = wait_for("login line", lambda: re.findall(r"mpid=(\d+)", d.log_text()))[-1]
+        self.process = subprocess.Popen(
+            ["strace", "-q", "-p", pid, "-e", "trace=write,pwrite64,rename,ftruncate",
+             "-e", f"inject=write,pwrite64,rename,ftruncate:signal=KILL:when={nth}", "-o", "/dev/null"],
+            stderr=subprocess.PIPE)
+        wait_for("strace", lambda: "TracerPid:\t0" not in open(f"/proc/{pid}/status").read())
+
+    def done(self):
+        self.process.terminate()
+        self.process.wait()
+
+
+class Replay:
+    """What a journal says about a mailbox: UID -> flags and keywords."""
+
+    def __init__(self, recs, mailbox):
+        self.mails, self.deleted = {}, False
+        aborted = {int(r.of) for r in recs if r.kind == "ABORT"}
+        for r in recs:
+            if r.mailbox != mailbox or r.seq in aborted:
+                continue
+            if r.kind == "APPEND":
+                for uid, names in r.mail_dict.items():
+                    self.mails.setdefault(uid, set(names))
+            elif r.kind == "FLAGS":
+                for uid in r.uid_list:
+                    if uid in self.mails:
+                        self.mails[uid] = self.mails[uid] - set(r["-"] or []) | set(r["+"] or [])
+            elif r.kind == "EXPUNGE":
+                for uid in r.uid_list:
+                    self.mails.pop(uid, None)
+            elif r.kind == "DELETE":
+                self.mails, self.deleted = {}, True
+
+
+def mails_of(client):
+    data = ok(client.uid("FETCH", "1:*", "(FLAGS)")) if uids_of(client) else []
+    result = {}
+    for line in filter(None, data):
+        flags = set(re.search(rb"FLAGS \(([^)]*)\)", line).group(1).decode().split())
+        # Dovecot itself, killed between a file's name and dovecot-keywords
+        flags = {flag for flag in flags if not flag.startswith("unknown-")}
+        result[int(re.search(rb"UID (\d+)", line).group(1))] = flags - {r"\Recent"}
+    return result
+
+
+@pytest.mark.allows_errors
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+@pytest.mark.parametrize("change", ["append", "store", "expunge", "copy", "create", "delete"])
+def test_killed_at_each_write(dovecot, user, change):
+    """What was answered is recorded; what is there is recorded; the journal goes on."""
+    d = dovecot
+    actions = {
+        "append": lambda c: c.append("Box", r"(\Seen kw)", None, message()),
+        "store": lambda c: c.uid("STORE", "1:*", "FLAGS", r"(\Flagged kw2)"),
+        "expunge": lambda c: c.uid("EXPUNGE", "1:*"),
+        "copy": lambda c: c.uid("COPY", "1:*", "Box"),
+        "create": lambda c: c.create("New"),
+        "delete": lambda c: c.delete("Other"),
+    }
+    # all of them: minutes, as Dovecot waits for a dead session's uidlist lock
+    step = 1 if os.environ.get("CRDT_KILL_ALL") else {"store": 1, "copy": 9, "delete": 12}.get(change, 3)
+    for nth in range(1, 90, step):
+        name = f"{nth}-{user}"
+        client = d.imap(name, "INBOX")
+        ok(client.create("Box"))
+        ok(client.create("Other"))
+        append(client, "Box", 1)
+        append(client, "Box", 2, r"(\Deleted)")
+        append(client, "Other")
+        ok(client.select("Box"))
+        before = d.last_seq(name)
+        killer = Killer(d, nth)
+        try:
+            answer = actions[change](client)[0]
+        except (imaplib.IMAP4.abort, OSError):
+            answer = "killed"
+        killer.done()
+        boxes = {r.path: r.mailbox for r in d.records(name, kinds=["CREATE"])}
+
+        client = d.imap(name)
+        _, recs = d.dump(name)
+        assert [r.seq for r in recs] == list(range(1, len(recs) + 1))
+        last_kinds = [r.kind for r in recs[before:]]
+        if answer == "OK":
+            assert last_kinds, nth
+        for box in ("Box", "Other"):
+            if client.select(box)[0] != "OK":
+                assert change == "delete" and box == "Other"
+                assert answer != "NO" and "DELETE" in last_kinds
+                continue
+            ok(client.noop())
+            _, recs = d.dump(name)
+            shown = mails_of(client)
+            with_last = Replay(recs, boxes[box])
+            without_last = Replay(recs[:before], boxes[box])
+            # nothing is there that was not recorded
+            assert set(shown) <= set(with_last.mails) | set(without_last.mails), nth
+            assert all(in_own_block(uid, SLOT) for uid in shown)
+            if answer == "OK":
+                assert shown == with_last.mails, (nth, recs[before:])
+            elif change in ("store", "expunge") and box == "Box":
+                # done and recorded, recorded only, or neither.  (Keywords are
+                # Dovecot's loss if it dies between file name and dovecot-keywords.)
+                states = [{uid: {n for n in names if n[0] == "\\"} for uid, names in mails.items()}
+                          for mails in (shown, with_last.mails, without_last.mails)]
+                assert states[0] in states[1:], (nth, recs[before:])
+                if states[0] != states[2]:
+                    assert "FLAGS" in last_kinds or "EXPUNGE" in last_kinds
+        if change == "create" and any(b"New" in line for line in ok(client.list()) if line):
+            assert answer != "OK" or "CREATE" in last_kinds
+            ok(client.select("New"))
+        # and it goes on
+        append(client, "Box", 3)
+        assert d.records(name)[-1].kind == "APPEND"
+        client.logout()
+        if answer == "OK":
+            break
+    assert answer == "OK" and nth > 3
 
 
 def test_fsync_always():

@@ -14,7 +14,8 @@
  *  FEED    D>W  committed ops of one user, numbered by the daemon's commit log
  *  FEED_ACK W>D everything of the feed up to gsn is in the worker's database
  *  BODY         a piece of a message text; may come unasked ahead of its op
- *  BODY_WANT    asks for pieces: from offset, at most credit bytes
+ *  BODY_WANT    asks for pieces: from offset, at most credit bytes; where that is
+ *               the end of an earlier credit, it prolongs it
  *  BODY_NONE    the sender does not have that text (any more)
  *  APPLIED W>D  what this worker has applied to a user's mailboxes (stability)
  *  STABLE  D>W  what every member has applied: leftovers of it can be dropped

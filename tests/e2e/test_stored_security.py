@@ -6,6 +6,7 @@ programs (default: build, or build-asan, at the top of the tree).
 """
 import hashlib
 import os
+import pwd
 import queue
 import signal
 import socket
@@ -380,6 +381,62 @@ def test_flood_of_refusals_does_not_flood_the_log(stored, connect):
     w1.tell("subscribe", "u1", ORIGIN1, 1, "a")
     w1.expect("ack")
     assert stored.log().count("its own slot is 1") < 100
+
+
+# ---- wrong settings ----
+
+@pytest.mark.parametrize("line,why", [
+    ("colour = \"red\"", "crdt-stored.conf:7: no such option 'colour'"),
+    ("memory_mb = 1", "crdt-stored.conf:7: memory_mb must be from 16 to"),
+    ("memory_mb = lots", "crdt-stored.conf:7: "),
+    ("log_level = \"loud\"", "log_level must be error, warning, info or debug"),
+    ("listen = \"127.0.0.1:1\"", "listen must be tcp://ADDRESS:PORT"),
+    ("data_dir = \"data\"", "data_dir must be an absolute path"),
+    ("name = \"a b\"", "name must be letters, digits"),
+    ("user = \"nobody-here\"", "there is no user nobody-here"),
+    ("key_file = \"/nonexistent\"", "/nonexistent: cannot read the key"),
+    ("peers_file = \"/nonexistent\"", "/nonexistent: No such file"),
+])
+def test_wrong_setting_is_refused(tmp_path, line, why):
+    stored = Stored(tmp_path)
+    with open(stored.path("crdt-stored.conf"), "a", encoding="ascii") as file:
+        file.write(line + "\n")
+    for argv in ([], ["--check-config"]):
+        result = subprocess.run([program("crdt-stored"), "-c", stored.path("crdt-stored.conf"), *argv],
+                                capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        assert result.returncode == 1
+        assert why in result.stderr
+
+
+def test_data_directory_that_is_not_there(tmp_path):
+    stored = Stored(tmp_path)
+    os.rename(stored.path("data"), stored.path("moved"))
+    with open(stored.path("crdt-stored.conf"), "a", encoding="ascii") as file:
+        file.write(f'data_dir = "{stored.path("data/db")}"\n')
+    result = subprocess.run([program("crdt-stored"), "-c", stored.path("crdt-stored.conf")],
+                            capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 1
+    assert "its parent does not exist" in result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_drops_privileges(tmp_path):
+    stored = Stored(tmp_path)
+    for folder in [tmp_path, *tmp_path.parents]:
+        if os.stat(folder).st_mode & 0o001 == 0:
+            os.chmod(folder, 0o711)
+    account = pwd.getpwnam("nobody")
+    for name in ("data", "s1.key_secret", "."):
+        os.chown(stored.path(name), account.pw_uid, account.pw_gid)
+    with open(stored.path("crdt-stored.conf"), "a", encoding="ascii") as file:
+        file.write('user = "nobody"\n')
+    stored.start()
+    with open(f"/proc/{stored.process.pid}/status", encoding="ascii") as file:
+        ids = {line.split()[0]: line.split()[1:] for line in file if line.startswith(("Uid:", "Gid:", "Groups:"))}
+    assert set(ids["Uid:"]) == {str(account.pw_uid)}
+    assert set(ids["Gid:"]) == {str(account.pw_gid)}
+    assert "0" not in ids["Groups:"]
+    stored.stop()
 
 
 # ---- what survives ----

@@ -556,6 +556,21 @@ static void test_ack_and_feed(void **state)
 	reader_free(&r2);
 }
 
+static void test_status_text(void **state)
+{
+	struct world *w = *state;
+
+	connect_worker(w, 1);
+	send_op(w, 1, "a b%=@example.org", op_subscribe(ORIGIN1, 1, "x"));
+	commit(w);
+	assert_true(status_has(w, false, "node\tname=s1\tslot=-1\tdirty=0\n"));
+	assert_true(status_has(w, false, "peer\tname=w1\tconnected=1\tgsn=0\thead=1\n"));
+	assert_true(status_has(w, false, "user\tname=a%20b%25=@example.org\tgen=0\tvv=0100000000111111:1\t"
+			       "unsent=0\tpending=0\theld=0\tbuffered=0\nend\n"));
+	assert_true(status_has(w, true, "\tbuffered=0\tdigest="));
+	sent_drop(w);
+}
+
 static void test_gap_and_buffer(void **state)
 {
 	struct world *w = *state;
@@ -1210,7 +1225,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 		T(test_identity), T(test_nothing_before_hello), T(test_garbage), T(test_foreign_origin),
-		T(test_peer_removed), T(test_ack_and_feed), T(test_gap_and_buffer), T(test_unknown_kind),
+		T(test_peer_removed), T(test_ack_and_feed), T(test_status_text), T(test_gap_and_buffer), T(test_unknown_kind),
 		T(test_refused_op), T(test_newer_connection_counts), T(test_restart_keeps_all),
 		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_empty_body),
 		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_orphan_goes),

@@ -919,9 +919,7 @@ def test_killed_at_each_write(dovecot, user, change):
         "create": lambda c: c.create("New"),
         "delete": lambda c: c.delete("Other"),
     }
-    # all of them: minutes, as Dovecot waits for a dead session's uidlist lock
-    step = 1 if os.environ.get("CRDT_KILL_ALL") else {"store": 1, "copy": 9, "delete": 12}.get(change, 3)
-    for nth in range(1, 90, step):
+    for nth in range(1, 90):
         name = f"{nth}-{user}"
         client = d.imap(name, "INBOX")
         ok(client.create("Box"))
@@ -937,6 +935,10 @@ def test_killed_at_each_write(dovecot, user, change):
         except (imaplib.IMAP4.abort, OSError):
             answer = "killed"
         killer.done()
+        if answer == "killed":
+            # Dovecot waits 3 to 120 s for the lock of a dead session; not our matter
+            for lock in (d.mail / name).rglob("dovecot-uidlist.lock"):
+                lock.unlink()
         boxes = {r.path: r.mailbox for r in d.records(name, kinds=["CREATE"])}
 
         client = d.imap(name)
@@ -948,7 +950,8 @@ def test_killed_at_each_write(dovecot, user, change):
         for box in ("Box", "Other"):
             if client.select(box)[0] != "OK":
                 assert change == "delete" and box == "Other"
-                assert answer != "NO" and "DELETE" in last_kinds
+                # (a deletion that had only begun makes it unavailable for 5 minutes)
+                assert answer == "killed" or "DELETE" in last_kinds
                 continue
             ok(client.noop())
             _, recs = d.dump(name)

@@ -172,6 +172,21 @@ static int crdt_mailbox_open(struct mailbox *box)
 	return 0;
 }
 
+void crdt_mailbox_forget_checked(struct crdt_user *cuser)
+{
+	struct hash_iterate_context *iter;
+	char *key;
+	void *value;
+
+	if (!hash_table_is_created(cuser->checked))
+		return;
+	iter = hash_table_iterate_init(cuser->checked);
+	while (hash_table_iterate(iter, cuser->checked, &key, &value))
+		i_free(key);
+	hash_table_iterate_deinit(&iter);
+	hash_table_destroy(&cuser->checked);
+}
+
 /*
  * STATUS is answered from the list index without opening the mailbox.  The first
  * one in a session opens it all the same, for its numberer; and again when the
@@ -187,20 +202,11 @@ static bool is_status_checked(struct crdt_mailbox *cbox)
 	crdt_record_peek(cuser, &peek);
 	if (peek.numbered_here)
 		return TRUE;
-	if (!hash_table_is_created(cuser->checked)) {
+	if (cuser->checked_generation != peek.generation)
+		crdt_mailbox_forget_checked(cuser);
+	cuser->checked_generation = peek.generation;
+	if (!hash_table_is_created(cuser->checked))
 		hash_table_create(&cuser->checked, default_pool, 0, str_hash, strcmp);
-		cuser->checked_generation = peek.generation;
-	} else if (cuser->checked_generation != peek.generation) {
-		struct hash_iterate_context *iter = hash_table_iterate_init(cuser->checked);
-		char *key;
-		void *value;
-
-		while (hash_table_iterate(iter, cuser->checked, &key, &value))
-			i_free(key);
-		hash_table_iterate_deinit(&iter);
-		hash_table_clear(cuser->checked, TRUE);
-		cuser->checked_generation = peek.generation;
-	}
 	if (hash_table_lookup(cuser->checked, vname) != NULL)
 		return TRUE;
 	hash_table_insert(cuser->checked, i_strdup(vname), POINTER_CAST(1));
@@ -581,7 +587,10 @@ void crdt_mailbox_opened(struct mailbox *box)
 {
 	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT(box);
 
-	if (cbox == NULL || MAIL_INDEX_IS_IN_MEMORY(box->index))
+	if (cbox == NULL)
+		return;
+	cbox->ext_registered = FALSE;
+	if (MAIL_INDEX_IS_IN_MEMORY(box->index))
 		return;
 	cbox->ext_id = mail_index_ext_register(box->index, CRDT_MAILBOX_EXT_NAME,
 					       CRDT_MAILBOX_EXT_SIZE, 0, 0);

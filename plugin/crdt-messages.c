@@ -38,6 +38,7 @@ struct flag_change {
 struct records {
 	ARRAY(struct crdt_jrec) recs;
 	struct crdt_id mailbox;
+	struct crdt_str path;
 	uint32_t uidvalidity;
 };
 
@@ -107,6 +108,8 @@ static struct crdt_jrec *record_new(struct records *r, enum crdt_jrec_kind kind,
 	rec->mailbox = r->mailbox;
 	rec->uidvalidity = r->uidvalidity;
 	rec->seen = *seen;
+	if (kind == CRDT_JREC_APPEND)
+		rec->path = r->path;
 	return rec;
 }
 

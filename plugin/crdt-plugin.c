@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "crdt-private.h"
-#include "hash.h"
 #include "module-context.h"
 #include "mail-storage-hooks.h"
 #include "crdt-plugin.h"
@@ -23,8 +22,7 @@ static void crdt_user_deinit(struct mail_user *user)
 	i_assert(cuser != NULL);
 	/* mailboxes, and so transactions, end in super */
 	cuser->module_ctx.super.deinit(user);
-	if (hash_table_is_created(cuser->checked))
-		hash_table_destroy(&cuser->checked);
+	crdt_mailbox_forget_checked(cuser);
 	crdt_journal_close(&cuser->journal);
 }
 

@@ -78,6 +78,8 @@ struct crdt_user *crdt_user_get(struct mail_user *user);
 
 void crdt_mailbox_allocated(struct mailbox *box);
 void crdt_mailbox_opened(struct mailbox *box);
+/* Empties crdt_user.checked. */
+void crdt_mailbox_forget_checked(struct crdt_user *cuser);
 /* NULL: not a mailbox that is recorded. */
 struct crdt_mailbox *crdt_mailbox_get(struct mailbox *box);
 /* An open mailbox of this process with this index (several can share one). */

@@ -802,6 +802,49 @@ namespace inbox {
         assert d.problems() == []
 
 
+def test_with_other_plugins():
+    """They are outside of ours; what they let through is recorded."""
+    extra = """
+namespace inbox {
+  mailbox Trash {
+    auto = subscribe
+    special_use = \\Trash
+  }
+}
+"""
+    settings = """
+  quota = count:User quota
+  quota_rule = *:storage=20k
+  quota_vsizes = yes
+  acl = vfile
+  zlib_save = gz
+  mail_log_events = delete undelete expunge copy mailbox_delete mailbox_rename save flag_change
+"""
+    with Dovecot(slot=SLOT, extra=extra, mail_plugins="quota acl zlib notify mail_log crdt",
+                 plugin_extra=settings) as d:
+        client = d.imap("u", "INBOX")
+        uids = [append(client, "INBOX", n, r"(\Seen)") for n in range(3)]
+        ok(client.noop())
+        assert b"body 1" in ok(client.fetch("2", "(BODY[])"))[0][1]
+        ok(client.create("Box"))
+        ok(client.copy("1", "Box"))
+        ok(client._simple_command("MOVE", "1", "Trash"))
+        ok(client.store("1", "+FLAGS", r"(\Deleted)"))
+        ok(client.expunge())
+        ok(client.rename("Box", "Box2"))
+        ok(client.delete("Box2"))
+        before = d.last_seq("u")
+        assert client.append("INBOX", None, None, message(size=30000))[0] == "NO"   # over quota
+        assert d.last_seq("u") == before
+        recs = d.records("u")
+        kinds = [(r.kind, r.path) for r in recs if r.kind not in ("APPEND", "FLAGS", "EXPUNGE")]
+        assert sorted(kinds) == sorted([("CREATE", "INBOX"), ("CREATE", "Trash"), ("SUBSCRIBE", "Trash"),
+                                        ("CREATE", "Box"), ("RENAME", "Box"), ("DELETE", "Box2")])
+        assert [r.uid_list for r in recs if r.kind == "EXPUNGE"] == [[uids[0]], [uids[1]]]
+        assert all(in_own_block(uid, SLOT) for r in recs if r.kind == "APPEND" for uid in r.mail_dict)
+        assert d.problems() == []
+
+
 def test_sync_service_is_woken(dovecot, user):
     fifo = dovecot.dir / "run" / "crdt-notify"
     dovecot.imap(user, "INBOX").logout()      # nobody there: not waited for

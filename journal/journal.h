@@ -49,7 +49,8 @@ enum crdt_jrec_kind {
 	CRDT_JREC_RENAME = 3,	/* path -> new_path; children go along */
 	CRDT_JREC_SUBSCRIBE = 4,	/* path */
 	CRDT_JREC_UNSUBSCRIBE = 5,	/* path */
-	CRDT_JREC_APPEND = 6,	/* mailbox, uidvalidity, seen, mails[] with uid, flags, keywords */
+	CRDT_JREC_APPEND = 6,	/* mailbox, uidvalidity, seen, mails[] with uid, flags, keywords;
+				 * path: a hint where the mailbox is (may be empty) */
 	CRDT_JREC_FLAGS = 7,	/* mailbox, uidvalidity, seen, uids, add/remove */
 	CRDT_JREC_EXPUNGE = 8,	/* mailbox, uidvalidity, seen, uids */
 	CRDT_JREC_TAKEOVER = 9,	/* mailbox, uidvalidity, seen, numberer, uidnext */

@@ -90,6 +90,7 @@ void crdt_jrec_encode(struct crdt_buf *b, const struct crdt_jrec *rec)
 		break;
 	case CRDT_JREC_APPEND:
 		put_mails(b, rec);
+		put_path(b, &rec->path);
 		break;
 	case CRDT_JREC_FLAGS:
 		put_uids(b, rec);
@@ -233,6 +234,7 @@ int crdt_jrec_decode(const void *p, size_t n, struct crdt_jrec *rec_r, const cha
 		break;
 	case CRDT_JREC_APPEND:
 		get_mails(&r, rec_r);
+		rec_r->path = get_str(&r, CRDT_PATH_MAX);
 		break;
 	case CRDT_JREC_FLAGS:
 		get_uids(&r, rec_r);

@@ -537,6 +537,8 @@ static int record_transaction(struct crdt_mailbox *cbox, struct mail_index_trans
 	i_zero(&r);
 	t_array_init(&r.recs, 4);
 	r.uidvalidity = get_uidvalidity(t);
+	r.path.p = (const uint8_t *)crdt_path(cbox->box);
+	r.path.n = strlen((const char *)r.path.p);
 	if (crdt_mailbox_read_guid(cbox, &r.mailbox) < 0) {
 		errno = 0;
 		return -1;

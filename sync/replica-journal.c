@@ -622,6 +622,7 @@ static int record_create(struct replica *r, const struct crdt_jrec *rec)
 	if (crdt_folder_get(rrows(r), &folder.id, &known) && known.path_counter >= folder.counter)
 		folder.counter = known.path_counter + 1;
 	crdt_folder_free(&known);
+	b.pushed = folder.numberer;
 	box_attach(r, &b, &folder.id);
 	replica_context(r, &ctx);
 	replica_context_cap_folder(r, &ctx, &folder.id, false);

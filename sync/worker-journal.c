@@ -298,7 +298,9 @@ static int mail_send(struct read_ctx *ctx, uint64_t seq, struct mail *mail, uint
 /* The mails of a native APPEND. */
 static int mails_send(struct read_ctx *ctx, const struct crdt_jrec *rec)
 {
-	struct ms_mailbox msbox = { .guid = rec->mailbox, .uidvalidity = rec->uidvalidity };
+	struct ms_mailbox msbox = {
+		.guid = rec->mailbox, .path = rec->path, .uidvalidity = rec->uidvalidity,
+	};
 	struct mailbox_transaction_context *t = NULL;
 	struct mailbox *box;
 	struct mail *mail = NULL;

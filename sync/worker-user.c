@@ -4,6 +4,8 @@
 #include "ioloop.h"
 #include "module-context.h"
 #include "module-dir.h"
+#include "mailbox-guid-cache.h"
+#include "mailbox-list-private.h"
 #include "str-sanitize.h"
 #include "unichar.h"
 #include "mail-user.h"
@@ -443,7 +445,17 @@ static int box_open(struct worker_user *user, struct worker_box *wbox,
 	for (ns = user->user->namespaces; ret == 0 && ns != NULL; ns = ns->next) {
 		if (!ns_is_recorded(user, ns))
 			continue;
+		/* The search opens all mailboxes, and Maildir completes what it
+		 * opens: not while a session is making one.  And it must be a new
+		 * search: "not found" is taken for "deleted". */
+		if (mailbox_list_lock(ns->list) < 0) {
+			*error_r = t_strdup_printf("mailbox with GUID %s: %s", guid_128_to_string(guid),
+						   mailbox_list_get_last_internal_error(ns->list, NULL));
+			return MS_TEMP;
+		}
+		mailbox_guid_cache_refresh(ns->list);
 		box = mailbox_alloc_guid(ns->list, guid, MAILBOX_FLAG_IGNORE_ACLS);
+		mailbox_list_unlock(ns->list);
 		if (box->open_error != 0 && box->open_error != MAIL_ERROR_NOTFOUND) {
 			/* not known whether there is one */
 			*error_r = t_strdup_printf("mailbox with GUID %s cannot be looked up",

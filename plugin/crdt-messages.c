@@ -527,7 +527,7 @@ static int record_transaction(struct crdt_mailbox *cbox, struct mail_index_trans
 {
 	struct records r;
 	struct crdt_mailbox_ext ext;
-	const char *error;
+	const char *path, *error;
 
 	if (!is_sync(t)) {
 		/* Drops what would change nothing and what UNCHANGEDSINCE
@@ -537,8 +537,8 @@ static int record_transaction(struct crdt_mailbox *cbox, struct mail_index_trans
 	i_zero(&r);
 	t_array_init(&r.recs, 4);
 	r.uidvalidity = get_uidvalidity(t);
-	r.path.p = (const uint8_t *)crdt_path(cbox->box);
-	r.path.n = strlen((const char *)r.path.p);
+	if ((path = crdt_path(cbox->box)) != NULL)
+		r.path = (struct crdt_str){ (const uint8_t *)path, strlen(path) };
 	if (crdt_mailbox_read_guid(cbox, &r.mailbox) < 0) {
 		errno = 0;
 		return -1;

@@ -305,3 +305,66 @@ def parse(data):
         if literal is not None:
             stack[-1].append(literal if len(stack) > 1 else literal.decode())
     return top
+
+
+def append_command(name, text, flags=""):
+    """APPEND with a literal that does not wait (LITERAL+)."""
+    words = f"APPEND {quoted(name)} ({flags}) {{{len(text)}+}}\r\n"
+    return words.encode() + text
+
+
+def multiappend_command(name, texts):
+    """MULTIAPPEND (RFC 3502)."""
+    literals = b"".join(b" () {%d+}\r\n%s" % (len(text), text) for text in texts)
+    return f"APPEND {quoted(name)}".encode() + literals
+
+
+def pipeline(imap, commands, window=32, on_ok=None):
+    """Sends commands (bytes) without waiting for each one's end. Refused at
+    the first one that fails; on_ok(number) after each OK."""
+    sent = done = 0
+    while done < len(commands):
+        while sent < len(commands) and sent - done < window:
+            imap.send(b"P%d %s\r\n" % (sent, commands[sent]))
+            sent += 1
+        line = imap.readline()
+        if not line:
+            raise imap.abort("connection closed")
+        if line.startswith(b"P"):
+            if not line.startswith(b"P%d OK" % done):
+                raise Refused(f"{commands[done][:80]!r}: {line!r}")
+            if on_ok is not None:
+                on_ok(done)
+            done += 1
+
+
+class Idle:
+    """IDLE in the selected mailbox: yields what the server tells.
+
+        with Idle(imap) as idle:
+            idle.until(rb"EXISTS")
+    """
+
+    def __init__(self, imap):
+        self.imap = imap
+
+    def __enter__(self):
+        self.imap.send(b"I1 IDLE\r\n")
+        self.until(rb"^\+ ")
+        return self
+
+    def __exit__(self, *_):
+        self.imap.send(b"DONE\r\n")
+        self.until(rb"^I1 ")
+
+    def until(self, pattern):
+        """The lines up to the first that matches; the connection's time-out
+        ends it."""
+        lines = []
+        while True:
+            line = self.imap.readline()
+            if not line:
+                raise self.imap.abort("connection closed")
+            lines.append(line)
+            if re.search(pattern, line):
+                return lines

@@ -33,6 +33,7 @@ static int failed(char *error)
 static int become(const char *user, char **error_r)
 {
 	const struct passwd *pw;
+	int ret = 0;
 
 	if (user[0] == '\0') {
 		if (geteuid() == 0)
@@ -41,12 +42,16 @@ static int become(const char *user, char **error_r)
 	}
 	pw = getpwnam(user);
 	if (pw == NULL)
-		return asprintf(error_r, "user: there is no user %s", user) < 0 ? -1 : -1;
-	if (pw->pw_uid == geteuid())
+		ret = asprintf(error_r, "user: there is no user %s", user);
+	else if (pw->pw_uid == geteuid())
 		return 0;
-	if (initgroups(pw->pw_name, pw->pw_gid) < 0 || setgid(pw->pw_gid) < 0 || setuid(pw->pw_uid) < 0)
-		return asprintf(error_r, "cannot become user %s: only root can", user) < 0 ? -1 : -1;
-	return 0;
+	else if (initgroups(pw->pw_name, pw->pw_gid) < 0 || setgid(pw->pw_gid) < 0 || setuid(pw->pw_uid) < 0)
+		ret = asprintf(error_r, "cannot become user %s: only root can", user);
+	else
+		return 0;
+	if (ret < 0)
+		*error_r = NULL;
+	return -1;
 }
 
 /* Sockets and database files together; the hard limit is the administrator's. */

@@ -166,7 +166,7 @@ static void mail_close(void *ctx ATTR_UNUSED, struct mailstore **ms)
 
 /* ---- events ---- */
 
-static void link_event(unsigned int i, const uint8_t *data, size_t len, enum link_event event)
+static void link_event(unsigned int i, const uint8_t *data, size_t len, enum link_event what)
 {
 	int64_t now = now_msecs();
 
@@ -174,7 +174,7 @@ static void link_event(unsigned int i, const uint8_t *data, size_t len, enum lin
 		node_frame(node, now, i, data, len);
 		return;
 	}
-	switch (event) {
+	switch (what) {
 	case LINK_UP:
 		node_link_up(node, now, i);
 		break;
@@ -195,11 +195,11 @@ static bool links_poll(void)
 	for (unsigned int i = 0; i < set.storages_n; i++) {
 		const uint8_t *data;
 		size_t len;
-		enum link_event event;
+		enum link_event what;
 		unsigned int n = 0;
 
-		while (n < LINK_FRAMES_MAX && link_client_poll(links[i], &data, &len, &event)) {
-			link_event(i, data, len, event);
+		while (n < LINK_FRAMES_MAX && link_client_poll(links[i], &data, &len, &what)) {
+			link_event(i, data, len, what);
 			n++;
 		}
 		if (n == LINK_FRAMES_MAX)
@@ -316,10 +316,10 @@ static unsigned int markers_look(void)
 
 static void markers_timeout(void *ctx ATTR_UNUSED)
 {
-	unsigned int n = markers_look();
+	unsigned int msecs = markers_look() < MARKERS_MANY ? MARKERS_MSECS : MARKERS_MANY_MSECS;
 
 	timeout_remove(&to_markers);
-	to_markers = timeout_add(n < MARKERS_MANY ? MARKERS_MSECS : MARKERS_MANY_MSECS, markers_timeout, NULL);
+	to_markers = timeout_add(msecs, markers_timeout, NULL);
 	sync_run();
 }
 

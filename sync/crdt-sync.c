@@ -319,7 +319,7 @@ static void markers_timeout(void *ctx ATTR_UNUSED)
 	unsigned int msecs = markers_look() < MARKERS_MANY ? MARKERS_MSECS : MARKERS_MANY_MSECS;
 
 	timeout_remove(&to_markers);
-	to_markers = timeout_add(msecs, markers_timeout, NULL);
+	to_markers = timeout_add_short(msecs, markers_timeout, NULL);
 	sync_run();
 }
 

@@ -124,6 +124,8 @@ static bool print_rec(void *ctx, const struct crdt_jrec *rec)
 			print_names("", m->flags, m->keywords, m->keywords_n);
 			putchar(')');
 		}
+		if (rec->path.n > 0)
+			print_path("path", &rec->path);
 		break;
 	case CRDT_JREC_FLAGS:
 		print_uids(rec);

@@ -230,8 +230,9 @@ plugin {{
         def up():
             if self.process.poll() is not None:
                 raise RuntimeError((self.dir / "stderr").read_text() + self.log_text())
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", self.imap_port), 1).close()
+            # the port is open before there is anybody behind it
+            with contextlib.suppress(OSError, imaplib.IMAP4.error):
+                imaplib.IMAP4("127.0.0.1", self.imap_port).logout()
                 return True
         wait_for("dovecot", up)
         return self

@@ -106,9 +106,10 @@ struct crdt_mail {
 	/*
 	 * Live: (1) some dot of `presence` (of ADDs and of STOREs that refresh) was
 	 * seen by no EXPUNGE of the mail and by no DELETE of the folder, and (2) some
-	 * ADD is taken by no EXPUNGE that counts.  (2) only tells a STORE that is
-	 * concurrent with an EXPUNGE from one that came after it (from a session
-	 * that had not noticed): that one brings nothing back.
+	 * ADD is taken by no EXPUNGE that counts: one with no STORE of the mail
+	 * beside it.  (2) tells a STORE that is concurrent with an EXPUNGE from one
+	 * that came after it, of a session that had not noticed: that one brings
+	 * nothing back.  It is a second line: capture should not record those.
 	 */
 	bool live;
 	struct crdt_vv presence;	/* as stored: dots that a folder DELETE takes are still in it */

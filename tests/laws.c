@@ -420,8 +420,12 @@ static void act_mail(struct world *w, struct kit_replica *r, unsigned what)
 	struct list l;
 	char guid[256];
 
-	/* now and then a session that has not noticed that the mail is gone */
-	list_mails(r, &l, kit_random(&w->random, 15) != 0);
+	/*
+	 * Now and then a session that has not noticed that the mail is gone.  The
+	 * capture records no such change, and merged it does no harm; but what is
+	 * collected it may find in one place and not in another.
+	 */
+	list_mails(r, &l, w->collects || kit_random(&w->random, 15) != 0);
 	if (l.n == 0)
 		return;
 	key = &l.key[kit_random(&w->random, l.n)];

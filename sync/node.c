@@ -98,18 +98,21 @@ void node_wake_at(struct user *u, int64_t due)
 	sched_wake_at(u->n->sched, &u->item, due);
 }
 
-/* Own ops that every daemon has acknowledged. */
-static uint64_t user_acked(const struct user *u)
+/* Own ops that every daemon, that some daemon has acknowledged. */
+static void user_acked(const struct user *u, uint64_t *all_r, uint64_t *any_r)
 {
-	uint64_t acked = UINT64_MAX;
-
+	*all_r = UINT64_MAX;
+	*any_r = 0;
 	for (unsigned i = 0; i < u->n->cfg.storages_n; i++) {
 		uint64_t seq = uplink_acked(u->n->storages[i].uplink, u->name, u->gen);
 
-		if (seq < acked)
-			acked = seq;
+		if (seq < *all_r)
+			*all_r = seq;
+		if (seq > *any_r)
+			*any_r = seq;
 	}
-	return acked == UINT64_MAX ? 0 : acked;
+	if (*all_r == UINT64_MAX)
+		*all_r = 0;
 }
 
 static bool user_forgettable(const struct user *u, int64_t now)
@@ -436,10 +439,13 @@ void node_changed(struct node *n, int64_t now, const char *user)
 void node_marked(struct node *n, int64_t now, const char *user)
 {
 	struct user *u = node_user_find(n, user, 0);
+	uint64_t all, any = 0;
 
 	n->now = now;
+	if (u != NULL)
+		user_acked(u, &all, &any);
 	if (u != NULL && (u->journal || u->trim_due != 0 || u->mail_due > now || u->ops_waiting > 0 ||
-			  (u->origin != 0 && user_acked(u) < u->last_seq)))
+			  (u->origin != 0 && any < u->last_seq)))
 		return;
 	node_changed(n, now, user);
 }
@@ -511,7 +517,7 @@ static struct visit *order(struct user *u)
 		u->reads = NULL;
 		if (u->trim_due != 0 && u->trim_due <= n->now) {
 			v->acknowledge = true;
-			v->acked = user_acked(u);
+			user_acked(u, &v->acked, &v->acked_any);
 			u->trim_due = 0;
 		}
 		v->mail = v->journal || v->apply || v->reads != NULL || v->acknowledge;

@@ -560,11 +560,11 @@ static int forget_ops(struct replica *r, uint64_t seq, char **error_r)
 	return replica_txn_commit(r, false, error_r);
 }
 
-static int trim_journal(struct replica *r, char **error_r)
+static int trim_journal(struct replica *r, uint64_t acked, char **error_r)
 {
 	int res = MS_OK;
 
-	if (!r->checkpoint.set || r->acked_seq < r->checkpoint.seq || r->ms == NULL)
+	if (!r->checkpoint.set || acked < r->checkpoint.seq || r->ms == NULL)
 		return 0;
 	/* The journal is what this database could be made from again. */
 	if (store_sync(r->store, error_r) < 0)
@@ -587,13 +587,13 @@ void replica_checkpoint(struct replica *r)
 	memcpy(r->checkpoint.at, r->pos, sizeof(r->pos));
 }
 
-int replica_acknowledged(struct replica *r, uint64_t seq, char **error_r)
+int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **error_r)
 {
-	if (seq > r->last_seq)
-		seq = r->last_seq;
-	if (seq > r->acked_seq && forget_ops(r, seq, error_r) < 0)
+	if (all > r->last_seq)
+		all = r->last_seq;
+	if (all > r->acked_seq && forget_ops(r, all, error_r) < 0)
 		return -1;
-	return trim_journal(r, error_r);
+	return trim_journal(r, any > r->acked_seq ? any : r->acked_seq, error_r);
 }
 
 int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,

@@ -68,8 +68,9 @@ void replica_unsent(struct replica *r, uint64_t after,
 		    bool (*cb)(void *ctx, uint64_t seq, const uint8_t *op, size_t n), void *ctx);
 uint64_t replica_last_seq(struct replica *r);	/* of own ops; 0 none */
 crdt_origin replica_own_origin(struct replica *r);
-/* Every storage has own ops up to seq durably: forget them, trim the journal. */
-int replica_acknowledged(struct replica *r, uint64_t seq, char **error_r);
+/* Every storage has own ops up to `all` durably: forget them.  Some storage has
+ * those up to `any`: trim the journal that they were made of. */
+int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **error_r);
 /* Where a text that a peer asks for is in this user's mail store; reads a piece. */
 int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,
 		      struct crdt_buf *out, uint64_t *size_r);

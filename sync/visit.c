@@ -334,7 +334,8 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 	give_ops(&run, v->ops_asked);
 	/* Numbers that were acknowledged of another origin say nothing here. */
 	if (v->acknowledge && v->mail_result == VISIT_MAIL_OK &&
-	    replica_acknowledged(r, known == replica_own_origin(r) ? v->acked : 0, &error) < 0) {
+	    replica_acknowledged(r, known == replica_own_origin(r) ? v->acked : 0,
+				 known == replica_own_origin(r) ? v->acked_any : 0, &error) < 0) {
 		failed(v, error);
 		return;
 	}

@@ -82,8 +82,8 @@ struct visit {
 	bool acknowledge;		/* trim, forget own ops up to acked */
 	struct visit_read *reads;
 	bool apply_news;		/* apply also when the journal had something */
-	crdt_origin origin;		/* of the two seqs below; 0 unknown */
-	uint64_t acked;
+	crdt_origin origin;		/* of the seqs below; 0 unknown */
+	uint64_t acked, acked_any;	/* by every, by some daemon */
 	bool want_ops;			/* hand over own ops with seq > ops_after */
 	bool ops_asked;			/* also when there is no new one */
 	uint64_t ops_after;

@@ -184,7 +184,8 @@ def test_delete_that_fails(dovecot, user):
     uids = [append(client, "Stays", n) for n in range(3)]
     maildir = dovecot.control_dir(user) / ".Stays"
     # not even root may take this away
-    subprocess.run(["chattr", "+a", maildir], check=True)
+    if subprocess.run(["chattr", "+a", maildir], capture_output=True).returncode != 0:
+        pytest.skip("this file system has no append-only directories")
     try:
         assert client.delete("Stays")[0] == "NO"
     finally:
@@ -1044,8 +1045,9 @@ def small_disk(tmp_path):
     control.mkdir()
     for path in list(control.parents)[:-2]:
         path.chmod(0o755)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=1m,uid={MAIL_UID},gid={MAIL_UID},mode=755",
-                    "crdt-test", control], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size=1m,uid={MAIL_UID},gid={MAIL_UID},mode=755", "crdt-test"]
+    if subprocess.run([*mount, control], capture_output=True).returncode != 0:
+        pytest.skip("mounting is not allowed here")
     try:
         with Dovecot(slot=SLOT, mail_format="sdbox", location=f"sdbox:~/sdbox:CONTROL={control}/%u") as d:
             d.control_dir = lambda user: control / user

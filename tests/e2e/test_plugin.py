@@ -1085,7 +1085,7 @@ def test_full_disk(small_disk):
         if answer == "NO":
             break
     assert answer == "NO" and b"[SERVERBUG]" in data[0], data
-    assert "crdt: Change can't be recorded: fallocate(" in d.log_text()
+    wait_for("log line", lambda: "crdt: Change can't be recorded: fallocate(" in d.log_text())
     assert client.create("More")[0] == "NO"
     assert not any(b"More" in line for line in ok(client.list()) if line)
     assert client.subscribe("Box")[0] == "NO"
@@ -1098,7 +1098,7 @@ def test_full_disk(small_disk):
         ok(client.store("1", "FLAGS", r"(\Flagged)" if n % 2 else r"(\Seen)"))
     ok(client.store("1", "+FLAGS", r"(\Deleted)"))
     ok(client.expunge())
-    assert "crdt: Change isn't recorded: write(" in d.log_text()
+    wait_for("log line", lambda: "crdt: Change isn't recorded: write(" in d.log_text())
     filler.unlink()
     assert len(uids_of(client)) == len(uids) - 1
     append(client, "INBOX")

@@ -330,7 +330,7 @@ static void whole_context(struct world *w, struct kit_replica *r, const struct c
 	unsigned i, j;
 
 	crdt_vv_get_merged(&r->m.rows, &merged);
-	if (!w->tight) {
+	if (!w->tight || id == NULL) {
 		crdt_vv_copy(ctx, &merged);
 		return;
 	}
@@ -345,24 +345,42 @@ static void whole_context(struct world *w, struct kit_replica *r, const struct c
 	}
 }
 
+/* What a change in this folder must have seen: what this replica has reported as
+ * applied, and that there is the folder. */
+static void least_context(struct world *w, struct kit_replica *r, const struct crdt_id *id,
+			  struct crdt_vv *least)
+{
+	struct crdt_vv merged;
+	unsigned i;
+
+	crdt_vv_copy(least, &w->report[r - w->r]);
+	crdt_vv_get_merged(&r->m.rows, &merged);
+	for (i = 0; i < w->h.n; i++) {
+		const struct crdt_op *op = &w->h.ops[i]->op;
+
+		if (op->kind == CRDT_OP_CREATE && crdt_vv_covers(&merged, op->dot) &&
+		    (id == NULL || crdt_id_equal(&op->folders[0].id, id)))
+			crdt_vv_raise(least, op->dot.origin, op->dot.seq);
+	}
+}
+
 /*
- * The context of a change in this folder.  It may have holes: what is merged, and
- * not applied yet when the change is made, was not seen.  But what this replica
- * has reported as applied it has seen.
+ * The context of a change in this folder (NULL: in any).  It may have holes: what
+ * is merged, and not applied yet when the change is made, was not seen.
  */
 static void act_context(struct world *w, struct kit_replica *r, const struct crdt_id *id,
 			struct crdt_vv *ctx)
 {
-	const struct crdt_vv *report = &w->report[r - w->r];
-	struct crdt_vv whole;
+	struct crdt_vv whole, least;
 	uint32_t i;
 
+	least_context(w, r, id, &least);
 	whole_context(w, r, id, &whole);
-	crdt_vv_join(&whole, report);
+	crdt_vv_join(&whole, &least);
 	crdt_vv_init(ctx);
 	for (i = 0; i < whole.n; i++) {
 		crdt_origin origin = whole.e[i].origin;
-		uint64_t high = whole.e[i].seq, low = crdt_vv_get(report, origin);
+		uint64_t high = whole.e[i].seq, low = crdt_vv_get(&least, origin);
 
 		if (w->holes && low < high && kit_random(&w->random, 4) == 0)
 			high = low + kit_random(&w->random, (uint32_t)(high - low));
@@ -473,7 +491,7 @@ static void act_folder(struct world *w, struct kit_replica *r, unsigned i, unsig
 		return;
 	k = kit_random(&w->random, l.n);
 	id = l.id[k];
-	act_context(w, r, &id, &ctx);
+	act_context(w, r, what == 1 ? NULL : &id, &ctx);
 	switch (what) {
 	case 0:		/* of INBOX too: invalid, but must not hurt */
 		kit_delete_id(r, id);

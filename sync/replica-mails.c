@@ -670,9 +670,16 @@ static void cmd_held(struct slice *s, size_t i)
 	uint32_t to;
 
 	if (s->cmds[i].kind == MS_SAVE && crdt_mail_get(rrows(r), &s->keys[i], NULL, &m)) {
-		if (uid_verdict(r, &s->b, &m, 0, &to) == CRDT_UID_HOLD_AND_FLOOR)
-			claim_note(r, &s->keys[i], s->b.uidvalidity, to, CLAIM_FLOOR);
+		enum crdt_uid_verdict v = uid_verdict(r, &s->b, &m, 0, &to);
+
 		crdt_mail_free(&m);
+		/* The journal has told of a takeover by a session here that the command
+		 * did not know of, or there is a new claim: try again. It would be held
+		 * for ever, as what unholds has been heard already. */
+		if (v == CRDT_UID_CLAIM_OWN || v == CRDT_UID_SHOW_AT_CLAIM)
+			return;
+		if (v == CRDT_UID_HOLD_AND_FLOOR)
+			claim_note(r, &s->keys[i], s->b.uidvalidity, to, CLAIM_FLOOR);
 		mail_row_move(r, &s->keys[i], ROW_DIRTY_MAIL, ROW_HELD);
 	} else {
 		(void)replica_mail_settled(r, &s->keys[i]);

@@ -17,6 +17,10 @@
 #include "hash.h"
 #include "istream.h"
 #include "istream-crlf.h"
+#include "ostream.h"
+#include "iostream-temp.h"
+#include "mail-user.h"
+#include "maildir-storage.h"
 #include "mail-search-build.h"
 
 #define SAVE_FLAGS (MAILBOX_TRANSACTION_FLAG_EXTERNAL | MAILBOX_TRANSACTION_FLAG_ASSIGN_UIDS | \
@@ -527,19 +531,52 @@ static void save_set_flags(struct saving *s, struct mail_save_context *ctx, cons
 }
 
 /*
- * Writes a text.  odd: it has CR CR LF, which storing it with bare LFs would
- * change; then (and for this one mail) it is stored as it is.
+ * CR CR LF.  Dovecot stores CR LF as LF, and when it reads, adds a CR only where
+ * there is none: so of several CRs one would be lost.  It gets one more.
  */
-static int save_text(struct mail_save_context **ctx, struct mailbox *box, struct istream *input, bool odd)
+static struct istream *keep_crs(struct apply_run *run, struct istream *input)
 {
-	struct mail_storage_settings *set = (struct mail_storage_settings *)box->storage->set;
-	bool old = set->mail_save_crlf;
-	int ret;
+	string_t *prefix = t_str_new(128);
+	struct ostream *output;
+	const unsigned char *data;
+	size_t n, crs = 0;
 
-	set->mail_save_crlf = old || odd;
-	ret = mailbox_save_begin(ctx, input);
-	set->mail_save_crlf = old;
-	if (ret < 0)
+	mail_user_set_get_temp_prefix(prefix, run->user->user->set);
+	output = iostream_temp_create(str_c(prefix), 0);
+	while (i_stream_read_more(input, &data, &n) > 0) {
+		for (size_t i = 0, start = 0; i <= n; i++) {
+			if (i < n && data[i] == '\r') {
+				crs++;
+				continue;
+			}
+			if (i < n && data[i] == '\n' && crs > 1) {
+				o_stream_nsend(output, data + start, i - start);
+				o_stream_nsend(output, "\r", 1);
+				start = i;
+			}
+			if (i == n)
+				o_stream_nsend(output, data + start, n - start);
+			else
+				crs = 0;
+		}
+		i_stream_skip(input, n);
+	}
+	if (o_stream_flush(output) < 0 || input->stream_errno != 0) {
+		struct istream *error = i_stream_create_error_str(
+			input->stream_errno != 0 ? input->stream_errno : EIO, "%s",
+			input->stream_errno != 0 ? i_stream_get_error(input) : o_stream_get_error(output));
+
+		o_stream_destroy(&output);
+		return error;
+	}
+	return iostream_temp_finish(&output, IO_BLOCK_SIZE);
+}
+
+static int save_stream(struct mail_save_context **ctx, struct istream *input)
+{
+	int ret = 0;
+
+	if (mailbox_save_begin(ctx, input) < 0)
 		return -1;
 	do {
 		if (mailbox_save_continue(*ctx) < 0) {
@@ -552,6 +589,22 @@ static int save_text(struct mail_save_context **ctx, struct mailbox *box, struct
 		return -1;
 	}
 	return mailbox_save_finish(ctx);
+}
+
+/* Writes a text; odd: it may have CR CR LF. */
+static int save_text(struct saving *s, struct mail_save_context **ctx, struct istream *input, bool odd)
+{
+	struct mailbox *box = s->run->box;
+	bool as_is = box->storage->set->mail_save_crlf &&
+		strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0;
+	int ret;
+
+	if (!odd || as_is)
+		return save_stream(ctx, input);
+	input = keep_crs(s->run, input);
+	ret = save_stream(ctx, input);
+	i_stream_unref(&input);
+	return ret;
 }
 
 /* 1 for saved, 0 for an outcome of this command alone, -1 for MS_TEMP. */
@@ -587,7 +640,7 @@ static int save_from_client(struct saving *s, const struct apply_plan *p)
 	}
 	ctx = save_alloc(s, p, worker_cstr(&cmd->guid), cmd->received);
 	save_set_flags(s, ctx, cmd);
-	ret = save_text(&ctx, s->run->box, input, odd) < 0 ? save_failed(s, p, input) : 1;
+	ret = save_text(s, &ctx, input, odd) < 0 ? save_failed(s, p, input) : 1;
 	i_stream_unref(&input);
 	return ret;
 }
@@ -605,7 +658,7 @@ static int save_mail_text(struct saving *s, const struct apply_plan *p, struct m
 		return 0;
 	}
 	crlf = i_stream_create_crlf(input);
-	ret = save_text(&ctx, s->run->box, crlf, TRUE) < 0 ? save_failed(s, p, crlf) : 1;
+	ret = save_text(s, &ctx, crlf, TRUE) < 0 ? save_failed(s, p, crlf) : 1;
 	i_stream_unref(&crlf);
 	return ret;
 }
@@ -826,14 +879,14 @@ static int saving_commit(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
 	seen_lowered(run, &run->seen);
 	if ((ret = saving_note(s, plan)) == MS_OK) {
 		ret = apply_txn_commit(&s->saves, run->error_r);
-		if (ret == MS_OK || s->saves.committed)
+		if (ret == MS_OK || ret == MS_RETRY || s->saves.committed)
 			apply_intent_clear(run->user);
 	} else {
 		apply_txn_rollback(&s->saves);
 	}
 	apply_uids_unlock(run->box);
 	if (ret != MS_OK)
-		return -1;
+		return ret == MS_RETRY ? 0 : -1;
 	if (s->moved != NULL) {
 		array_foreach(plan, p)
 			p->c->done = TRUE;

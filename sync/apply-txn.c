@@ -51,8 +51,11 @@ int apply_uids_lock(struct mailbox *box, const char **error_r)
 	struct maildir_uidlist *uidlist;
 	int ret;
 
-	if (!is_maildir(box))
+	if (!is_maildir(box)) {
+		/* nothing to lock; but look once more */
+		(void)mail_index_refresh(box->index);
 		return MS_OK;
+	}
 	uidlist = box_uidlist(box);
 	ret = maildir_uidlist_lock(uidlist);
 	if (ret > 0 && maildir_uidlist_refresh(uidlist) < 0) {
@@ -74,7 +77,7 @@ void apply_uids_unlock(struct mailbox *box)
 
 uint32_t apply_uidnext(struct mailbox *box)
 {
-	uint32_t next = mail_index_get_header(box->view)->next_uid;
+	uint32_t next = box->index->map->hdr.next_uid;
 
 	/* what was read from the file; exact under the lock */
 	if (is_maildir(box))
@@ -241,15 +244,35 @@ static void uids_preset(struct apply_txn *txn)
 		next = I_MAX(next, maildir_uidlist_get_next_uid(box_uidlist(txn->box)));
 	numbering = apply_numbering(txn->box, &txn->numberer, txn->numberer_next);
 	if (!apply_uids_choose(uids, n, txn->user->ident.slot, next, &numbering)) {
-		/* Only where nothing could be locked before.  An own UID is never wrong. */
-		e_warning(txn->user->event, "crdt: mailbox %s: UIDNEXT rose to %u beside a commit",
-			  txn->box->vname, next);
+		/* Where nothing could be locked before: see save_commit_pre(). */
+		txn->stale = TRUE;
 	}
 	for (unsigned i = 0; i < n; i++) {
 		recs[i].uid = uids[i].uid;
 		if (txn->itrans->highest_append_uid < recs[i].uid)
 			txn->itrans->highest_append_uid = recs[i].uid;
 	}
+}
+
+static int save_commit_pre(struct mail_save_context *ctx)
+{
+	struct apply_txn *txn = txn_committing;
+	struct mailbox *box = ctx->transaction->box;
+
+	if (txn->super_commit_pre(ctx) < 0)
+		return -1;
+	if (!txn->stale)
+		return 0;
+	/* Maildir has the UIDs in its uidlist by now (but there UIDNEXT was locked),
+	 * mdbox has the mails in its map.  The mail keeps an own UID, which no other
+	 * one can have: a claim follows. */
+	if (strcmp(box->storage->name, "sdbox") != 0) {
+		e_warning(box->event, "crdt: UIDNEXT rose beside a commit");
+		return 0;
+	}
+	box->v.transaction_save_rollback(ctx);
+	mail_storage_set_error(box->storage, MAIL_ERROR_TEMP, "UIDNEXT rose");
+	return -1;
 }
 
 /* Records */
@@ -525,9 +548,15 @@ int apply_txn_commit(struct apply_txn *txn, const char **error_r)
 	}
 	i_assert(txn_committing == NULL);
 	txn_committing = txn;
+	txn->super_commit_pre = box->v.transaction_save_commit_pre;
+	box->v.transaction_save_commit_pre = save_commit_pre;
 	ret = mailbox_transaction_commit(&txn->t);
+	box->v.transaction_save_commit_pre = txn->super_commit_pre;
 	txn_committing = NULL;
-	if (ret < 0) {
+	if (ret < 0 && txn->stale) {
+		*error_r = "UIDNEXT rose";
+		ret = MS_RETRY;
+	} else if (ret < 0) {
 		ret = worker_box_error(box, "commit", error_r) == MS_GONE ? MS_GONE : MS_TEMP;
 	} else if (txn->error != NULL) {
 		*error_r = t_strdup_printf("mailbox %s: change is not recorded: %s", box->vname, txn->error);

@@ -55,13 +55,16 @@ struct apply_txn {
 	ARRAY(struct crdt_jrec) recs;
 	const char *error;		/* the change was made, its record was not */
 	bool committed;
+	bool stale;			/* not made: a UID that was wanted is below UIDNEXT */
+	int (*super_commit_pre)(struct mail_save_context *ctx);
 };
 
 /* seen must live as long as txn. */
 void apply_txn_begin(struct apply_txn *txn, struct worker_user *user, struct mailbox *box,
 		     enum mailbox_transaction_flags flags, const struct crdt_vv *seen,
 		     const struct crdt_numberer *numberer);
-/* MS_TEMP: outcome unknown (or, txn->committed: done, but not recorded). */
+/* MS_TEMP: outcome unknown (or, txn->committed: done, but not recorded).
+ * MS_RETRY: nothing was done, for txn->stale. */
 int apply_txn_commit(struct apply_txn *txn, const char **error_r);
 void apply_txn_rollback(struct apply_txn *txn);
 
@@ -94,7 +97,7 @@ struct crdt_uid_folder apply_numbering(struct mailbox *box, const struct crdt_nu
  * one that can be taken before (Maildir's uidlist).  MS_TEMP. */
 int apply_uids_lock(struct mailbox *box, const char **error_r);
 void apply_uids_unlock(struct mailbox *box);
-/* UIDNEXT of the synced mailbox; exact while locked. */
+/* UIDNEXT of the synced mailbox; exact while locked, where that is possible. */
 uint32_t apply_uidnext(struct mailbox *box);
 
 /*

@@ -308,6 +308,21 @@ static void undo_create(struct crdt_mailbox *cbox, const char *error)
 	crdt_record_set_error(box, error);
 }
 
+/*
+ * Another process (crdt-worker looks for mailboxes) can open a Maildir that is
+ * half made, and completes its directories; Dovecot's create_box then gives the
+ * mailbox our GUID and says that it exists.  It did not when we began, and the
+ * list is locked: so it is the one that we made.
+ */
+static bool is_made_all_the_same(struct crdt_mailbox *cbox, const guid_128_t guid)
+{
+	struct crdt_id id;
+
+	return is_maildir(cbox->box) &&
+		mailbox_get_last_mail_error(cbox->box) == MAIL_ERROR_EXISTS &&
+		load_guid(cbox, &id) && memcmp(id.b, guid, sizeof(id.b)) == 0;
+}
+
 static int crdt_mailbox_create(struct mailbox *box, const struct mailbox_update *update,
 			       bool directory)
 {
@@ -340,7 +355,8 @@ static int crdt_mailbox_create(struct mailbox *box, const struct mailbox_update 
 			return -1;
 		}
 	}
-	if (cbox->module_ctx.super.create_box(box, &new_update, directory) < 0)
+	if (cbox->module_ctx.super.create_box(box, &new_update, directory) < 0 &&
+	    !is_made_all_the_same(cbox, new_update.mailbox_guid))
 		return -1;
 	if (record_create(cbox, &error) < 0) {
 		undo_create(cbox, error);

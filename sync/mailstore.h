@@ -34,7 +34,8 @@ struct ms_mail {
 	struct crdt_content content;
 	uint64_t size;			/* bytes with CRLF */
 	int64_t received;
-	const uint8_t *text;		/* whole text with CRLF if size <= CRDT_BODY_RIDE, else NULL */
+	const uint8_t *text;		/* whole text with CRLF if size <= CRDT_BODY_RIDE; else, or
+					 * when a record has too many of them, NULL */
 };
 
 struct ms_record {
@@ -83,7 +84,8 @@ struct ms_cmd {
 	uint8_t flags_add, flags_remove;
 	uint16_t kw_add_n, kw_remove_n;
 	const struct crdt_str *kw_add, *kw_remove;
-	/* out */
+	/* out.  GONE: no such UID; SAVE: its text could not be had (the mail to copy
+	 * from, or the file, is not there or has another content). */
 	enum { MS_DONE = 1, MS_HELD, MS_CMD_GONE, MS_CMD_FAILED } outcome;
 	char error[120];		/* MS_CMD_FAILED */
 };
@@ -119,6 +121,8 @@ struct mailstore {
 	/* Header field `seen` of the journal: applied to the whole user. */
 	int (*set_seen)(struct mailstore *ms, const struct crdt_vv *seen, uint32_t uidvalidity_high);
 
+	/* MS_RETRY: the mailbox has another UIDVALIDITY than a->box (0 there: any); the
+	 * journal then tells it, as after revalidate(). */
 	int (*apply)(struct mailstore *ms, struct ms_apply *a);
 	/* Makes box->path with this UIDVALIDITY and, if free, GUID; guid_r and
 	 * uidvalidity_r say what is there now (also when it existed already:
@@ -127,7 +131,9 @@ struct mailstore {
 		      const struct crdt_numberer *numberer, struct ms_mailbox *made_r, bool *existed_r);
 	/* MS_RETRY if the journal has native records of this mailbox beyond known. */
 	int (*remove)(struct mailstore *ms, const struct ms_mailbox *box, const struct ms_position *known);
-	int (*rename)(struct mailstore *ms, const struct ms_mailbox *box, const char *new_path);	/* without children */
+	/* Children that the mail store takes along get RENAME records of their own.
+	 * MS_RETRY: the mailbox is not at box->path any more, or new_path exists. */
+	int (*rename)(struct mailstore *ms, const struct ms_mailbox *box, const char *new_path);
 	/*
 	 * Gives a mailbox a new (higher) UIDVALIDITY in one step.  A mail in map gets
 	 * the UID asked for (map ascending by uid; new_uids distinct), the others own

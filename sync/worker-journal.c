@@ -164,6 +164,7 @@ struct read_ctx {
 	int ret;
 	const char *error;		/* of ret, in pool */
 	pool_t pool;
+	struct crdt_id gone;		/* a mailbox that was looked for in vain */
 	/* Mails that recovering has recorded; value: seq (apply-intent.c). */
 	HASH_TABLE(const char *, void *) recovered;
 };
@@ -306,8 +307,11 @@ static int mails_send(struct read_ctx *ctx, const struct crdt_jrec *rec)
 	struct mail *mail = NULL;
 	const char *error;
 	size_t room = WORKER_RECORD_TEXTS;
-	int ret = worker_box_open(ctx->user, &ctx->user->box, &msbox, &box, &error);
+	int ret = crdt_id_equal(&ctx->gone, &rec->mailbox) ? MS_GONE :
+		worker_box_open(ctx->user, &ctx->user->box, &msbox, &box, &error);
 
+	if (ret == MS_GONE)
+		ctx->gone = rec->mailbox;
 	if (ret == MS_OK) {
 		t = mailbox_transaction_begin(box, 0, "crdt read");
 		mail = mail_alloc(t, MAIL_FETCH_GUID | MAIL_FETCH_RECEIVED_DATE, NULL);

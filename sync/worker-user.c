@@ -478,6 +478,8 @@ int worker_box_open(struct worker_user *user, struct worker_box *wbox, const str
 {
 	int ret;
 
+	if (wbox == &user->box)
+		worker_body_free(&user->body);
 	if (!box_is_current(wbox, &msbox->guid) &&
 	    (ret = box_open(user, wbox, msbox, error_r)) != MS_OK)
 		return ret;

@@ -194,8 +194,9 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 		op.mails = mails;
 		ret = replica_own_op(r, &op, &ctx);
 	}
-	if (n > 0 && mails[n - 1].uid >= b.uidnext) {
-		b.uidnext = mails[n - 1].uid + 1;
+	/* Of mails that are gone again, too: clients saw UIDNEXT rise. */
+	if (rec->mails_n > 0 && rec->mails[rec->mails_n - 1].uid >= b.uidnext) {
+		b.uidnext = rec->mails[rec->mails_n - 1].uid + 1;
 		box_put(r, &b);
 	}
 	for (unsigned i = 0; i < n; i++)

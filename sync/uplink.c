@@ -8,7 +8,7 @@
 #include <stdio.h>
 
 enum state {
-	DOWN,		/* no connection; the socket makes one by itself */
+	DOWN,		/* no connection; the socket makes one by itself, or anew at `due` */
 	HELLO,		/* HELLO sent, waits for WELCOME until `due` */
 	UP,
 	WAIT,		/* after a refusal or error: reconnect at `due` */
@@ -43,7 +43,8 @@ struct uplink {
 	unsigned slot;
 
 	enum state state;
-	int64_t due;
+	int64_t due;			/* INT64_MIN: not known yet when */
+	int64_t down_since;		/* while DOWN */
 	unsigned failures;		/* in a row, for the delay */
 	unsigned logged;		/* bit per kind of trouble: once until the next WELCOME */
 	char error[256];
@@ -65,6 +66,7 @@ struct uplink {
 };
 
 /* Bits of uplink.logged above those of the ERROR codes. */
+#define LOGGED_AWAY (1u << 27)
 #define LOGGED_REFUSED (1u << 28)
 #define LOGGED_SILENT (1u << 29)
 #define LOGGED_PROTOCOL (1u << 30)
@@ -231,7 +233,7 @@ struct uplink *uplink_new(const struct uplink_config *cfg, const struct uplink_c
 	u->slot = cfg->slot;
 	u->daemon_id = cfg->daemon_id;
 	u->received = u->merged = u->durable = cfg->gsn;
-	u->due = INT64_MAX;
+	u->due = INT64_MIN;
 	return u;
 }
 
@@ -370,7 +372,7 @@ void uplink_disconnected(struct uplink *u)
 	lost(u);
 	if (u->state != WAIT) {
 		u->state = DOWN;
-		u->due = INT64_MAX;
+		u->due = INT64_MIN;
 	}
 }
 
@@ -382,19 +384,41 @@ void uplink_refused(struct uplink *u, int64_t now)
 		"(crdt_key_file without _secret) to its peers file");
 }
 
+static void still_down(struct uplink *u, int64_t now)
+{
+	if (u->due == INT64_MIN) {
+		u->down_since = now;
+	} else {
+		u->cb.reconnect(u->cb.ctx);
+		if (now - u->down_since >= UPLINK_AWAY_MSECS && (u->logged & LOGGED_AWAY) == 0) {
+			log_text(u, 1, "cannot be reached; changes are kept until it can");
+			u->logged |= LOGGED_AWAY;
+		}
+	}
+	u->due = now + UPLINK_DOWN_MSECS;
+}
+
 int64_t uplink_tick(struct uplink *u, int64_t now)
 {
 	if (now < u->due)
 		return u->due;
-	if (u->state == HELLO) {
+	switch (u->state) {
+	case DOWN:
+		still_down(u, now);
+		break;
+	case HELLO:
 		trouble(u, now, LOGGED_SILENT, 1, "no answer to our greeting: is it a crdt-stored, "
 			"and of a version that fits?");
-	} else if (u->state == WAIT) {
+		break;
+	case UP:
+		u->due = INT64_MAX;
+		break;
+	case WAIT:
 		u->state = DOWN;
-		u->due = INT64_MAX;
 		u->cb.reconnect(u->cb.ctx);
-	} else {
-		u->due = INT64_MAX;
+		u->down_since = now;
+		u->due = now + UPLINK_DOWN_MSECS;
+		break;
 	}
 	return u->due;
 }
@@ -686,7 +710,7 @@ static void on_error(struct uplink *u, int64_t now, const struct crdt_frame *f)
 		 (const char *)f->name.p);
 	if (f->code == CRDT_ERR_RESET)
 		feed_restart(u);
-	trouble(u, now, 1u << (f->code % 28), f->code == CRDT_ERR_RESET ? 1 : 0, u->error);
+	trouble(u, now, 1u << (f->code % 27), f->code == CRDT_ERR_RESET ? 1 : 0, u->error);
 }
 
 static void on_frame(struct uplink *u, int64_t now, const struct crdt_frame *f, size_t bytes)

@@ -28,6 +28,9 @@
 #define UPLINK_WELCOME_MSECS 5000	/* for the answer to HELLO */
 #define UPLINK_BACKOFF_MIN_MSECS 1000
 #define UPLINK_BACKOFF_MAX_MSECS 30000
+#define UPLINK_DOWN_MSECS 5000		/* without a connection: try with a fresh one, so that no
+					 * attempt from before an outage's end is waited for */
+#define UPLINK_AWAY_MSECS 15000		/* then say so */
 #define UPLINK_QUEUE_MAX (16 * 1024 * 1024)	/* bytes that the socket did not take */
 
 /* Names are NUL-terminated; what callbacks get is valid until they return.

@@ -313,6 +313,25 @@ static void refusal(void **state)
 	assert_int_equal(x->logs, 2);	/* it had worked in between */
 }
 
+static void away(void **state)
+{
+	struct fix *x = *state;
+	int64_t now = 0;
+
+	for (unsigned i = 0; now < UPLINK_AWAY_MSECS * 3; i++) {
+		assert_int_equal(uplink_tick(x->u, now), now + UPLINK_DOWN_MSECS);
+		assert_int_equal(x->reconnects, i);
+		now += UPLINK_DOWN_MSECS;
+	}
+	assert_int_equal(x->logs, 1);
+	assert_non_null(strstr(x->log, "cannot be reached"));
+	up(x);
+	assert_int_equal(uplink_tick(x->u, now), INT64_MAX);
+	uplink_disconnected(x->u);
+	assert_int_equal(uplink_tick(x->u, now), now + UPLINK_DOWN_MSECS);
+	assert_int_equal(x->logs, 1);
+}
+
 static void ops_and_acks(void **state)
 {
 	struct fix *x = *state;
@@ -641,7 +660,7 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 	const struct CMUnitTest tests[] = {
-		TEST(greeting), TEST(silence), TEST(refusal), TEST(ops_and_acks), TEST(ack_beyond), TEST(holes),
+		TEST(greeting), TEST(silence), TEST(refusal), TEST(away), TEST(ops_and_acks), TEST(ack_beyond), TEST(holes),
 		TEST(forgotten), TEST(windows), TEST(big_op), TEST(reconnection), TEST(new_origin), TEST(slow_socket),
 		TEST(feed_order), TEST(feed_again), TEST(feed_gap), TEST(feed_reset), TEST(garbage), TEST(riding),
 		TEST(other_frames),

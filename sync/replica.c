@@ -726,17 +726,22 @@ static int outbound_slice(struct replica *r, char **error_r)
 	(void)replica_txn_begin(r);
 	positions_load(r);
 	res = r->ms->read(r->ms, r->pos, r->pos_n, outbound_record, &o, ids, &ids_n);
-	if (res < 0 || o.ret < 0) {
-		if (o.n == 0 || o.ret < 0) {
-			*error_r = strdup(o.ret < 0 ? "cannot record a change" : r->ms->error);
-			replica_txn_abort(r);
-			return -1;
-		}
+	if (o.ret < 0) {
+		*error_r = strdup("cannot record a change");
+		replica_txn_abort(r);
+		return -1;
 	}
 	positions_load(r);
 	if (res >= 0)
 		positions_prune(r, ids, ids_n);
-	return replica_txn_commit(r, false, error_r) < 0 ? -1 : o.n;
+	if (replica_txn_commit(r, false, error_r) < 0)
+		return -1;
+	if (res < 0) {
+		/* What was read is kept; but whoever goes on needs all of it. */
+		*error_r = strdup(r->ms->error);
+		return -1;
+	}
+	return o.n;
 }
 
 struct ms_position replica_known(const struct replica *r)

@@ -550,6 +550,11 @@ static struct vmail_mail *tried_mail(struct vmail *v, struct vmail_box *b, const
 	return NULL;
 }
 
+static bool same_guid(const struct ms_cmd *a, const struct ms_cmd *b)
+{
+	return a->guid.n == b->guid.n && memcmp(a->guid.p, b->guid.p, a->guid.n) == 0;
+}
+
 /* Several commands of one GUID: what one of them made is none of the others'. */
 static void tried_divide(struct ms_apply *a)
 {
@@ -557,7 +562,8 @@ static void tried_divide(struct ms_apply *a)
 		for (size_t k = 0; k < a->n; k++) {
 			struct ms_cmd *c = &a->cmds[k];
 
-			if (k == i || !c->tried || a->cmds[i].want_uid == 0 || c->others_n == MS_OTHERS_MAX)
+			if (k == i || !c->tried || a->cmds[i].want_uid == 0 || c->others_n == MS_OTHERS_MAX ||
+			    !same_guid(c, &a->cmds[i]))
 				continue;
 			if (c->want_uid != a->cmds[i].want_uid)
 				c->others[c->others_n++] = a->cmds[i].want_uid;
@@ -565,10 +571,10 @@ static void tried_divide(struct ms_apply *a)
 	}
 }
 
-static void tried_taken(struct ms_apply *a, uint32_t uid)
+static void tried_taken(struct ms_apply *a, const struct ms_cmd *by, uint32_t uid)
 {
 	for (size_t k = 0; k < a->n; k++) {
-		if (a->cmds[k].tried && a->cmds[k].others_n < MS_OTHERS_MAX)
+		if (a->cmds[k].tried && same_guid(&a->cmds[k], by) && a->cmds[k].others_n < MS_OTHERS_MAX)
 			a->cmds[k].others[a->cmds[k].others_n++] = uid;
 	}
 }
@@ -700,7 +706,7 @@ static int ms_do_apply(struct mailstore *ms, struct ms_apply *a)
 		v->tried_uid = 0;
 		res = apply_cmd(v, b, &a->cmds[i]);
 		if (v->tried_uid != 0)
-			tried_taken(a, v->tried_uid);
+			tried_taken(a, &a->cmds[i], v->tried_uid);
 	}
 	a->uidnext_r = b->uidnext;
 	return res;

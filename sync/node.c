@@ -616,12 +616,12 @@ static void visited_mail(struct user *u, struct visit *v)
 		u->no_user = false;
 		return;
 	case VISIT_MAIL_NO_USER:
-		if (!u->no_user)
-			node_log(n, 1, "user %s: not known to userdb here: changes from other replicas are kept, "
-				 "and not applied", u->name);
 		u->mail_due = n->now + NODE_NO_USER_MSECS;
 		if (v->own_origin == 0)
 			return;		/* nothing is known of such a user: let him be forgotten */
+		if (!u->no_user)
+			node_log(n, 1, "user %s: not known to userdb here: changes from other replicas are kept, "
+				 "and not applied", u->name);
 		u->no_user = true;
 		break;
 	case VISIT_MAIL_LATER:

@@ -186,9 +186,14 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	step = call_end(r, NULL, res, error_r);
 	if (step == STEP_PROGRESS && res == MS_OK)
 		creating(r, &f->id, false);
-	if (step != STEP_PROGRESS || res != MS_OK || box_get(r, &made.guid, &b)) {
-		if (step == STEP_PROGRESS && res == MS_OK)
-			box_free(&b);
+	if (step != STEP_PROGRESS || res != MS_OK)
+		return step;
+	if (box_get(r, &made.guid, &b)) {
+		if (b.uidnext < uidnext) {
+			b.uidnext = uidnext;
+			box_put(r, &b);
+		}
+		box_free(&b);
 		return step;
 	}
 	/* It was there already, without our knowing. */

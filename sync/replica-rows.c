@@ -169,6 +169,36 @@ void box_attach(struct replica *r, struct box *b, const struct crdt_id *folder)
 	crdt_buf_free(&v);
 }
 
+static void uidnext_keep(struct replica *r, const struct crdt_id *folder, uint32_t uidvalidity, uint32_t uidnext)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	if (uidnext_get(r, folder, uidvalidity) >= uidnext)
+		return;
+	key_guid(&k, ROW_UIDNEXT, folder);
+	crdt_buf_u32(&v, uidvalidity);
+	crdt_buf_u32(&v, uidnext);
+	put(r, &k, &v);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+uint32_t uidnext_get(struct replica *r, const struct crdt_id *folder, uint32_t uidvalidity)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	uint32_t next = 0;
+
+	key_guid(&k, ROW_UIDNEXT, folder);
+	if (get(r, &k, &v)) {
+		struct crdt_reader rd = crdt_reader(v.data, v.len);
+		if (crdt_get_u32(&rd) == uidvalidity)
+			next = crdt_get_u32(&rd);
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return next;
+}
+
 void box_detach(struct replica *r, struct box *b, const struct crdt_id *folder)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
@@ -180,6 +210,7 @@ void box_detach(struct replica *r, struct box *b, const struct crdt_id *folder)
 	}
 	b->folders_n = (uint16_t)kept;
 	box_put(r, b);
+	uidnext_keep(r, folder, b->uidvalidity, b->uidnext);
 	key_guid(&k, ROW_BOX_OF, folder);
 	if (get(r, &k, &v) && v.len == sizeof(b->guid.b) && memcmp(v.data, b->guid.b, v.len) == 0)
 		del(r, &k);
@@ -783,36 +814,6 @@ void row_keys_free(struct row_key *keys, size_t n)
 		free(keys[i].p);
 }
 
-static void uidnext_keep(struct replica *r, const struct crdt_id *folder, uint32_t uidvalidity, uint32_t uidnext)
-{
-	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
-
-	if (uidnext_get(r, folder, uidvalidity) >= uidnext)
-		return;
-	key_guid(&k, ROW_UIDNEXT, folder);
-	crdt_buf_u32(&v, uidvalidity);
-	crdt_buf_u32(&v, uidnext);
-	put(r, &k, &v);
-	crdt_buf_free(&k);
-	crdt_buf_free(&v);
-}
-
-uint32_t uidnext_get(struct replica *r, const struct crdt_id *folder, uint32_t uidvalidity)
-{
-	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
-	uint32_t next = 0;
-
-	key_guid(&k, ROW_UIDNEXT, folder);
-	if (get(r, &k, &v)) {
-		struct crdt_reader rd = crdt_reader(v.data, v.len);
-		if (crdt_get_u32(&rd) == uidvalidity)
-			next = crdt_get_u32(&rd);
-	}
-	crdt_buf_free(&k);
-	crdt_buf_free(&v);
-	return next;
-}
-
 void box_delete(struct replica *r, const struct box *b)
 {
 	enum { SLICE = 512 };
@@ -838,8 +839,6 @@ void box_delete(struct replica *r, const struct box *b)
 		while (copy.folders_n > 0) {
 			/* box_detach compacts the array: a copy of the id is passed. */
 			struct crdt_id id = copy.folders[0];
-
-			uidnext_keep(r, &id, copy.uidvalidity, copy.uidnext);
 			box_detach(r, &copy, &id);
 		}
 		box_path_row(r, &copy, false);

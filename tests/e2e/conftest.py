@@ -5,6 +5,7 @@ CRDT_PREFIX   where scripts/build installed to (default: build/inst)
 CRDT_LONG=1   long runs where a test has a short and a long one
 """
 
+import contextlib
 import os
 import re
 
@@ -30,9 +31,8 @@ def long_run():
     return LONG
 
 
-@pytest.fixture(scope="module")
-def new_cluster(tmp_path_factory):
-    """Starts clusters with what is to be tested; all end with the module."""
+@contextlib.contextmanager
+def _clusters(tmp_path_factory):
     running = []
 
     def start(name="cluster", **options):
@@ -41,11 +41,27 @@ def new_cluster(tmp_path_factory):
         _RUNNING[cluster.directory] = cluster
         return cluster
 
-    yield start
-    for cluster in running:
-        del _RUNNING[cluster.directory]
-        _keep_logs(cluster)
-        cluster.down()
+    try:
+        yield start
+    finally:
+        for cluster in running:
+            del _RUNNING[cluster.directory]
+            _keep_logs(cluster)
+            cluster.down()
+
+
+@pytest.fixture(scope="module")
+def new_cluster(tmp_path_factory):
+    """Starts clusters with what is to be tested; all end with the module."""
+    with _clusters(tmp_path_factory) as start:
+        yield start
+
+
+@pytest.fixture
+def own_cluster(tmp_path_factory):
+    """Starts clusters that end with the test."""
+    with _clusters(tmp_path_factory) as start:
+        yield start
 
 
 def _keep_logs(cluster):

@@ -114,6 +114,11 @@ class View:
             for uid, mail in folder.mails.items():
                 yield (folder.uidvalidity, uid), mail.body
 
+    def named_uids(self):
+        """{(folder, uid, subject)}"""
+        return {(name, uid, mail.subject) for name, folder in self.folders.items()
+                for uid, mail in folder.mails.items()}
+
     def __str__(self):
         lines = [f"  {name}: {folder}" for name, folder in sorted(self.folders.items())]
         return "\n".join([*lines, f"  subscribed: {', '.join(sorted(self.subscribed)) or '-'}"])

@@ -19,7 +19,7 @@ from imap_lib import (Client, Idle, Refused, append_command, look, message, mult
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 WORKERS = ("w1", "w2")
 NUMBERS = itertools.count(1)
-USERS = 60
+USERS = 90
 
 
 @pytest.fixture(scope="module", name="cluster")
@@ -221,6 +221,24 @@ def test_applying_makes_no_ops(cluster, user):
     assert changed[2] - looked[2] <= 2 + len(view.folders), (looked, changed)
     cluster.wait()
     assert ops(cluster, "s1", user) == changed
+
+
+def test_deliveries_are_not_renumbered(cluster):
+    """Mail that is delivered on one worker only keeps its order and UIDs; the
+    other worker has no reason to say anything."""
+    users = [f"u{next(NUMBERS)}" for _ in range(30)]
+    uids = {}
+    for i, user in enumerate(users):
+        cluster.deliver("w1", user, message("m"))
+        time.sleep(i * 0.002)       # the first one is on its way, more or less far
+        cluster.deliver("w1", user, message("n"))
+    cluster.wait()
+    for user in users:
+        uids[user] = look(cluster, "w1", user).named_uids()
+        assert [subject for _, _, subject in sorted(uids[user])] == ["m", "n"], user
+        assert set(ops(cluster, "s1", user)) == {1}, user
+    for user in users:
+        assert look(cluster, "w2", user).named_uids() == uids[user]
 
 
 # ---- all kinds of changes ----

@@ -105,8 +105,12 @@ static bool print_rec(void *ctx, const struct crdt_jrec *rec)
 		printf(" validity=%" PRIu32, rec->uidvalidity);
 	print_vv("seen", &rec->seen);
 	switch ((enum crdt_jrec_kind)rec->kind) {
-	case CRDT_JREC_CREATE:
 	case CRDT_JREC_DELETE:
+		if (rec->uidnext != 0)
+			printf(" uidnext=%" PRIu32, rec->uidnext);
+		print_path("path", &rec->path);
+		break;
+	case CRDT_JREC_CREATE:
 	case CRDT_JREC_SUBSCRIBE:
 	case CRDT_JREC_UNSUBSCRIBE:
 		print_path("path", &rec->path);

@@ -45,7 +45,8 @@
 
 enum crdt_jrec_kind {
 	CRDT_JREC_CREATE = 1,	/* mailbox, path, uidvalidity */
-	CRDT_JREC_DELETE = 2,	/* mailbox, path, seen */
+	CRDT_JREC_DELETE = 2,	/* mailbox, uidvalidity, path, seen, uidnext (0: not known): the last
+				 * that clients may have been shown of it (I5) */
 	CRDT_JREC_RENAME = 3,	/* path -> new_path; children go along */
 	CRDT_JREC_SUBSCRIBE = 4,	/* path */
 	CRDT_JREC_UNSUBSCRIBE = 5,	/* path */

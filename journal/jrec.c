@@ -79,10 +79,13 @@ void crdt_jrec_encode(struct crdt_buf *b, const struct crdt_jrec *rec)
 	crdt_vv_encode(b, &rec->seen);
 	switch ((enum crdt_jrec_kind)rec->kind) {
 	case CRDT_JREC_CREATE:
-	case CRDT_JREC_DELETE:
 	case CRDT_JREC_SUBSCRIBE:
 	case CRDT_JREC_UNSUBSCRIBE:
 		put_path(b, &rec->path);
+		break;
+	case CRDT_JREC_DELETE:
+		put_path(b, &rec->path);
+		crdt_buf_varint(b, rec->uidnext);
 		break;
 	case CRDT_JREC_RENAME:
 		put_path(b, &rec->path);
@@ -223,10 +226,13 @@ int crdt_jrec_decode(const void *p, size_t n, struct crdt_jrec *rec_r, const cha
 	(void)crdt_vv_decode(&r, &rec_r->seen);
 	switch ((enum crdt_jrec_kind)rec_r->kind) {
 	case CRDT_JREC_CREATE:
-	case CRDT_JREC_DELETE:
 	case CRDT_JREC_SUBSCRIBE:
 	case CRDT_JREC_UNSUBSCRIBE:
 		rec_r->path = get_str(&r, CRDT_PATH_MAX);
+		break;
+	case CRDT_JREC_DELETE:
+		rec_r->path = get_str(&r, CRDT_PATH_MAX);
+		rec_r->uidnext = (uint32_t)crdt_get_varint_max(&r, UINT32_MAX);
 		break;
 	case CRDT_JREC_RENAME:
 		rec_r->path = get_str(&r, CRDT_PATH_MAX);

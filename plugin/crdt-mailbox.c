@@ -425,6 +425,7 @@ static int crdt_mailbox_delete(struct mailbox *box)
 	}
 	crdt_index_read_ext(cbox, &ext);
 	rec.uidvalidity = get_uidvalidity(box);
+	rec.uidnext = box->index->map->hdr.next_uid;
 	if (unlock)
 		crdt_index_unlock(box->index);
 

@@ -459,6 +459,7 @@ static void build_delete(struct records *r, struct crdt_mailbox *cbox, const str
 	}
 	rec = record_new(r, CRDT_JREC_DELETE, cbox->deleting.seen);
 	rec->path = crdt_str(path);
+	rec->uidnext = cbox->box->index->map->hdr.next_uid;
 }
 
 /* Appends, then flags, then expunges. */

@@ -155,6 +155,8 @@ static void journal_path(struct vmail *v, uint8_t kind, const char *path, const 
 	if (b != NULL) {
 		rec.mailbox = b->guid;
 		rec.uidvalidity = b->uidvalidity;
+		if (kind == CRDT_JREC_DELETE)
+			rec.uidnext = b->uidnext;
 	}
 	rec.path = str(path);
 	if (new_path != NULL)

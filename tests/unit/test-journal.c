@@ -241,6 +241,10 @@ static void test_record_roundtrip(void **state)
 			assert_int_equal(out.path.n, 3);
 			assert_int_equal(out.uidvalidity, 4000000000u);
 			break;
+		case CRDT_JREC_DELETE:
+			assert_int_equal(out.path.n, 3);
+			assert_int_equal(out.uidnext, 262144);
+			break;
 		case CRDT_JREC_APPEND:
 			assert_int_equal(out.mails_n, 2);
 			assert_int_equal(out.mails[1].uid, 4096);

@@ -15,6 +15,9 @@
  * writes the applier records.  Which records those are is kept, and a native one
  * of the same mail is told to the engine as gone (worker-journal.c).
  *
+ * A new UIDVALIDITY is noted likewise: killed between its switch and its records,
+ * who looks next takes all mails for new ones.
+ *
  * All in the lock file, little-endian:
  *    0       u32 length (0: none), bytes, 8 bytes of checksum
  *    512 Ki  u32 count, count times: u64 journal, u64 first seq, u64 last seq
@@ -34,6 +37,7 @@
 
 #define INTENT_MAX (WORKER_CMDS_MAX * (CRDT_GUID_MAX + CRDT_JREC_KEY_MAX + 64) + 128)
 #define CHECK_SIZE 8
+enum { INTENT_SAVE = 1, INTENT_REVALIDATE = 2 };
 #define DONE_OFFSET (512 * 1024)
 #define DONE_MAX APPLY_DONE_MAX		/* the oldest were read long ago */
 static_assert(INTENT_MAX + 64 < DONE_OFFSET, "they do not overlap");
@@ -49,6 +53,7 @@ struct intent_mail {
 
 struct intent {
 	pool_t pool;
+	uint8_t kind;
 	const char *pid;		/* that is in the names of its files */
 	uint64_t time;			/* and not before this, in seconds */
 	struct crdt_id mailbox;
@@ -66,18 +71,19 @@ static void check_bytes(const struct crdt_buf *b, uint8_t check_r[CHECK_SIZE])
 	memcpy(check_r, digest, CHECK_SIZE);
 }
 
-static void intent_encode(struct crdt_buf *b, struct worker_user *user,
-			  struct ms_cmd *const *cmds, unsigned n)
+static void intent_encode(struct crdt_buf *b, struct worker_user *user, uint8_t kind,
+			  uint32_t uidvalidity, uint32_t uidnext, struct ms_cmd *const *cmds, unsigned n)
 {
 	uint32_t size;
 	uint8_t check[CHECK_SIZE];
 
 	crdt_buf_u32(b, 0);
+	crdt_buf_u8(b, kind);
 	crdt_buf_bytes(b, my_pid, strlen(my_pid));
 	crdt_buf_u64(b, (uint64_t)ioloop_time);
 	crdt_buf_raw(b, user->box.guid.b, sizeof(user->box.guid.b));
-	crdt_buf_u32(b, worker_uidvalidity(user->box.box));
-	crdt_buf_u32(b, apply_uidnext(user->box.box));
+	crdt_buf_u32(b, uidvalidity);
+	crdt_buf_u32(b, uidnext);
 	crdt_buf_varint(b, n);
 	for (unsigned i = 0; i < n; i++) {
 		crdt_buf_bytes(b, cmds[i]->guid.p, cmds[i]->guid.n);
@@ -102,6 +108,7 @@ static bool intent_decode(const uint8_t *p, size_t n, struct intent *intent)
 	uint64_t count;
 	size_t len;
 
+	intent->kind = crdt_get_u8(&r);
 	bytes = crdt_get_bytes(&r, 32, &len);
 	intent->pid = bytes == NULL ? "" : p_strndup(intent->pool, bytes, len);
 	intent->time = crdt_get_u64(&r);
@@ -123,7 +130,7 @@ static bool intent_decode(const uint8_t *p, size_t n, struct intent *intent)
 		if ((bytes = crdt_get_raw(&r, sizeof(mail->content.b))) != NULL)
 			memcpy(mail->content.b, bytes, sizeof(mail->content.b));
 	}
-	return !r.bad;
+	return !r.bad && (intent->kind == INTENT_SAVE || intent->kind == INTENT_REVALIDATE);
 }
 
 /* 1; 0: there is none; -1 */
@@ -151,23 +158,39 @@ static int intent_read(struct worker_user *user, struct intent *intent, const ch
 	return intent_decode(p + 4, size, intent) ? 1 : 0;
 }
 
-int apply_intent_write(struct worker_user *user, struct mailbox *box, struct ms_cmd *const *cmds,
-		       unsigned n, const char **error_r)
+static int intent_write(struct worker_user *user, struct crdt_buf *b, const char **error_r)
 {
-	struct crdt_buf b = CRDT_BUF_INIT;
+	struct mailbox *box = user->box.box;
 	int ret = MS_OK;
 
 	i_assert(user->lock_fd != -1);
-	if (strcmp(box->storage->name, MAILDIR_STORAGE_NAME) != 0)
-		return MS_OK;
-	intent_encode(&b, user, cmds, n);
-	if (pwrite(user->lock_fd, b.data, b.len, 0) != (ssize_t)b.len ||
+	if (pwrite(user->lock_fd, b->data, b->len, 0) != (ssize_t)b->len ||
 	    (box->storage->set->parsed_fsync_mode != FSYNC_MODE_NEVER && fdatasync(user->lock_fd) < 0)) {
 		*error_r = t_strdup_printf("write(%s) failed: %m", user->lock_path);
 		ret = MS_TEMP;
 	}
-	crdt_buf_free(&b);
+	crdt_buf_free(b);
 	return ret;
+}
+
+int apply_intent_write(struct worker_user *user, struct mailbox *box, struct ms_cmd *const *cmds,
+		       unsigned n, const char **error_r)
+{
+	struct crdt_buf b = CRDT_BUF_INIT;
+
+	if (strcmp(box->storage->name, MAILDIR_STORAGE_NAME) != 0)
+		return MS_OK;
+	intent_encode(&b, user, INTENT_SAVE, worker_uidvalidity(box), apply_uidnext(box), cmds, n);
+	return intent_write(user, &b, error_r);
+}
+
+int apply_intent_write_revalidate(struct worker_user *user, uint32_t uidvalidity, uint32_t uidnext,
+				  const char **error_r)
+{
+	struct crdt_buf b = CRDT_BUF_INIT;
+
+	intent_encode(&b, user, INTENT_REVALIDATE, uidvalidity, uidnext, NULL, 0);
+	return intent_write(user, &b, error_r);
 }
 
 void apply_intent_clear(struct worker_user *user)
@@ -321,9 +344,8 @@ static void results_record(struct apply_txn *txn, struct mail_index_view *head)
 	}
 }
 
-/* What was written last counts as done, even if only part of it was. */
-static int done_write(struct worker_user *user, const struct crdt_jrec *recs, unsigned n,
-		      const char **error_r)
+int apply_intent_done_add(struct worker_user *user, const struct crdt_jrec *recs, unsigned n,
+			  const char **error_r)
 {
 	struct apply_done done[DONE_MAX];
 	struct crdt_buf b = CRDT_BUF_INIT;
@@ -390,7 +412,7 @@ static int records_write(struct worker_user *user, struct intent *intent, struct
 	ret = apply_txn_commit(&txn, error_r);
 	recs = array_get_modifiable(&txn.recs, &n);
 	if (ret == MS_OK && n > 0)
-		ret = done_write(user, recs, n, error_r);
+		ret = apply_intent_done_add(user, recs, n, error_r);
 	pool_unref(&pool);
 	return ret;
 }
@@ -404,6 +426,8 @@ static int intent_recover(struct worker_user *user, struct intent *intent, const
 	if (ret != MS_OK || strcmp(box->storage->name, MAILDIR_STORAGE_NAME) != 0 ||
 	    worker_uidvalidity(box) != intent->uidvalidity)
 		return ret == MS_GONE ? MS_OK : ret;
+	if (intent->kind == INTENT_REVALIDATE)
+		return apply_revalidate_recover(user, box, intent->uidnext, error_r);
 	/* The killed one may have left its uidlist locked: the sync of opening has
 	 * passed over what is new then.  This waits until the lock is stale. */
 	if ((ret = apply_uids_lock(box, error_r)) != MS_OK)

@@ -11,7 +11,10 @@
 #include "mailbox-list-private.h"
 #include "mailbox-list-iter.h"
 #include "maildir-storage.h"
+#include "maildir-uidlist.h"
 #include "../plugin/crdt-private.h"
+
+#include <dirent.h>
 
 #define CHANGE_FLAGS (MAILBOX_TRANSACTION_FLAG_SYNC | MAILBOX_TRANSACTION_FLAG_NO_NOTIFY)
 /* Where a mailbox waits that is renamed to a place below itself. */
@@ -41,6 +44,18 @@ static struct crdt_jrec applier_record(enum crdt_jrec_kind kind)
 
 /* Create */
 
+static bool dir_is_empty(const char *path)
+{
+	DIR *dir = opendir(path);
+	struct dirent *d = NULL;
+
+	if (dir == NULL)
+		return errno == ENOENT;
+	while ((d = readdir(dir)) != NULL && d->d_name[0] == '.') ;
+	(void)closedir(dir);
+	return d == NULL;
+}
+
 static bool guid_is_free(struct worker_user *user, const struct crdt_id *id)
 {
 	struct ms_mailbox other = { .guid = *id };
@@ -50,19 +65,25 @@ static bool guid_is_free(struct worker_user *user, const struct crdt_id *id)
 	return worker_box_open(user, &user->source, &other, &box, &error) == MS_GONE;
 }
 
+static void create_update(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
+			  struct mailbox_update *update_r)
+{
+	i_zero(update_r);
+	update_r->uid_validity = req->box.uidvalidity;
+	update_r->min_next_uid = I_MAX(req->uidnext, 1);
+	/* INBOX has one id for all users: its GUID has to be another one each */
+	if (!box->inbox_user && guid_is_free(user, &req->box.guid))
+		memcpy(update_r->mailbox_guid, req->box.guid.b, sizeof(update_r->mailbox_guid));
+	else
+		guid_128_generate(update_r->mailbox_guid);
+}
+
 static int create_new(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
 		      const char **error_r)
 {
 	struct mailbox_update update;
 
-	i_zero(&update);
-	update.uid_validity = req->box.uidvalidity;
-	update.min_next_uid = I_MAX(req->uidnext, 1);
-	/* INBOX has one id for all users: its GUID has to be another one each */
-	if (!box->inbox_user && guid_is_free(user, &req->box.guid))
-		memcpy(update.mailbox_guid, req->box.guid.b, sizeof(update.mailbox_guid));
-	else
-		guid_128_generate(update.mailbox_guid);
+	create_update(user, box, req, &update);
 	if (mailbox_create(box, &update, FALSE) == 0)
 		return MS_OK;
 	/* "not found": e.g. a name that is too long for the file system */
@@ -126,6 +147,31 @@ static int create_header(struct worker_user *user, const struct worker_msg *req,
 	return apply_txn_commit(&txn, error_r);
 }
 
+/* Killed while it was made: a Maildir without uidlist and without mails.  Dovecot
+ * would complete it with numbers of its own. */
+static bool is_half_made(struct mailbox *box)
+{
+	const char *control, *path;
+	struct stat st;
+
+	return strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0 &&
+		mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_CONTROL, &control) > 0 &&
+		mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 &&
+		stat(t_strconcat(control, "/"MAILDIR_UIDLIST_NAME, NULL), &st) < 0 && errno == ENOENT &&
+		dir_is_empty(t_strconcat(path, "/cur", NULL)) && dir_is_empty(t_strconcat(path, "/new", NULL));
+}
+
+static int create_rest(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
+		       const char **error_r)
+{
+	struct mailbox_update update;
+
+	create_update(user, box, req, &update);
+	if (mailbox_update(box, &update) == 0)
+		return MS_OK;
+	return worker_box_error(box, "update", error_r) == MS_TEMP ? MS_TEMP : MS_FAIL;
+}
+
 static int create_locked(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
 			 struct ms_mailbox *made_r, bool *existed_r, const char **error_r)
 {
@@ -136,8 +182,12 @@ static int create_locked(struct worker_user *user, struct mailbox *box, const st
 	ret = worker_box_exists(box, error_r);
 	if (ret != MS_OK && ret != MS_GONE)
 		return ret;
-	*existed_r = ret == MS_OK;
-	if ((!*existed_r && (ret = create_new(user, box, req, error_r)) != MS_OK) ||
+	*existed_r = ret == MS_OK && !is_half_made(box);
+	if (!*existed_r) {
+		ret = ret == MS_OK ? create_rest(user, box, req, error_r) :
+			create_new(user, box, req, error_r);
+	}
+	if (ret != MS_OK ||
 	    (ret = create_describe(user, box, made_r, error_r)) != MS_OK ||
 	    (ret = create_header(user, req, error_r)) != MS_OK)
 		return ret;
@@ -206,12 +256,19 @@ static int remove_box(struct mailbox *box)
 	rec.mailbox = removing.req->box.guid;
 	rec.uidvalidity = removing.req->box.uidvalidity;
 	rec.path = removing.req->box.path;
+	rec.uidnext = apply_uidnext(box);
+	bool begun = mail_index_is_deleted(box->index);
+
 	if (strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0) {
-		if (mailbox_mark_index_deleted(box, TRUE) < 0)
+		/* begun: by one that was killed */
+		if (begun)
+			box->marked_deleted = TRUE;
+		else if (mailbox_mark_index_deleted(box, TRUE) < 0)
 			return -1;
 		if (remove_unchanged(box) < 0 || index_storage_mailbox_delete_post(box) < 0)
 			return -1;
-	} else if (remove_unchanged(box) < 0 || removing.super(box) < 0) {
+	} else if ((begun && mailbox_mark_index_deleted(box, FALSE) < 0) ||
+		   remove_unchanged(box) < 0 || removing.super(box) < 0) {
 		return -1;
 	}
 	removing.ret = worker_journal_add(removing.user, &rec, 1, &removing.error);
@@ -226,8 +283,12 @@ int apply_remove(struct worker_user *user, const struct worker_msg *req, const c
 
 	any.uidvalidity = 0;
 	worker_boxes_close(user);
-	if ((ret = worker_user_lock(user, error_r)) != MS_OK ||
-	    (ret = worker_box_open(user, &user->box, &any, &box, error_r)) != MS_OK)
+	if ((ret = worker_user_lock(user, error_r)) != MS_OK)
+		return ret;
+	user->open_deleted = TRUE;
+	ret = worker_box_open(user, &user->box, &any, &box, error_r);
+	user->open_deleted = FALSE;
+	if (ret != MS_OK)
 		return ret;
 	if (box->inbox_user) {
 		*error_r = "INBOX cannot be removed";
@@ -270,7 +331,7 @@ static void rename_record(struct rename_ctx *ctx, const struct crdt_id *mailbox,
 {
 	struct crdt_jrec *rec;
 
-	if (strlen(path) > CRDT_PATH_MAX || strlen(new_path) > CRDT_PATH_MAX)
+	if (*path == '\0' || strlen(path) > CRDT_PATH_MAX || strlen(new_path) > CRDT_PATH_MAX)
 		return;
 	rec = array_append_space(&ctx->recs);
 	*rec = applier_record(CRDT_JREC_RENAME);
@@ -280,12 +341,29 @@ static void rename_record(struct rename_ctx *ctx, const struct crdt_id *mailbox,
 	rec->new_path = worker_str(new_path);
 }
 
-/* Dovecot takes the children along: each gets its record. */
-static int rename_children(struct rename_ctx *ctx, const char **error_r)
+static bool path_exists(struct worker_user *user, const char *path)
 {
-	struct mailbox_list *list = ctx->src->list;
-	const char *parent = t_strdup_printf("%s%c", ctx->src->vname, mail_namespace_get_sep(list->ns));
+	struct crdt_str str = worker_str(path);
+	struct mailbox *box;
+	const char *error;
+	int ret = worker_box_alloc(user, &str, &box, &error);
+
+	if (ret != MS_OK)
+		return FALSE;
+	ret = worker_box_exists(box, &error);
+	mailbox_free(&box);
+	return ret != MS_GONE;
+}
+
+/* Dovecot takes the children along: each gets its record.  parent_box: where they
+ * are now; found: at the new path, after an earlier try. */
+static int rename_children(struct rename_ctx *ctx, struct mailbox *parent_box, bool found,
+			   const char **error_r)
+{
+	struct mailbox_list *list = parent_box->list;
+	const char *parent = t_strdup_printf("%s%c", parent_box->vname, mail_namespace_get_sep(list->ns));
 	const char *path = worker_cstr(&ctx->path), *new_path = worker_cstr(&ctx->new_path);
+	const char *here = found ? new_path : path;
 	struct mailbox_list_iterate_context *iter;
 	const struct mailbox_info *info;
 
@@ -301,9 +379,14 @@ static int rename_children(struct rename_ctx *ctx, const char **error_r)
 			continue;
 		child = mailbox_alloc(list, info->vname, MAILBOX_FLAG_IGNORE_ACLS);
 		child_path = crdt_path(child);
-		if (child_path != NULL && str_begins(child_path, path))
-			rename_record(ctx, NULL, child_path,
-				      t_strconcat(new_path, child_path + strlen(path), NULL));
+		if (child_path != NULL && str_begins(child_path, here)) {
+			const char *rest = child_path + strlen(here);
+			const char *old_child = t_strconcat(path, rest, NULL);
+
+			/* one that was not moved, or a new one */
+			if (!found || !path_exists(ctx->user, old_child))
+				rename_record(ctx, NULL, old_child, t_strconcat(new_path, rest, NULL));
+		}
 		mailbox_free(&child);
 	}
 	if (mailbox_list_iter_deinit(&iter) < 0) {
@@ -326,7 +409,7 @@ static int rename_step_locked(struct rename_ctx *ctx, const char **error_r)
 	if (ret != MS_GONE)
 		return ret;
 	rename_record(ctx, &ctx->req->box.guid, worker_cstr(&ctx->path), worker_cstr(&ctx->new_path));
-	if ((ret = rename_children(ctx, error_r)) != MS_OK)
+	if ((ret = rename_children(ctx, ctx->src, FALSE, error_r)) != MS_OK)
 		return ret;
 	if (mailbox_rename(ctx->src, ctx->dest) < 0) {
 		bool exists = mailbox_get_last_mail_error(ctx->src) == MAIL_ERROR_EXISTS;
@@ -365,15 +448,23 @@ static int rename_step(struct worker_user *user, const struct worker_msg *req,
 	return ret;
 }
 
-/* What an earlier try did, without its record. */
+/* What an earlier try did, without its records. */
 static int rename_found(struct worker_user *user, const struct worker_msg *req, const char **error_r)
 {
-	struct crdt_jrec rec = applier_record(CRDT_JREC_RENAME);
+	struct rename_ctx ctx = {
+		.user = user, .req = req, .path = req->box.path, .new_path = req->path,
+	};
+	int ret;
 
-	rec.mailbox = req->box.guid;
-	rec.path = req->box.path;
-	rec.new_path = req->path;
-	return worker_journal_add(user, &rec, 1, error_r);
+	if ((ret = worker_box_alloc(user, &ctx.new_path, &ctx.dest, error_r)) != MS_OK)
+		return ret;
+	t_array_init(&ctx.recs, 8);
+	rename_record(&ctx, &req->box.guid, worker_cstr(&ctx.path), worker_cstr(&ctx.new_path));
+	ret = rename_children(&ctx, ctx.dest, TRUE, error_r);
+	mailbox_free(&ctx.dest);
+	if (ret != MS_OK)
+		return ret;
+	return worker_journal_add(user, array_front_modifiable(&ctx.recs), array_count(&ctx.recs), error_r);
 }
 
 int apply_rename(struct worker_user *user, const struct worker_msg *req, const char **error_r)

@@ -47,6 +47,8 @@ struct reval {
 	pool_t pool;
 	ARRAY_TYPE(reval_mail) mails;	/* ascending by uid, then by new_uid */
 	uint32_t next;			/* UIDNEXT afterwards */
+	uint32_t known_below;		/* tell of mails below this UID only; 0: of all */
+	bool recovering, switched;
 	struct crdt_mailbox_ext ext;	/* as it was */
 	const char **error_r;
 };
@@ -330,6 +332,7 @@ static int uidlist_replace(struct reval *rv)
 		i_unlink_if_exists(temp);
 		return ret;
 	}
+	rv->switched = TRUE;
 	/* else a process that has the mailbox open would not look */
 	if (utimes(cur, NULL) < 0)
 		e_error(rv->user->event, "crdt: utimes(%s) failed: %m", cur);
@@ -381,6 +384,10 @@ static int records_end(struct reval *rv, struct apply_txn *txn, uint32_t uidvali
 		ret = worker_journal_append(rv->user, array_front_modifiable(&txn->recs),
 					    array_count(&txn->recs), rv->error_r);
 	}
+	if (ret == MS_OK && rv->recovering) {
+		ret = apply_intent_done_add(rv->user, array_front(&txn->recs), array_count(&txn->recs),
+					    rv->error_r);
+	}
 	crdt_journal_unlock(journal);
 	return ret;
 }
@@ -427,7 +434,7 @@ static int mails_search(struct reval *rv)
 			rm->uid = mail->uid;
 			rm->guid = p_strdup(rv->pool, guid);
 		}
-		if (mail->seq % ALIVE_MAILS == 0)
+		if (mail->seq % ALIVE_MAILS == 0 && rv->conn != NULL)
 			worker_alive(rv->conn);
 	} T_END;
 	if (mailbox_search_deinit(&search) < 0)
@@ -459,7 +466,8 @@ static int tell(struct reval *rv)
 	array_foreach(&rv->mails, mail) T_BEGIN {
 		struct crdt_str key = reuid_key(rv->pool, 0, mail->guid);
 
-		if (mail_index_lookup_seq(head, mail->uid, &seq))
+		if ((rv->known_below == 0 || mail->uid < rv->known_below) &&
+		    mail_index_lookup_seq(head, mail->uid, &seq))
 			apply_txn_record_found(&txn, head, seq, mail->uid, &key);
 	} T_END;
 	mail_index_view_close(&head);
@@ -482,9 +490,15 @@ static int switch_locked(struct reval *rv, const struct ms_reuid *map, size_t ma
 	apply_ext_read(rv->box, &rv->ext);
 	mails_collect(rv);
 	if ((ret = uids_assign(rv, map, map_n)) != MS_OK ||
-	    (ret = uidlist_replace(rv)) != MS_OK)
+	    (ret = apply_intent_write_revalidate(rv->user, rv->req->uidvalidity, rv->next, rv->error_r)) != MS_OK)
 		return ret;
-	return switch_record(rv);
+	ret = uidlist_replace(rv);
+	if (ret == MS_OK)
+		ret = switch_record(rv);
+	/* a switch without its records: the next request finds it */
+	if (ret == MS_OK || !rv->switched)
+		apply_intent_clear(rv->user);
+	return ret;
 }
 
 /* A reset index has lost our header: what had been applied was read before. */
@@ -561,6 +575,23 @@ int apply_revalidate(struct worker_conn *conn, struct worker_user *user, const s
 	rv.pool = pool_alloconly_create("crdt revalidate", 64 * 1024);
 	p_array_init(&rv.mails, rv.pool, 1024);
 	ret = revalidate(&rv, map, map_n);
+	if (ret != MS_OK)
+		*error_r = t_strdup(*error_r);
+	pool_unref(&rv.pool);
+	return ret;
+}
+
+int apply_revalidate_recover(struct worker_user *user, struct mailbox *box, uint32_t uidnext,
+			     const char **error_r)
+{
+	struct reval rv = {
+		.user = user, .box = box, .known_below = uidnext, .recovering = TRUE, .error_r = error_r,
+	};
+	int ret;
+
+	rv.pool = pool_alloconly_create("crdt revalidate", 64 * 1024);
+	p_array_init(&rv.mails, rv.pool, 1024);
+	ret = tell(&rv);
 	if (ret != MS_OK)
 		*error_r = t_strdup(*error_r);
 	pool_unref(&rv.pool);

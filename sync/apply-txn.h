@@ -106,6 +106,9 @@ uint32_t apply_uidnext(struct mailbox *box);
  */
 int apply_intent_write(struct worker_user *user, struct mailbox *box, struct ms_cmd *const *cmds,
 		       unsigned n, const char **error_r);
+/* The same for a change of UIDVALIDITY: what is below uidnext are the mails of now. */
+int apply_intent_write_revalidate(struct worker_user *user, uint32_t uidvalidity, uint32_t uidnext,
+				  const char **error_r);
 void apply_intent_clear(struct worker_user *user);
 /* Without the lock: whether somebody may have been killed. */
 bool apply_intent_exists(struct worker_user *user);
@@ -115,6 +118,11 @@ int apply_intent_recover(struct worker_user *user, const char **error_r);
 struct apply_done { crdt_origin journal; uint64_t first, last; };
 #define APPLY_DONE_MAX 32
 unsigned apply_intent_done(struct worker_user *user, struct apply_done *done_r, unsigned max);
+
+/* Records were written for what was found: native ones of the same mails, that
+ * came before them, are no news. */
+int apply_intent_done_add(struct worker_user *user, const struct crdt_jrec *recs, unsigned n,
+			  const char **error_r);
 
 /* The header extension at the head of the index; exact under the log's lock. */
 void apply_ext_read(struct mailbox *box, struct crdt_mailbox_ext *ext_r);

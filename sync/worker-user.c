@@ -251,6 +251,11 @@ static bool path_is_valid(const struct crdt_str *path)
 	return TRUE;
 }
 
+static enum mailbox_flags box_flags(struct worker_user *user)
+{
+	return MAILBOX_FLAG_IGNORE_ACLS | (user->open_deleted ? MAILBOX_FLAG_OPEN_DELETED : 0);
+}
+
 int worker_box_alloc(struct worker_user *user, const struct crdt_str *path,
 		     struct mailbox **box_r, const char **error_r)
 {
@@ -276,7 +281,7 @@ int worker_box_alloc(struct worker_user *user, const struct crdt_str *path,
 					   str_sanitize(str, 200));
 		return MS_FAIL;
 	}
-	*box_r = mailbox_alloc(ns->list, vname, MAILBOX_FLAG_IGNORE_ACLS);
+	*box_r = mailbox_alloc(ns->list, vname, box_flags(user));
 	return MS_OK;
 }
 
@@ -415,7 +420,9 @@ static int box_try(struct worker_user *user, struct worker_box *wbox, struct mai
 	}
 	if (mailbox_open(box) < 0 ||
 	    mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0) {
-		ret = worker_box_error(box, "open", error_r) == MS_GONE ? 0 : -1;
+		/* Marked as deleted but still there: its removal was interrupted, and
+		 * Dovecot takes the mark back after a while. */
+		ret = worker_box_error(box, "open", error_r) == MS_GONE && !box->mailbox_deleted ? 0 : -1;
 		mailbox_free(&box);
 		return ret;
 	}
@@ -454,7 +461,7 @@ static int box_open(struct worker_user *user, struct worker_box *wbox,
 			return MS_TEMP;
 		}
 		mailbox_guid_cache_refresh(ns->list);
-		box = mailbox_alloc_guid(ns->list, guid, MAILBOX_FLAG_IGNORE_ACLS);
+		box = mailbox_alloc_guid(ns->list, guid, box_flags(user));
 		mailbox_list_unlock(ns->list);
 		if (box->open_error != 0 && box->open_error != MAIL_ERROR_NOTFOUND) {
 			/* not known whether there is one */
@@ -483,7 +490,7 @@ int worker_box_open(struct worker_user *user, struct worker_box *wbox, const str
 	if (!box_is_current(wbox, &msbox->guid) &&
 	    (ret = box_open(user, wbox, msbox, error_r)) != MS_OK)
 		return ret;
-	if (mailbox_sync(wbox->box, 0) < 0) {
+	if (!mail_index_is_deleted(wbox->box->index) && mailbox_sync(wbox->box, 0) < 0) {
 		ret = worker_box_error(wbox->box, "sync", error_r);
 		worker_box_close(user, wbox);
 		return ret == MS_FAIL ? MS_TEMP : ret;

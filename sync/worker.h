@@ -53,6 +53,8 @@ struct worker_user {
 
 	/* What a sync finds below this UID is known (apply-revalidate.c); 0: nothing. */
 	uint32_t known_below;
+	/* Also open mailboxes whose removal was begun (apply_remove()). */
+	bool open_deleted;
 	/* The mailbox of the last request, and the one that it copied from. */
 	struct worker_box box, source;
 	struct worker_body *body;	/* mail in `box` that was read last */
@@ -177,6 +179,9 @@ int apply_revalidate(struct worker_conn *conn, struct worker_user *user, const s
 /* Tells the engine of a UIDVALIDITY that it does not expect. */
 int apply_revalidate_tell(struct worker_conn *conn, struct worker_user *user, struct mailbox *box,
 			  const char **error_r);
+/* The same after a kill: mails below uidnext. */
+int apply_revalidate_recover(struct worker_user *user, struct mailbox *box, uint32_t uidnext,
+			     const char **error_r);
 void apply_init(void);
 void apply_deinit(void);
 #endif

@@ -430,17 +430,15 @@ static int intent_recover(struct worker_user *user, struct intent *intent, const
 		return apply_revalidate_recover(user, box, intent->uidnext, error_r);
 	/* The killed one may have left its uidlist locked: the sync of opening has
 	 * passed over what is new then.  This waits until the lock is stale. */
-	if ((ret = apply_uids_lock(box, error_r)) != MS_OK)
+	if ((ret = apply_uids_lock(user, error_r)) != MS_OK)
 		return ret;
-	apply_uids_unlock(box);
-	if (mailbox_sync(box, MAILBOX_SYNC_FLAG_FULL_READ) < 0) {
-		(void)worker_box_error(box, "sync", error_r);
-		return MS_TEMP;
-	}
-	if ((ret = apply_uids_lock(box, error_r)) != MS_OK)
+	apply_uids_unlock(user);
+	if ((ret = worker_box_sync(&user->box, MAILBOX_SYNC_FLAG_FULL_READ, error_r)) != MS_OK)
+		return ret;
+	if ((ret = apply_uids_lock(user, error_r)) != MS_OK)
 		return ret;
 	ret = guids_restore(user, intent, box, error_r);
-	apply_uids_unlock(box);
+	apply_uids_unlock(user);
 	return ret == MS_OK ? records_write(user, intent, box, error_r) : ret;
 }
 

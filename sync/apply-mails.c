@@ -357,9 +357,7 @@ static void changes_record(struct apply_txn *txn, struct mail_index_view *head)
 /* After the commit: Maildir renames and removes files when it is synced. */
 static int changes_sync(struct apply_run *run)
 {
-	if (mailbox_sync(run->box, MAILBOX_SYNC_FLAG_EXPUNGE) == 0)
-		return MS_OK;
-	return worker_box_error(run->box, "sync", run->error_r) == MS_GONE ? MS_GONE : MS_TEMP;
+	return worker_box_sync(&run->user->box, MAILBOX_SYNC_FLAG_EXPUNGE, run->error_r);
 }
 
 static int apply_changes(struct apply_run *run)
@@ -721,7 +719,11 @@ static int save_from_mailbox(struct saving *s, const struct apply_plan *p)
 	}
 	t = mailbox_transaction_begin(source, 0, "crdt apply source");
 	mail = mail_alloc(t, 0, NULL);
-	ret = save_copy(s, p, mail);
+	ret = -1;
+	if (worker_box_lock(&run->user->source, run->error_r) == MS_OK) {
+		ret = save_copy(s, p, mail);
+		worker_box_unlock(&run->user->source);
+	}
 	mail_free(&mail);
 	(void)mailbox_transaction_commit(&t);
 	return ret;
@@ -757,8 +759,15 @@ static int save_moved(struct saving *s, const struct apply_plan *p)
 
 static int save_one(struct saving *s, const struct apply_plan *p)
 {
-	if (p->c->cmd->kind == MS_MOVE)
-		return save_moved(s, p);
+	int ret;
+
+	if (p->c->cmd->kind == MS_MOVE) {
+		if (worker_box_lock(&s->run->user->box, s->run->error_r) != MS_OK)
+			return -1;
+		ret = save_moved(s, p);
+		worker_box_unlock(&s->run->user->box);
+		return ret;
+	}
 	return p->c->cmd->text != NULL ? save_from_client(s, p) : save_from_mailbox(s, p);
 }
 
@@ -865,13 +874,13 @@ static int saving_commit(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
 	const struct apply_plan *p;
 	int ret;
 
-	if (apply_uids_lock(run->box, run->error_r) != MS_OK) {
+	if (apply_uids_lock(run->user, run->error_r) != MS_OK) {
 		apply_txn_rollback(&s->saves);
 		return -1;
 	}
 	if (!saving_check(s)) {
 		apply_txn_rollback(&s->saves);
-		apply_uids_unlock(run->box);
+		apply_uids_unlock(run->user);
 		return 0;
 	}
 	array_foreach(plan, p)
@@ -884,7 +893,7 @@ static int saving_commit(struct saving *s, ARRAY_TYPE(apply_plan) *plan)
 	} else {
 		apply_txn_rollback(&s->saves);
 	}
-	apply_uids_unlock(run->box);
+	apply_uids_unlock(run->user);
 	if (ret != MS_OK)
 		return ret == MS_RETRY ? 0 : -1;
 	if (s->moved != NULL) {

@@ -110,7 +110,7 @@ static int log_is_pending(struct mail_index *index)
 static void unlock(struct reval *rv)
 {
 	apply_log_unlock(rv->box->index);
-	apply_uids_unlock(rv->box);
+	apply_uids_unlock(rv->user);
 }
 
 /* Both locks, and nothing pending. */
@@ -120,10 +120,10 @@ static int lock(struct reval *rv)
 	int ret;
 
 	for (unsigned i = 0; i < PENDING_TRIES; i++) {
-		if ((ret = apply_uids_lock(rv->box, rv->error_r)) != MS_OK)
+		if ((ret = apply_uids_lock(rv->user, rv->error_r)) != MS_OK)
 			return ret;
 		if (apply_log_lock(rv->box->index, &unlock_log) < 0) {
-			apply_uids_unlock(rv->box);
+			apply_uids_unlock(rv->user);
 			*rv->error_r = t_strdup_printf("mailbox %s: index log cannot be locked", rv->box->vname);
 			return MS_TEMP;
 		}
@@ -131,8 +131,10 @@ static int lock(struct reval *rv)
 		if ((ret = log_is_pending(rv->box->index)) == 0)
 			return MS_OK;
 		unlock(rv);
-		if (ret < 0 || mailbox_sync(rv->box, 0) < 0)
-			return worker_box_error(rv->box, "sync", rv->error_r) == MS_GONE ? MS_GONE : MS_TEMP;
+		if (ret < 0)
+			return worker_box_error(rv->box, "index log", rv->error_r) == MS_GONE ? MS_GONE : MS_TEMP;
+		if ((ret = worker_box_sync(&rv->user->box, 0, rv->error_r)) != MS_OK)
+			return ret;
 		worker_alive(rv->conn);
 		usleep(i * 10 * 1000);
 	}

@@ -46,18 +46,11 @@ static struct maildir_uidlist *box_uidlist(struct mailbox *box)
 	return mbox->uidlist;
 }
 
-int apply_uids_lock(struct mailbox *box, const char **error_r)
+static int uidlist_lock(struct mailbox *box, const char **error_r)
 {
-	struct maildir_uidlist *uidlist;
-	int ret;
+	struct maildir_uidlist *uidlist = box_uidlist(box);
+	int ret = maildir_uidlist_lock(uidlist);
 
-	if (!is_maildir(box)) {
-		/* nothing to lock; but look once more */
-		(void)mail_index_refresh(box->index);
-		return MS_OK;
-	}
-	uidlist = box_uidlist(box);
-	ret = maildir_uidlist_lock(uidlist);
 	if (ret > 0 && maildir_uidlist_refresh(uidlist) < 0) {
 		maildir_uidlist_unlock(uidlist);
 		ret = -1;
@@ -69,10 +62,28 @@ int apply_uids_lock(struct mailbox *box, const char **error_r)
 	return MS_TEMP;
 }
 
-void apply_uids_unlock(struct mailbox *box)
+int apply_uids_lock(struct worker_user *user, const char **error_r)
 {
-	if (is_maildir(box))
-		maildir_uidlist_unlock(box_uidlist(box));
+	struct mailbox *box = user->box.box;
+	int ret;
+
+	if ((ret = worker_box_lock(&user->box, error_r)) != MS_OK)
+		return ret;
+	if (!is_maildir(box)) {
+		/* nothing more to lock; but look once more */
+		(void)mail_index_refresh(box->index);
+		return MS_OK;
+	}
+	if ((ret = uidlist_lock(box, error_r)) != MS_OK)
+		worker_box_unlock(&user->box);
+	return ret;
+}
+
+void apply_uids_unlock(struct worker_user *user)
+{
+	if (is_maildir(user->box.box))
+		maildir_uidlist_unlock(box_uidlist(user->box.box));
+	worker_box_unlock(&user->box);
 }
 
 uint32_t apply_uidnext(struct mailbox *box)

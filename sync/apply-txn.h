@@ -93,10 +93,10 @@ bool apply_uids_choose(struct apply_uid *uids, unsigned n, unsigned slot, uint32
 struct crdt_uid_folder apply_numbering(struct mailbox *box, const struct crdt_numberer *numberer,
 				       uint32_t numberer_next);
 
-/* Locks that keep UIDNEXT where it is until the next commit, where the format has
- * one that can be taken before (Maildir's uidlist).  MS_TEMP. */
-int apply_uids_lock(struct mailbox *box, const char **error_r);
-void apply_uids_unlock(struct mailbox *box);
+/* Locks that keep user->box where it is and UIDNEXT what it is until the next commit,
+ * where the format has one that can be taken before (Maildir's uidlist).  MS_TEMP. */
+int apply_uids_lock(struct worker_user *user, const char **error_r);
+void apply_uids_unlock(struct worker_user *user);
 /* UIDNEXT of the synced mailbox; exact while locked, where that is possible. */
 uint32_t apply_uidnext(struct mailbox *box);
 

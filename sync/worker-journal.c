@@ -11,6 +11,8 @@
 /* How often a mail that cannot be read stops the reading (the trouble may pass)
  * before it is passed over. */
 #define UNREADABLE_TRIES 3
+/* How often a mailbox is looked for that users rename all the time. */
+#define RENAMED_TRIES 10
 
 struct journals {
 	unsigned n;
@@ -273,63 +275,144 @@ static bool is_recovered(struct read_ctx *ctx, const struct crdt_jrec *rec, uint
 	return ret;
 }
 
-static int mail_send(struct read_ctx *ctx, uint64_t seq, struct mail *mail, uint32_t uid, size_t *room)
-{
-	struct worker_msg msg = { .type = WORKER_MAIL };
-	buffer_t *text = t_buffer_create(16 * 1024);
-	int ret = 0;
+/* The mailbox of a native APPEND while its mails are told. */
+struct appended {
+	const struct crdt_jrec *rec;
+	struct mailbox_transaction_context *t;
+	struct mail *mail;		/* NULL: the mailbox, or the numbering, has gone */
+	size_t room;			/* for texts */
+	bool mail_missing;		/* at the first look */
+	bool settled;			/* what the record tells of has been committed, or never will */
+};
 
-	if (mail != NULL && worker_mail_find(mail, uid)) {
-		ret = mail_tell(ctx, seq, mail, &msg, text, I_MIN(CRDT_BODY_RIDE, *room));
-		if (ret < 0)
-			return -1;
+static void appended_close(struct appended *a)
+{
+	if (a->mail != NULL) {
+		mail_free(&a->mail);
+		(void)mailbox_transaction_commit(&a->t);
 	}
-	msg.mail.gone = ret == 0;
-	if (ret > 0 && text->used == msg.mail.size) {
-		msg.data.p = text->data;
-		msg.data.n = text->used;
-		*room -= text->used;
-	}
-	worker_send(ctx->conn, &msg);
-	worker_alive(ctx->conn);
-	ctx->bytes += msg.data.n;
-	return 0;
 }
 
-/* The mails of a native APPEND. */
-static int mails_send(struct read_ctx *ctx, const struct crdt_jrec *rec)
+/* The record was written before its index transaction, under the index log's lock:
+ * who gets that lock sees what it brought. */
+static int appended_settle(struct read_ctx *ctx, struct appended *a)
 {
+	struct mail_index *index = ctx->user->box.box->index;
+	const char *error;
+	bool unlock;
+	int ret;
+
+	if (apply_log_lock(index, &unlock) < 0)
+		return read_fail(ctx, MS_TEMP, "index log cannot be locked");
+	if (unlock)
+		apply_log_unlock(index);
+	ret = worker_box_sync(&ctx->user->box, 0, &error);
+	if (ret == MS_OK)
+		a->settled = TRUE;
+	else if (worker_box_in_place(&ctx->user->box))
+		return read_fail(ctx, MS_TEMP, error);
+	return MS_OK;
+}
+
+static int appended_open(struct read_ctx *ctx, struct appended *a)
+{
+	const struct crdt_jrec *rec = a->rec;
 	struct ms_mailbox msbox = {
 		.guid = rec->mailbox, .path = rec->path, .uidvalidity = rec->uidvalidity,
 	};
-	struct mailbox_transaction_context *t = NULL;
 	struct mailbox *box;
-	struct mail *mail = NULL;
 	const char *error;
-	size_t room = WORKER_RECORD_TEXTS;
 	int ret = crdt_id_equal(&ctx->gone, &rec->mailbox) ? MS_GONE :
 		worker_box_open(ctx->user, &ctx->user->box, &msbox, &box, &error);
 
 	if (ret == MS_GONE)
 		ctx->gone = rec->mailbox;
 	if (ret == MS_OK) {
-		t = mailbox_transaction_begin(box, 0, "crdt read");
-		mail = mail_alloc(t, MAIL_FETCH_GUID | MAIL_FETCH_RECEIVED_DATE, NULL);
+		if (a->mail_missing && !a->settled && (ret = appended_settle(ctx, a)) != MS_OK)
+			return ret;
+		a->t = mailbox_transaction_begin(box, 0, "crdt read");
+		a->mail = mail_alloc(a->t, MAIL_FETCH_GUID | MAIL_FETCH_RECEIVED_DATE, NULL);
 	} else if (ret != MS_GONE && ret != MS_RETRY) {
 		return read_fail(ctx, ret, error);
 	}
-	/* else: the mailbox, or the numbering that the record is about, has gone */
-	ret = 0;
-	for (unsigned i = 0; i < rec->mails_n && ret == 0; i++) T_BEGIN {
-		uint32_t uid = rec->mails[i].uid;
+	return MS_OK;
+}
 
-		ret = mail_send(ctx, rec->seq, is_recovered(ctx, rec, uid) ? NULL : mail, uid, &room);
-	} T_END;
-	if (mail != NULL) {
-		mail_free(&mail);
-		(void)mailbox_transaction_commit(&t);
+/* One look.  As mail_tell(); *moved_r: the mailbox was renamed or removed. */
+static int mail_look(struct read_ctx *ctx, struct appended *a, uint32_t uid, struct worker_msg *msg,
+		     buffer_t *text, bool *moved_r)
+{
+	const char *error;
+	int ret = worker_box_lock(&ctx->user->box, &error);
+
+	buffer_set_used_size(text, 0);
+	*moved_r = ret != MS_OK && !worker_box_in_place(&ctx->user->box);
+	if (ret != MS_OK) {
+		if (!*moved_r)
+			read_fail(ctx, ret, error);
+		return *moved_r ? 0 : -1;
 	}
-	return ret < 0 ? ctx->ret : MS_OK;
+	ret = 0;
+	if (worker_mail_find(a->mail, uid))
+		ret = mail_tell(ctx, a->rec->seq, a->mail, msg, text, I_MIN(CRDT_BODY_RIDE, a->room));
+	worker_box_unlock(&ctx->user->box);
+	return ret;
+}
+
+/* As mail_tell().  A mail that is not found is looked for again when its commit has
+ * ended, and where its mailbox is now if that was renamed. */
+static int mail_find(struct read_ctx *ctx, struct appended *a, uint32_t uid, struct worker_msg *msg,
+		     buffer_t *text)
+{
+	for (unsigned tries = 0; a->mail != NULL && !is_recovered(ctx, a->rec, uid); tries++) {
+		bool moved;
+		int ret = mail_look(ctx, a, uid, msg, text, &moved);
+
+		if (ret != 0 || (a->settled && !moved))
+			return ret;
+		if (tries == RENAMED_TRIES) {
+			read_fail(ctx, MS_TEMP, "a mailbox is renamed all the time");
+			return -1;
+		}
+		a->mail_missing = TRUE;
+		appended_close(a);
+		if (appended_open(ctx, a) != MS_OK)
+			return -1;
+	}
+	return 0;
+}
+
+static int mail_send(struct read_ctx *ctx, struct appended *a, uint32_t uid)
+{
+	struct worker_msg msg = { .type = WORKER_MAIL };
+	buffer_t *text = t_buffer_create(16 * 1024);
+	int ret = mail_find(ctx, a, uid, &msg, text);
+
+	if (ret < 0)
+		return ctx->ret;
+	msg.mail.gone = ret == 0;
+	if (ret > 0 && text->used == msg.mail.size) {
+		msg.data.p = text->data;
+		msg.data.n = text->used;
+		a->room -= text->used;
+	}
+	worker_send(ctx->conn, &msg);
+	worker_alive(ctx->conn);
+	ctx->bytes += msg.data.n;
+	return MS_OK;
+}
+
+/* The mails of a native APPEND. */
+static int mails_send(struct read_ctx *ctx, const struct crdt_jrec *rec)
+{
+	struct appended a = { .rec = rec, .room = WORKER_RECORD_TEXTS };
+	int ret = appended_open(ctx, &a);
+
+	for (unsigned i = 0; i < rec->mails_n && ret == MS_OK; i++) T_BEGIN {
+		ret = mail_send(ctx, &a, rec->mails[i].uid);
+	} T_END;
+	appended_close(&a);
+	return ret;
 }
 
 static bool record_read(void *context, const struct crdt_jrec *rec)

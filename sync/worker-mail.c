@@ -200,8 +200,10 @@ int worker_body(struct worker_conn *conn, struct worker_user *user, const struct
 		worker_body_free(&user->body);
 	if (user->body == NULL) {
 		ret = worker_box_open(user, &user->box, &req->box, &box, error_r);
-		if (ret == MS_OK)
+		if (ret == MS_OK && (ret = worker_box_lock(&user->box, error_r)) == MS_OK) {
 			ret = body_open(user, box, req->uid, error_r);
+			worker_box_unlock(&user->box);
+		}
 		if (ret != MS_OK)
 			return ret;
 	}

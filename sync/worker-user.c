@@ -4,8 +4,8 @@
 #include "ioloop.h"
 #include "module-context.h"
 #include "module-dir.h"
-#include "mailbox-guid-cache.h"
 #include "mailbox-list-private.h"
+#include "mailbox-list-iter.h"
 #include "str-sanitize.h"
 #include "unichar.h"
 #include "mail-user.h"
@@ -332,15 +332,18 @@ static int box_stat(struct mailbox *box, struct stat *st_r)
 		stat(path, st_r) : -1;
 }
 
-/* The open mailbox can be used again: same GUID, and its directory is still the
- * one that was opened (it may have been renamed, and another one have its name). */
-static bool box_is_current(struct worker_box *wbox, const struct crdt_id *guid)
+bool worker_box_in_place(struct worker_box *wbox)
 {
 	struct stat st;
 
+	return box_stat(wbox->box, &st) == 0 && st.st_ino == wbox->st.st_ino && st.st_dev == wbox->st.st_dev;
+}
+
+/* The open mailbox can be used again. */
+static bool box_is_current(struct worker_box *wbox, const struct crdt_id *guid)
+{
 	return wbox->box != NULL && crdt_id_equal(&wbox->guid, guid) &&
-		!mailbox_is_inconsistent(wbox->box) && box_stat(wbox->box, &st) == 0 &&
-		st.st_ino == wbox->st.st_ino && st.st_dev == wbox->st.st_dev;
+		!mailbox_is_inconsistent(wbox->box) && worker_box_in_place(wbox);
 }
 
 /*
@@ -358,6 +361,43 @@ static bool is_unborn_inbox(struct mailbox *box)
 		strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0 &&
 		mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 &&
 		stat(t_strconcat(path, "/cur", NULL), &st) < 0 && errno == ENOENT;
+}
+
+static int list_lock(struct mailbox_list *list, const char **error_r)
+{
+	if (mailbox_list_lock(list) == 0)
+		return MS_OK;
+	*error_r = t_strdup(mailbox_list_get_last_internal_error(list, NULL));
+	return MS_TEMP;
+}
+
+int worker_box_lock(struct worker_box *wbox, const char **error_r)
+{
+	int ret = list_lock(wbox->box->list, error_r);
+
+	if (ret == MS_OK && !worker_box_in_place(wbox)) {
+		mailbox_list_unlock(wbox->box->list);
+		*error_r = t_strdup_printf("mailbox %s was renamed or removed", wbox->box->vname);
+		ret = MS_TEMP;
+	}
+	return ret;
+}
+
+void worker_box_unlock(struct worker_box *wbox)
+{
+	mailbox_list_unlock(wbox->box->list);
+}
+
+int worker_box_sync(struct worker_box *wbox, enum mailbox_sync_flags flags, const char **error_r)
+{
+	int ret = worker_box_lock(wbox, error_r);
+
+	if (ret != MS_OK)
+		return ret;
+	if (mailbox_sync(wbox->box, flags) < 0)
+		ret = worker_box_error(wbox->box, "sync", error_r) == MS_GONE ? MS_GONE : MS_TEMP;
+	worker_box_unlock(wbox);
+	return ret;
 }
 
 static MODULE_CONTEXT_DEFINE_INIT(worker_mailbox_module, &mail_storage_module_register);
@@ -436,45 +476,67 @@ static int box_try(struct worker_user *user, struct worker_box *wbox, struct mai
 	return 1;
 }
 
+/* 1; 0: no mailbox of the list has this GUID; -1. */
+static int box_search(struct worker_user *user, struct worker_box *wbox, struct mailbox_list *list,
+		      const struct crdt_id *guid, const char **error_r)
+{
+	/* Not from Dovecot's list index: it lags behind renames, and "not found" is
+	 * taken for "deleted". */
+	const enum mailbox_list_iter_flags flags = MAILBOX_LIST_ITER_RAW_LIST |
+		MAILBOX_LIST_ITER_SKIP_ALIASES | MAILBOX_LIST_ITER_NO_AUTO_BOXES;
+	struct mailbox_list_iterate_context *iter = mailbox_list_iter_init(list, "*", flags);
+	const struct mailbox_info *info;
+	int ret = 0, one;
+
+	while (ret <= 0 && (info = mailbox_list_iter_next(iter)) != NULL) {
+		if ((info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) != 0)
+			continue;
+		one = box_try(user, wbox, mailbox_alloc(list, info->vname, box_flags(user)), guid, error_r);
+		/* one that cannot be opened may be it; but first the others */
+		ret = one == 0 ? ret : one;
+	}
+	if (mailbox_list_iter_deinit(&iter) < 0 && ret == 0) {
+		*error_r = t_strdup(mailbox_list_get_last_internal_error(list, NULL));
+		ret = -1;
+	}
+	return ret;
+}
+
+/* With the list locked: where no session makes, renames or removes a mailbox, "not
+ * found" is true.  And Maildir completes what is opened: not while it is being made. */
+static int box_find(struct worker_user *user, struct worker_box *wbox, struct mailbox_list *list,
+		    const struct ms_mailbox *msbox, const char **error_r)
+{
+	struct mailbox *box;
+	int ret = 0;
+
+	if (msbox->path.n > 0 && worker_box_alloc(user, &msbox->path, &box, error_r) == MS_OK) {
+		if (box->list == list)
+			ret = box_try(user, wbox, box, &msbox->guid, error_r);
+		else
+			mailbox_free(&box);
+	}
+	return ret != 0 ? ret : box_search(user, wbox, list, &msbox->guid, error_r);
+}
+
 static int box_open(struct worker_user *user, struct worker_box *wbox,
 		    const struct ms_mailbox *msbox, const char **error_r)
 {
 	struct mail_namespace *ns;
-	struct mailbox *box;
-	guid_128_t guid;
 	int ret = 0;
 
 	worker_box_close(user, wbox);
-	if (msbox->path.n > 0 && worker_box_alloc(user, &msbox->path, &box, error_r) == MS_OK)
-		ret = box_try(user, wbox, box, &msbox->guid, error_r);
-	/* not at that name: look for the GUID */
-	memcpy(guid, msbox->guid.b, sizeof(guid));
 	for (ns = user->user->namespaces; ret == 0 && ns != NULL; ns = ns->next) {
 		if (!ns_is_recorded(user, ns))
 			continue;
-		/* The search opens all mailboxes, and Maildir completes what it
-		 * opens: not while a session is making one.  And it must be a new
-		 * search: "not found" is taken for "deleted". */
-		if (mailbox_list_lock(ns->list) < 0) {
-			*error_r = t_strdup_printf("mailbox with GUID %s: %s", guid_128_to_string(guid),
-						   mailbox_list_get_last_internal_error(ns->list, NULL));
+		if (list_lock(ns->list, error_r) != MS_OK)
 			return MS_TEMP;
-		}
-		mailbox_guid_cache_refresh(ns->list);
-		box = mailbox_alloc_guid(ns->list, guid, box_flags(user));
+		ret = box_find(user, wbox, ns->list, msbox, error_r);
 		mailbox_list_unlock(ns->list);
-		if (box->open_error != 0 && box->open_error != MAIL_ERROR_NOTFOUND) {
-			/* not known whether there is one */
-			*error_r = t_strdup_printf("mailbox with GUID %s cannot be looked up",
-						   guid_128_to_string(guid));
-			mailbox_free(&box);
-			return MS_TEMP;
-		}
-		ret = box_try(user, wbox, box, &msbox->guid, error_r);
 	}
 	if (ret == 0) {
 		*error_r = t_strdup_printf("no mailbox has GUID %s (was %s)",
-			guid_128_to_string(guid), str_sanitize(worker_cstr(&msbox->path), 200));
+			guid_128_to_string(msbox->guid.b), str_sanitize(worker_cstr(&msbox->path), 200));
 		return MS_GONE;
 	}
 	return ret > 0 ? MS_OK : MS_TEMP;
@@ -490,10 +552,10 @@ int worker_box_open(struct worker_user *user, struct worker_box *wbox, const str
 	if (!box_is_current(wbox, &msbox->guid) &&
 	    (ret = box_open(user, wbox, msbox, error_r)) != MS_OK)
 		return ret;
-	if (!mail_index_is_deleted(wbox->box->index) && mailbox_sync(wbox->box, 0) < 0) {
-		ret = worker_box_error(wbox->box, "sync", error_r);
+	if (!mail_index_is_deleted(wbox->box->index) &&
+	    (ret = worker_box_sync(wbox, 0, error_r)) != MS_OK) {
 		worker_box_close(user, wbox);
-		return ret == MS_FAIL ? MS_TEMP : ret;
+		return ret;
 	}
 	if (msbox->uidvalidity != 0 && worker_uidvalidity(wbox->box) != msbox->uidvalidity) {
 		*error_r = t_strdup_printf("mailbox %s: UIDVALIDITY is %u, not %u", wbox->box->vname,

@@ -77,6 +77,20 @@ int worker_box_exists(struct mailbox *box, const char **error_r);
  * box: any). */
 int worker_box_open(struct worker_user *user, struct worker_box *wbox, const struct ms_mailbox *box,
 		    struct mailbox **box_r, const char **error_r);
+/*
+ * While its list is locked no session renames or removes the mailbox.  Whatever may
+ * lock Maildir's uidlist needs that, reading a mail too (Dovecot syncs when a session
+ * has just renamed its file): the dotlock would go along with the renamed directory,
+ * for sessions to wait for until it is stale, and what we wrote would be lost.  Before
+ * the uidlist in the order of locks; nests.  MS_TEMP: it has been renamed or removed.
+ */
+int worker_box_lock(struct worker_box *wbox, const char **error_r);
+void worker_box_unlock(struct worker_box *wbox);
+/* Its directory is still the one that was opened: it may have been renamed, and
+ * another one have its name.  After a "not found": FALSE if that may be why. */
+bool worker_box_in_place(struct worker_box *wbox);
+/* mailbox_sync() with that lock. */
+int worker_box_sync(struct worker_box *wbox, enum mailbox_sync_flags flags, const char **error_r);
 void worker_box_close(struct worker_user *user, struct worker_box *wbox);
 void worker_boxes_close(struct worker_user *user);
 /* What the last error of this mailbox means. */

@@ -16,7 +16,8 @@
  * of the same mail is told to the engine as gone (worker-journal.c).
  *
  * A new UIDVALIDITY is noted likewise: killed between its switch and its records,
- * who looks next takes all mails for new ones.
+ * who looks next takes all mails for new ones.  And a new mailbox: killed before its
+ * record, nobody knows of it, and its folder may be gone or elsewhere by now.
  *
  * All in the lock file, little-endian:
  *    0       u32 length (0: none), bytes, 8 bytes of checksum
@@ -37,7 +38,7 @@
 
 #define INTENT_MAX (WORKER_CMDS_MAX * (CRDT_GUID_MAX + CRDT_JREC_KEY_MAX + 64) + 128)
 #define CHECK_SIZE 8
-enum { INTENT_SAVE = 1, INTENT_REVALIDATE = 2 };
+enum { INTENT_SAVE = 1, INTENT_REVALIDATE = 2, INTENT_CREATE = 3 };
 #define DONE_OFFSET (512 * 1024)
 #define DONE_MAX APPLY_DONE_MAX		/* the oldest were read long ago */
 static_assert(INTENT_MAX + 64 < DONE_OFFSET, "they do not overlap");
@@ -59,6 +60,7 @@ struct intent {
 	struct crdt_id mailbox;
 	uint32_t uidvalidity, uidnext;	/* what it saved is not below */
 	ARRAY(struct intent_mail) mails;
+	struct worker_msg create;	/* INTENT_CREATE: the request */
 };
 
 /* Bytes */
@@ -71,12 +73,22 @@ static void check_bytes(const struct crdt_buf *b, uint8_t check_r[CHECK_SIZE])
 	memcpy(check_r, digest, CHECK_SIZE);
 }
 
+static void intent_end(struct crdt_buf *b)
+{
+	uint32_t size = b->len - 4;
+	uint8_t check[CHECK_SIZE];
+
+	if (b->failed)
+		i_fatal_status(FATAL_OUTOFMEM, "out of memory");
+	for (unsigned i = 0; i < 4; i++)
+		b->data[i] = (uint8_t)(size >> (8 * i));
+	check_bytes(b, check);
+	crdt_buf_raw(b, check, sizeof(check));
+}
+
 static void intent_encode(struct crdt_buf *b, struct worker_user *user, uint8_t kind,
 			  uint32_t uidvalidity, uint32_t uidnext, struct ms_cmd *const *cmds, unsigned n)
 {
-	uint32_t size;
-	uint8_t check[CHECK_SIZE];
-
 	crdt_buf_u32(b, 0);
 	crdt_buf_u8(b, kind);
 	crdt_buf_bytes(b, my_pid, strlen(my_pid));
@@ -92,13 +104,7 @@ static void intent_encode(struct crdt_buf *b, struct worker_user *user, uint8_t 
 		crdt_buf_varint(b, cmds[i]->size);
 		crdt_buf_raw(b, cmds[i]->content.b, sizeof(cmds[i]->content.b));
 	}
-	if (b->failed)
-		i_fatal_status(FATAL_OUTOFMEM, "out of memory");
-	size = b->len - 4;
-	for (unsigned i = 0; i < 4; i++)
-		b->data[i] = (uint8_t)(size >> (8 * i));
-	check_bytes(b, check);
-	crdt_buf_raw(b, check, sizeof(check));
+	intent_end(b);
 }
 
 static bool intent_decode(const uint8_t *p, size_t n, struct intent *intent)
@@ -109,6 +115,12 @@ static bool intent_decode(const uint8_t *p, size_t n, struct intent *intent)
 	size_t len;
 
 	intent->kind = crdt_get_u8(&r);
+	if (intent->kind == INTENT_CREATE) {
+		const char *error;
+
+		return worker_msg_decode(p + 1, n - 1, &intent->create, &error) == 0 &&
+			intent->create.type == WORKER_CREATE;
+	}
 	bytes = crdt_get_bytes(&r, 32, &len);
 	intent->pid = bytes == NULL ? "" : p_strndup(intent->pool, bytes, len);
 	intent->time = crdt_get_u64(&r);
@@ -158,9 +170,9 @@ static int intent_read(struct worker_user *user, struct intent *intent, const ch
 	return intent_decode(p + 4, size, intent) ? 1 : 0;
 }
 
-static int intent_write(struct worker_user *user, struct crdt_buf *b, const char **error_r)
+static int intent_write(struct worker_user *user, struct mailbox *box, struct crdt_buf *b,
+			const char **error_r)
 {
-	struct mailbox *box = user->box.box;
 	int ret = MS_OK;
 
 	i_assert(user->lock_fd != -1);
@@ -181,7 +193,7 @@ int apply_intent_write(struct worker_user *user, struct mailbox *box, struct ms_
 	if (strcmp(box->storage->name, MAILDIR_STORAGE_NAME) != 0)
 		return MS_OK;
 	intent_encode(&b, user, INTENT_SAVE, worker_uidvalidity(box), apply_uidnext(box), cmds, n);
-	return intent_write(user, &b, error_r);
+	return intent_write(user, box, &b, error_r);
 }
 
 int apply_intent_write_revalidate(struct worker_user *user, uint32_t uidvalidity, uint32_t uidnext,
@@ -190,7 +202,21 @@ int apply_intent_write_revalidate(struct worker_user *user, uint32_t uidvalidity
 	struct crdt_buf b = CRDT_BUF_INIT;
 
 	intent_encode(&b, user, INTENT_REVALIDATE, uidvalidity, uidnext, NULL, 0);
-	return intent_write(user, &b, error_r);
+	return intent_write(user, user->box.box, &b, error_r);
+}
+
+int apply_intent_write_create(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
+			      const char **error_r)
+{
+	struct crdt_buf b = CRDT_BUF_INIT, msg = CRDT_BUF_INIT;
+
+	worker_msg_encode(&msg, req);
+	crdt_buf_u32(&b, 0);
+	crdt_buf_u8(&b, INTENT_CREATE);
+	crdt_buf_raw(&b, msg.data + 4, msg.len - 4);	/* without its length */
+	crdt_buf_free(&msg);
+	intent_end(&b);
+	return intent_write(user, box, &b, error_r);
 }
 
 void apply_intent_clear(struct worker_user *user)
@@ -421,7 +447,11 @@ static int intent_recover(struct worker_user *user, struct intent *intent, const
 {
 	struct ms_mailbox msbox = { .guid = intent->mailbox };
 	struct mailbox *box;
-	int ret = worker_box_open(user, &user->box, &msbox, &box, error_r);
+	int ret;
+
+	if (intent->kind == INTENT_CREATE)
+		return apply_create_recover(user, &intent->create, error_r);
+	ret = worker_box_open(user, &user->box, &msbox, &box, error_r);
 
 	if (ret != MS_OK || strcmp(box->storage->name, MAILDIR_STORAGE_NAME) != 0 ||
 	    worker_uidvalidity(box) != intent->uidvalidity)
@@ -458,6 +488,7 @@ int apply_intent_recover(struct worker_user *user, const char **error_r)
 		apply_intent_clear(user);
 	else
 		*error_r = t_strdup(*error_r);
+	worker_msg_free(&intent.create);
 	pool_unref(&intent.pool);
 	return ret;
 }

@@ -147,29 +147,38 @@ static int create_header(struct worker_user *user, const struct worker_msg *req,
 	return apply_txn_commit(&txn, error_r);
 }
 
-/* Killed while it was made: a Maildir without uidlist and without mails.  Dovecot
- * would complete it with numbers of its own. */
-static bool is_half_made(struct mailbox *box)
+static bool box_is_empty(struct mailbox *box)
 {
-	const char *control, *path;
-	struct stat st;
+	const char *path;
 
 	return strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0 &&
-		mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_CONTROL, &control) > 0 &&
 		mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 &&
-		stat(t_strconcat(control, "/"MAILDIR_UIDLIST_NAME, NULL), &st) < 0 && errno == ENOENT &&
 		dir_is_empty(t_strconcat(path, "/cur", NULL)) && dir_is_empty(t_strconcat(path, "/new", NULL));
 }
 
+/* Killed while it was made: it may have numbers that Dovecot chose, or none. */
 static int create_rest(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
 		       const char **error_r)
 {
 	struct mailbox_update update;
 
+	if (!box_is_empty(box))
+		return MS_OK;
 	create_update(user, box, req, &update);
 	if (mailbox_update(box, &update) == 0)
 		return MS_OK;
 	return worker_box_error(box, "update", error_r) == MS_TEMP ? MS_TEMP : MS_FAIL;
+}
+
+static int create_tell(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
+		       struct ms_mailbox *made_r, const char **error_r)
+{
+	int ret;
+
+	if ((ret = create_describe(user, box, made_r, error_r)) != MS_OK ||
+	    (ret = create_header(user, req, error_r)) != MS_OK)
+		return ret;
+	return create_record(user, made_r, error_r);
 }
 
 static int create_locked(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
@@ -182,36 +191,67 @@ static int create_locked(struct worker_user *user, struct mailbox *box, const st
 	ret = worker_box_exists(box, error_r);
 	if (ret != MS_OK && ret != MS_GONE)
 		return ret;
-	*existed_r = ret == MS_OK && !is_half_made(box);
-	if (!*existed_r) {
-		ret = ret == MS_OK ? create_rest(user, box, req, error_r) :
-			create_new(user, box, req, error_r);
-	}
-	if (ret != MS_OK ||
-	    (ret = create_describe(user, box, made_r, error_r)) != MS_OK ||
-	    (ret = create_header(user, req, error_r)) != MS_OK)
+	*existed_r = ret == MS_OK;
+	if (*existed_r)
+		return create_tell(user, box, req, made_r, error_r);
+	if ((ret = apply_intent_write_create(user, box, req, error_r)) != MS_OK)
 		return ret;
-	return create_record(user, made_r, error_r);
+	if ((ret = create_new(user, box, req, error_r)) == MS_OK)
+		ret = create_tell(user, box, req, made_r, error_r);
+	if (ret == MS_OK || ret == MS_FAIL)
+		apply_intent_clear(user);
+	return ret;
+}
+
+static int recover_locked(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
+			  const char **error_r)
+{
+	struct ms_mailbox made;
+	int ret = worker_box_exists(box, error_r);
+
+	if (ret != MS_OK)
+		return ret == MS_GONE ? MS_OK : ret;	/* it had not begun */
+	if ((ret = create_rest(user, box, req, error_r)) != MS_OK)
+		return ret;
+	return create_tell(user, box, req, &made, error_r);
+}
+
+static int create_at_path(struct worker_user *user, const struct worker_msg *req, bool recover,
+			  struct ms_mailbox *made_r, bool *existed_r, const char **error_r)
+{
+	struct mailbox *box;
+	int ret = worker_box_alloc(user, &req->box.path, &box, error_r);
+
+	if (ret != MS_OK)
+		return ret;
+	if ((ret = list_lock(box->list, error_r)) == MS_OK) {
+		struct mailbox_list *list = box->list;
+
+		ret = recover ? recover_locked(user, box, req, error_r) :
+			create_locked(user, box, req, made_r, existed_r, error_r);
+		mailbox_list_unlock(list);
+	}
+	mailbox_free(&box);
+	return ret;
 }
 
 int apply_create(struct worker_user *user, const struct worker_msg *req,
 		 struct ms_mailbox *made_r, bool *existed_r, const char **error_r)
 {
-	struct mailbox *box;
 	int ret;
 
 	worker_boxes_close(user);
-	if ((ret = worker_user_lock(user, error_r)) != MS_OK ||
-	    (ret = worker_box_alloc(user, &req->box.path, &box, error_r)) != MS_OK)
+	if ((ret = worker_user_lock(user, error_r)) != MS_OK)
 		return ret;
-	if ((ret = list_lock(box->list, error_r)) == MS_OK) {
-		struct mailbox_list *list = box->list;
+	return create_at_path(user, req, FALSE, made_r, existed_r, error_r);
+}
 
-		ret = create_locked(user, box, req, made_r, existed_r, error_r);
-		mailbox_list_unlock(list);
-	}
-	mailbox_free(&box);
-	return ret;
+int apply_create_recover(struct worker_user *user, const struct worker_msg *req, const char **error_r)
+{
+	int ret = create_at_path(user, req, TRUE, NULL, NULL, error_r);
+
+	/* what cannot be made at all is none of the next request's concern */
+	return ret == MS_FAIL ? MS_OK : ret;
 }
 
 /* Remove */
@@ -249,6 +289,19 @@ static int remove_unchanged(struct mailbox *box)
  * what was changed between the look at the journal and the mark comes back by
  * the merge, for it is in the journal.
  */
+static int mark_deleted(struct mailbox *box)
+{
+	/* By one that was killed: every session deletes with the list locked, as we
+	 * do.  Or by us: when Maildir has to sync twice, the second one fails since the
+	 * first has marked it. */
+	if (mail_index_is_deleted(box->index) || mailbox_mark_index_deleted(box, TRUE) == 0 ||
+	    mail_index_is_deleted(box->index)) {
+		box->marked_deleted = TRUE;
+		return 0;
+	}
+	return -1;
+}
+
 static int remove_box(struct mailbox *box)
 {
 	struct crdt_jrec rec = applier_record(CRDT_JREC_DELETE);
@@ -257,17 +310,11 @@ static int remove_box(struct mailbox *box)
 	rec.uidvalidity = removing.req->box.uidvalidity;
 	rec.path = removing.req->box.path;
 	rec.uidnext = apply_uidnext(box);
-	bool begun = mail_index_is_deleted(box->index);
-
 	if (strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0) {
-		/* begun: by one that was killed */
-		if (begun)
-			box->marked_deleted = TRUE;
-		else if (mailbox_mark_index_deleted(box, TRUE) < 0)
+		if (mark_deleted(box) < 0 || remove_unchanged(box) < 0 ||
+		    index_storage_mailbox_delete_post(box) < 0)
 			return -1;
-		if (remove_unchanged(box) < 0 || index_storage_mailbox_delete_post(box) < 0)
-			return -1;
-	} else if ((begun && mailbox_mark_index_deleted(box, FALSE) < 0) ||
+	} else if ((mail_index_is_deleted(box->index) && mailbox_mark_index_deleted(box, FALSE) < 0) ||
 		   remove_unchanged(box) < 0 || removing.super(box) < 0) {
 		return -1;
 	}
@@ -304,7 +351,9 @@ int apply_remove(struct worker_user *user, const struct worker_msg *req, const c
 		*error_r = removing.error;
 		if (ret == MS_OK) {
 			ret = worker_box_error(box, "delete", error_r);
-			ret = ret == MS_FAIL ? MS_TEMP : ret;
+			/* "gone" is told of one that is only marked, too */
+			if (ret == MS_FAIL || worker_box_in_place(&user->box))
+				ret = MS_TEMP;
 		}
 	} else {
 		ret = removing.ret;

@@ -109,6 +109,9 @@ int apply_intent_write(struct worker_user *user, struct mailbox *box, struct ms_
 /* The same for a change of UIDVALIDITY: what is below uidnext are the mails of now. */
 int apply_intent_write_revalidate(struct worker_user *user, uint32_t uidvalidity, uint32_t uidnext,
 				  const char **error_r);
+/* The same for a mailbox that is going to be made (user->box is none). */
+int apply_intent_write_create(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
+			      const char **error_r);
 void apply_intent_clear(struct worker_user *user);
 /* Without the lock: whether somebody may have been killed. */
 bool apply_intent_exists(struct worker_user *user);

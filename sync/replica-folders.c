@@ -30,9 +30,13 @@ static int call_begin(struct replica *r, char **error_r)
 
 static enum step call_end(struct replica *r, const struct box *b, int res, char **error_r)
 {
-	if (replica_outbound(r, error_r) < 0)
+	int n = replica_outbound(r, error_r);
+
+	if (n == REPLICA_OUTBOUND_FAILED)
 		return STEP_FAILED;
 	(void)replica_txn_begin(r);
+	if (n < 0)
+		return STEP_LATER;
 	switch (res) {
 	case MS_GONE:
 		if (b != NULL)
@@ -162,7 +166,7 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	struct group g;
 	enum step step;
 	struct box b;
-	uint32_t uidnext = 1;
+	uint32_t uidnext = 1, had;
 	bool existed = false;
 	int res;
 
@@ -171,13 +175,9 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	want.guid = f->id;
 	want.path = (struct crdt_str){ f->path, f->path_len };
 	want.uidvalidity = g.validity;
-	for (size_t i = 0; i < g.n; i++) {
-		uint32_t had = uidnext_get(r, &g.ids[i], g.validity);
-		/* What we know of it is a lower bound: as at an unclean takeover. */
-		if (had > 0)
-			had = crdt_uid_takeover_next(r->cfg->slot, had, false);
-		uidnext = had > uidnext ? had : uidnext;
-	}
+	/* What we know of it is a lower bound: as at an unclean takeover. */
+	if ((had = uidnext_get(r, g.validity)) > 0)
+		uidnext = crdt_uid_takeover_next(r->cfg->slot, had, false);
 	creating(r, &f->id, true);
 	if (call_begin(r, error_r) < 0)
 		return STEP_FAILED;
@@ -402,6 +402,8 @@ static enum step folder_dead(struct replica *r, const struct crdt_id *id, char *
 	struct box b;
 	enum step step;
 
+	/* What was made of it before a kill has been recorded (sync/apply-intent.c). */
+	creating(r, id, false);
 	if (!box_of(r, id, &b))
 		return STEP_SETTLED;
 	if (b.folders_n == 1 && !crdt_id_equal(id, &crdt_inbox_id)) {
@@ -553,8 +555,12 @@ int replica_apply_subscriptions(struct replica *r, char **error_r)
 		store_abort(&r->txn);
 		if (want != have) {
 			res = r->ms->subscribe(r->ms, name, want);
-			if (replica_outbound(r, error_r) < 0)
-				ret = REPLICA_FAILED;
+			ret = replica_outbound_progress(replica_outbound(r, error_r));
+		}
+		if (ret != REPLICA_DONE) {
+			crdt_buf_free(&v);
+			free(name);
+			break;
 		}
 		if (res == MS_OK || res == MS_FAIL) {
 			/* The shadow may have changed in between: then the row comes

@@ -725,18 +725,20 @@ static void slice_heard(struct slice *s)
 	}
 }
 
-static int outcomes(struct slice *s, const struct ms_apply *a, char **error_r)
+static enum replica_progress outcomes(struct slice *s, const struct ms_apply *a, char **error_r)
 {
 	struct replica *r = s->r;
+	enum replica_progress ret;
 	struct box b;
 
 	(void)replica_txn_begin(r);
 	slice_heard(s);
 	if (replica_txn_commit(r, false, error_r) < 0)
-		return -1;
+		return REPLICA_FAILED;
 	/* First what the journal tells: then what is left is news. */
-	if (replica_outbound(r, error_r) < 0)
-		return -1;
+	ret = replica_outbound_progress(replica_outbound(r, error_r));
+	if (ret != REPLICA_DONE)
+		return ret;
 	(void)replica_txn_begin(r);
 	if (box_get(r, &s->b.guid, &b)) {
 		if (a->uidnext_r > b.uidnext) {
@@ -763,7 +765,7 @@ static int outcomes(struct slice *s, const struct ms_apply *a, char **error_r)
 			break;
 		}
 	}
-	return replica_txn_commit(r, false, error_r);
+	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
 }
 
 void replica_box_lost(struct replica *r, const struct box *b)
@@ -843,7 +845,7 @@ static int slice_run(struct slice *s, bool *more_r, char **error_r)
 	struct replica *r = s->r;
 	struct crdt_folder primary;
 	struct ms_apply a;
-	int res;
+	int res, ret;
 
 	memset(&a, 0, sizeof(a));
 	a.box = box_ms(&s->b);
@@ -862,12 +864,13 @@ static int slice_run(struct slice *s, bool *more_r, char **error_r)
 	*more_r = true;
 	switch (res) {
 	case MS_OK:
-		return outcomes(s, &a, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+		return outcomes(s, &a, error_r);
 	case MS_RETRY:
 		return REPLICA_DONE;
 	case MS_GONE:
-		if (replica_outbound(r, error_r) < 0)
-			return REPLICA_FAILED;
+		ret = replica_outbound_progress(replica_outbound(r, error_r));
+		if (ret != REPLICA_DONE)
+			return ret;
 		(void)replica_txn_begin(r);
 		replica_box_lost(r, &s->b);
 		return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;

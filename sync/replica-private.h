@@ -14,7 +14,7 @@
 #define ROW_BOX 'b'		/* mailbox guid: struct box */
 #define ROW_BOX_OF 'i'		/* folder id: mailbox guid that shows it */
 #define ROW_BOX_AT 'p'		/* path: mailbox guid */
-#define ROW_UIDNEXT 'n'		/* folder id: UIDVALIDITY, UIDNEXT of a mailbox that is gone */
+#define ROW_UIDNEXT 'n'		/* UIDVALIDITY (be32): UIDNEXT of a mailbox that is gone */
 #define ROW_UID 'u'		/* mailbox guid, uid(be32): struct shadow */
 #define ROW_OLD_UID 'z'		/* as ROW_UID, under the UIDVALIDITY that a mailbox just lost */
 #define ROW_MAIL 'm'		/* mail key: mailbox guid, uid: where the mail is */
@@ -121,9 +121,9 @@ bool box_get(struct replica *r, const struct crdt_id *guid, struct box *b_r);
 void box_put(struct replica *r, const struct box *b);
 void box_delete(struct replica *r, const struct box *b);	/* with its mails' shadows and folder links */
 void box_free(struct box *b);
-/* UIDNEXT that a mailbox of this folder had here under this UIDVALIDITY before it
+/* UIDNEXT that a mailbox had here under this UIDVALIDITY before it
  * went: it must not fall (I5).  0: none. */
-uint32_t uidnext_get(struct replica *r, const struct crdt_id *folder, uint32_t uidvalidity);
+uint32_t uidnext_get(struct replica *r, uint32_t uidvalidity);
 void box_set_path(struct replica *r, struct box *b, const void *path, size_t len);	/* and puts */
 bool box_has_folder(const struct box *b, const struct crdt_id *folder);
 void box_attach(struct replica *r, struct box *b, const struct crdt_id *folder);	/* and puts */

@@ -169,30 +169,35 @@ void box_attach(struct replica *r, struct box *b, const struct crdt_id *folder)
 	crdt_buf_free(&v);
 }
 
-static void uidnext_keep(struct replica *r, const struct crdt_id *folder, uint32_t uidvalidity, uint32_t uidnext)
+static void key_validity(struct crdt_buf *k, uint32_t uidvalidity)
+{
+	crdt_buf_u8(k, ROW_UIDNEXT);
+	crdt_buf_be32(k, uidvalidity);
+}
+
+/* What clients saw under a UIDVALIDITY counts for whichever mailbox has it next. */
+static void uidnext_keep(struct replica *r, uint32_t uidvalidity, uint32_t uidnext)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
 
-	if (uidnext_get(r, folder, uidvalidity) >= uidnext)
+	if (uidnext_get(r, uidvalidity) >= uidnext)
 		return;
-	key_guid(&k, ROW_UIDNEXT, folder);
-	crdt_buf_u32(&v, uidvalidity);
+	key_validity(&k, uidvalidity);
 	crdt_buf_u32(&v, uidnext);
 	put(r, &k, &v);
 	crdt_buf_free(&k);
 	crdt_buf_free(&v);
 }
 
-uint32_t uidnext_get(struct replica *r, const struct crdt_id *folder, uint32_t uidvalidity)
+uint32_t uidnext_get(struct replica *r, uint32_t uidvalidity)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
 	uint32_t next = 0;
 
-	key_guid(&k, ROW_UIDNEXT, folder);
+	key_validity(&k, uidvalidity);
 	if (get(r, &k, &v)) {
 		struct crdt_reader rd = crdt_reader(v.data, v.len);
-		if (crdt_get_u32(&rd) == uidvalidity)
-			next = crdt_get_u32(&rd);
+		next = crdt_get_u32(&rd);
 	}
 	crdt_buf_free(&k);
 	crdt_buf_free(&v);
@@ -210,7 +215,7 @@ void box_detach(struct replica *r, struct box *b, const struct crdt_id *folder)
 	}
 	b->folders_n = (uint16_t)kept;
 	box_put(r, b);
-	uidnext_keep(r, folder, b->uidvalidity, b->uidnext);
+	uidnext_keep(r, b->uidvalidity, b->uidnext);
 	key_guid(&k, ROW_BOX_OF, folder);
 	if (get(r, &k, &v) && v.len == sizeof(b->guid.b) && memcmp(v.data, b->guid.b, v.len) == 0)
 		del(r, &k);

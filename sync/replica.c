@@ -715,7 +715,7 @@ static void positions_load(struct replica *r)
 	rrows(r)->scan(rrows(r), &first, 1, NULL, 0, position_row, r);
 }
 
-/* One transaction's worth of records; the number read, or < 0. */
+/* One transaction's worth of records; as replica_outbound(). */
 static int outbound_slice(struct replica *r, char **error_r)
 {
 	struct ms_position ids[MS_JOURNALS_MAX];
@@ -727,19 +727,20 @@ static int outbound_slice(struct replica *r, char **error_r)
 	positions_load(r);
 	res = r->ms->read(r->ms, r->pos, r->pos_n, outbound_record, &o, ids, &ids_n);
 	if (o.ret < 0) {
+		/* This user stands still; the others go on. */
 		*error_r = strdup("cannot record a change");
 		replica_txn_abort(r);
-		return -1;
+		return REPLICA_OUTBOUND_LATER;
 	}
 	positions_load(r);
 	if (res >= 0)
 		positions_prune(r, ids, ids_n);
 	if (replica_txn_commit(r, false, error_r) < 0)
-		return -1;
+		return REPLICA_OUTBOUND_FAILED;
 	if (res < 0) {
 		/* What was read is kept; but whoever goes on needs all of it. */
 		*error_r = strdup(r->ms->error);
-		return -1;
+		return REPLICA_OUTBOUND_LATER;
 	}
 	return o.n;
 }
@@ -760,7 +761,7 @@ int replica_outbound(struct replica *r, char **error_r)
 	do {
 		n = outbound_slice(r, error_r);
 		if (n < 0)
-			return -1;
+			return n;
 		total += n;
 	} while (n == RECORDS_SLICE);
 	replica_checkpoint(r);
@@ -775,9 +776,9 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 
 	if (r->ms == NULL)
 		return REPLICA_LATER;
-	if (replica_outbound(r, error_r) < 0)
-		return REPLICA_LATER;
-	ret = replica_apply_folders(r, &more_folders, error_r);
+	ret = replica_outbound_progress(replica_outbound(r, error_r));
+	if (ret == REPLICA_DONE)
+		ret = replica_apply_folders(r, &more_folders, error_r);
 	if (ret == REPLICA_DONE)
 		ret = replica_apply_subscriptions(r, error_r);
 	if (ret == REPLICA_DONE)

@@ -44,7 +44,8 @@ void replica_set_mailstore(struct replica *r, struct mailstore *ms);
 int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, char **error_r);
 
 /* [3] Reads the journal to its end; ops appear in replica_unsent().  Returns
- * the number of records read, or -1. */
+ * the number of records read, or one of these. */
+enum { REPLICA_OUTBOUND_FAILED = -1 /* database */, REPLICA_OUTBOUND_LATER = -2 /* mail store */ };
 int replica_outbound(struct replica *r, char **error_r);
 
 enum replica_progress {
@@ -54,6 +55,12 @@ enum replica_progress {
 	REPLICA_LATER,		/* temporary failure: try again later; text in *error_r */
 	REPLICA_FAILED,		/* database error: stop */
 };
+/* What replica_outbound() returned means this for who goes on. */
+static inline enum replica_progress replica_outbound_progress(int n)
+{
+	return n >= 0 ? REPLICA_DONE : n == REPLICA_OUTBOUND_LATER ? REPLICA_LATER : REPLICA_FAILED;
+}
+
 /* [9] One slice: outbound first, then up to 256 mails.  body(): where the text
  * of a content id is (a file, or memory valid until the next call); false:
  * not here. */

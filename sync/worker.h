@@ -183,6 +183,8 @@ int worker_want_text(struct worker_conn *conn, struct worker_user *user, unsigne
 
 int apply_cmds(struct worker_conn *conn, struct worker_user *user, struct ms_apply *a,
 	       const char **error_r);
+/* After a kill: what req has begun is finished and recorded. */
+int apply_create_recover(struct worker_user *user, const struct worker_msg *req, const char **error_r);
 int apply_create(struct worker_user *user, const struct worker_msg *req,
 		 struct ms_mailbox *made_r, bool *existed_r, const char **error_r);
 int apply_remove(struct worker_user *user, const struct worker_msg *req, const char **error_r);
@@ -193,7 +195,7 @@ int apply_revalidate(struct worker_conn *conn, struct worker_user *user, const s
 /* Tells the engine of a UIDVALIDITY that it does not expect. */
 int apply_revalidate_tell(struct worker_conn *conn, struct worker_user *user, struct mailbox *box,
 			  const char **error_r);
-/* The same after a kill: mails below uidnext. */
+/* After a kill: mails below uidnext. */
 int apply_revalidate_recover(struct worker_user *user, struct mailbox *box, uint32_t uidnext,
 			     const char **error_r);
 void apply_init(void);

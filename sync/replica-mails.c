@@ -264,7 +264,7 @@ struct slice {
 	struct crdt_mail_key *keys;	/* by command */
 	uint32_t *uids;			/* where the shadow has it; 0 */
 	struct crdt_buf *key_bytes;
-	struct crdt_mail *mails;	/* what strings point into */
+	struct crdt_mail **mails;	/* what strings point into; 16 KiB each: only where needed */
 	struct shadow *shadows;
 	struct box *sources;
 	struct crdt_str **lists;
@@ -299,7 +299,9 @@ static void slice_free(struct slice *s)
 {
 	for (size_t i = 0; i < SLICE; i++) {
 		crdt_buf_free(&s->key_bytes[i]);
-		crdt_mail_free(&s->mails[i]);
+		if (s->mails[i] != NULL)
+			crdt_mail_free(s->mails[i]);
+		free(s->mails[i]);
 		shadow_free(&s->shadows[i]);
 		box_free(&s->sources[i]);
 		free(s->lists[i]);
@@ -318,6 +320,18 @@ static void slice_free(struct slice *s)
 	free(s->tried);
 	if (s->have_box)
 		box_free(&s->b);
+}
+
+/* The slice owns the mail from now on. */
+static struct crdt_mail *slice_take(struct slice *s, size_t index, struct crdt_mail *m)
+{
+	struct crdt_mail *own = s->mails[index] = malloc(sizeof(*own));
+
+	if (own == NULL)
+		abort();
+	*own = *m;
+	memset(m, 0, sizeof(*m));
+	return own;
 }
 
 /* Opens the slice for mailbox guid; false: it is open for another one. */
@@ -404,9 +418,7 @@ static void save_cmd(struct slice *s, const struct crdt_mail_key *key, struct cr
 	}
 	numbering(s, c, m);
 	c->flags_add = crdt_mail_flags(m);
-	s->mails[i] = *m;	/* the slice owns it now */
-	memset(m, 0, sizeof(*m));
-	m = &s->mails[i];
+	m = slice_take(s, i, m);
 	s->lists[i] = calloc(m->keywords_n + 1u, sizeof(struct crdt_str));
 	if (s->lists[i] == NULL)
 		abort();
@@ -470,11 +482,9 @@ static void flags_cmd(struct slice *s, const struct crdt_mail_key *key, struct c
 		(void)mail_tried(s->r, key, tried);
 	c->flags_add = again ? want : want & (uint8_t)~sh->flags;
 	c->flags_remove = (again ? CRDT_FLAGS_ALL : sh->flags) & (uint8_t)~want;
-	s->mails[i] = *m;
+	m = slice_take(s, i, m);
 	s->shadows[i] = *sh;
-	memset(m, 0, sizeof(*m));
 	memset(sh, 0, sizeof(*sh));
-	m = &s->mails[i];
 	sh = &s->shadows[i];
 	list = s->lists[i] = calloc((size_t)m->keywords_n + sh->keywords_n + tried->len + 1u, sizeof(*list));
 	if (list == NULL)

@@ -200,16 +200,19 @@ static struct vmail_box *box_add(struct vmail *v, const char *path, const struct
 	return b;
 }
 
-/* Clients saw this UIDNEXT: it must not fall (I5). */
+/* Clients saw this UIDNEXT: it must not fall (I5).  They know mailboxes by name: for a
+ * while two may have the UIDVALIDITY of a folder that moves from one to the other. */
 static void box_shown(struct vmail *v, const struct vmail_box *b)
 {
 	size_t i;
 
-	for (i = 0; i < v->shown_n && v->shown[i].validity != b->uidvalidity; i++) ;
+	for (i = 0; i < v->shown_n && (v->shown[i].validity != b->uidvalidity ||
+				       strcmp(v->shown[i].path, b->path) != 0); i++) ;
 	if (i == 256)
 		return;
 	if (i == v->shown_n) {
 		v->shown[v->shown_n].next = 0;
+		strcpy(v->shown[v->shown_n].path, b->path);
 		v->shown[v->shown_n++].validity = b->uidvalidity;
 	}
 	if (b->uidnext < v->shown[i].next)

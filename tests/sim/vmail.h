@@ -41,8 +41,8 @@ struct vmail {
 	/* Kill the "process" at a random place inside the next call: the call stops
 	 * half-way and returns MS_TEMP. */
 	bool kill_armed, trace;
-	/* UIDNEXT shown under each UIDVALIDITY, of removed mailboxes too. */
-	struct { uint32_t validity, next; } shown[256]; size_t shown_n;
+	/* UIDNEXT shown under each name and UIDVALIDITY, of removed mailboxes too. */
+	struct { char path[256]; uint32_t validity, next; } shown[256]; size_t shown_n;
 	uint32_t tried_uid;		/* found as the result of an interrupted command */
 	unsigned native_records;	/* written by users */
 	/* A UID that came to mean another mail, or UIDNEXT fell (I4, I5). */

@@ -271,6 +271,7 @@ struct slice {
 	uint8_t **texts;
 	struct crdt_buf *tried;
 	bool expunges;			/* this slice removes; else it adds and changes */
+	bool moved;			/* a row went to another place in the queue */
 };
 
 static void slice_init(struct slice *s, struct replica *r, replica_body_cb *body, void *ctx, bool expunges)
@@ -621,31 +622,31 @@ static bool mail_is_dirty(struct replica *r, const struct crdt_mail_key *key)
 	return dirty;
 }
 
-/* One row of the queue.  It goes when its mail is not dirty any more, or has
- * another claim by now. */
+/* One row of the queue.  It goes when its mail is not dirty any more, or belongs
+ * elsewhere in the queue by now (another claim, a mailbox that has been made). */
 static void slice_row(struct slice *s, const struct row_key *row)
 {
+	struct crdt_reader rd = crdt_reader(row->p + 21, row->n < 21 ? 0 : row->n - 21);
 	struct replica *r = s->r;
-	struct crdt_reader rd = crdt_reader(row->p + 17, row->n - 17);
-	uint32_t claim = crdt_get_be32(&rd), now = UINT32_MAX;
 	struct crdt_mail_key key;
-	struct crdt_mail m;
+	struct crdt_buf k = CRDT_BUF_INIT;
 
-	if (rd.bad || !crdt_mail_key_decode(rd.p, crdt_reader_left(&rd), &key) || !mail_is_dirty(r, &key)) {
+	if (row->n < 21 || !crdt_mail_key_decode(rd.p, crdt_reader_left(&rd), &key) ||
+	    !mail_is_dirty(r, &key)) {
 		rrows(r)->del(rrows(r), row->p, row->n);
 		return;
 	}
-	if (crdt_mail_get(rrows(r), &key, NULL, &m) && m.uid.claim > 0)
-		now = m.uid.claim;
-	crdt_mail_free(&m);
-	if (now == claim) {
+	mail_queue_key(r, &k, &key);
+	if (k.len == row->n && memcmp(k.data, row->p, k.len) == 0) {
 		slice_mail(s, &key);
-		if (mail_is_dirty(r, &key))
-			return;
+		if (!mail_is_dirty(r, &key))
+			rrows(r)->del(rrows(r), row->p, row->n);
 	} else {
 		mail_queue(r, &key);
+		rrows(r)->del(rrows(r), row->p, row->n);
+		s->moved = true;
 	}
-	rrows(r)->del(rrows(r), row->p, row->n);
+	crdt_buf_free(&k);
 }
 
 static void slice_fill(struct slice *s)
@@ -940,6 +941,7 @@ int replica_apply_mails(struct replica *r, replica_body_cb *body, void *ctx, boo
 			slice_free(&s);
 			return ret;
 		}
+		*more_r = *more_r || s.moved;
 		slice_free(&s);
 	}
 	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;

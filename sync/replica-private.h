@@ -165,6 +165,7 @@ void mail_row_key(struct crdt_buf *b, char state, const struct crdt_mail_key *ke
 /* Queues a dirty mail: mails of a mailbox come in the order of their claims, as
  * the UID rule needs it to come to an end; those without a claim last. */
 void mail_queue(struct replica *r, const struct crdt_mail_key *key);
+void mail_queue_key(struct replica *r, struct crdt_buf *k, const struct crdt_mail_key *key);	/* of its row */
 void mail_row_move(struct replica *r, const struct crdt_mail_key *key, char from, char to);
 void mail_rows_clear(struct replica *r, const struct crdt_mail_key *key);
 /* It is shown, but not at its claim: looked at again when the numbering changes. */

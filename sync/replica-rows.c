@@ -635,9 +635,9 @@ void mail_row_key(struct crdt_buf *b, char state, const struct crdt_mail_key *ke
 	crdt_mail_key_encode(b, state, key);
 }
 
-void mail_queue(struct replica *r, const struct crdt_mail_key *key)
+void mail_queue_key(struct replica *r, struct crdt_buf *k, const struct crdt_mail_key *key)
 {
-	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	struct crdt_buf bytes = CRDT_BUF_INIT;
 	struct crdt_mail m;
 	struct place p;
 	struct box b;
@@ -652,12 +652,19 @@ void mail_queue(struct replica *r, const struct crdt_mail_key *key)
 	if (crdt_mail_get(rrows(r), key, NULL, &m) && m.uid.claim > 0)
 		claim = m.uid.claim;
 	crdt_mail_free(&m);
-	key_uid(&k, ROW_BY_CLAIM, &b.guid, claim);
-	mail_row_key(&v, 0, key);
-	crdt_buf_raw(&k, v.data + 1, v.len - 1);
-	crdt_buf_clear(&v);
-	put(r, &k, &v);
+	key_uid(k, ROW_BY_CLAIM, &b.guid, claim);
+	mail_row_key(&bytes, 0, key);
+	crdt_buf_raw(k, bytes.data + 1, bytes.len - 1);
 	box_free(&b);
+	crdt_buf_free(&bytes);
+}
+
+void mail_queue(struct replica *r, const struct crdt_mail_key *key)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	mail_queue_key(r, &k, key);
+	put(r, &k, &v);
 	crdt_buf_free(&k);
 	crdt_buf_free(&v);
 }

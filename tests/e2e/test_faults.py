@@ -218,13 +218,25 @@ class Watch:
         return view
 
 
+def differences(expected, seen):
+    """{folder: (what is missing, what should not be there)}"""
+    result = {}
+    for name in sorted(set(expected) | set(seen)):
+        want, have = (collections.Counter(each.get(name, ["no such folder"]))
+                      for each in (expected, seen))
+        if want != have:
+            result[name] = (sorted((want - have).elements()), sorted((have - want).elements()))
+    return result
+
+
 def check(cluster, streams, watch, timeout=120):
     """Both workers show exactly what the streams were told."""
     cluster.wait(timeout)
     for stream in streams:
         views = [watch.look(cluster, worker, stream.user) for worker in WORKERS]
         told = "\n".join(f"{worker}:\n{view}" for worker, view in zip(WORKERS, views))
-        assert views[0].mails() == stream.expected(), f"{stream.user}\n{told}"
+        lost = differences(stream.expected(), views[0].mails())
+        assert not lost, f"{stream.user}: {lost}\n{told}"
         differ = views[0] != views[1]
         assert not differ, f"{stream.user}\n{told}"
 

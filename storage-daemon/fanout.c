@@ -221,6 +221,7 @@ struct feeder {
 
 	/* the frame that is being filled: ops of one user */
 	uint64_t user, last;
+	uint64_t skipped;		/* own op of the peer behind or between them */
 	struct crdt_buf bytes;
 	size_t ends[CRDT_FRAME_OPS_MAX], ops_n;
 	struct ride *rides;
@@ -267,7 +268,8 @@ static bool feeder_flush(struct feeder *s)
 
 	ok = hub_user_by_id(s->t, s->user, &user) && feeder_send(s, &user);
 	if (ok) {
-		s->c->feed_sent = s->c->feed_pos = s->last;
+		s->c->feed_sent = s->last;
+		s->c->feed_pos = s->skipped > s->last ? s->skipped : s->last;
 		flight_add(s->c, s->last, bytes);
 		*s->budget -= bytes < *s->budget ? bytes : *s->budget;
 	}
@@ -318,8 +320,12 @@ static bool feeder_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t
 		return false;
 	}
 	if (conf->role == HUB_WORKER && row.slot == conf->slot) {
-		if (s->ops_n > 0)
-			return true;	/* lies between two of the frame, or behind it */
+		if (s->ops_n > 0 && row.gsn - s->last < HUB_SKIP_MAX) {
+			s->skipped = row.gsn;	/* lies between two of the frame, or behind it */
+			return true;
+		}
+		if (s->ops_n > 0 && !feeder_flush(s))
+			return false;
 		s->c->feed_pos = row.gsn;
 		s->user = row.user;
 		s->last = row.gsn;

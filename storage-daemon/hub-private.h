@@ -21,7 +21,8 @@
 #define META_TRIMMED 'T'	/* -> varint gsn: LOG rows up to it are gone */
 #define META_CURSOR 'C'		/* peer name -> varint gsn: fed and acknowledged */
 #define META_APPLIED 'A'	/* user id(be64) peer name -> vv */
-#define META_STABLE 'S'		/* user id(be64) -> vv */
+#define META_STABLE 'S'		/* user id(be64) -> vv, varint number, varint gsn */
+#define META_ADVANCED 'N'	/* number(be64) -> varint user id: stable vectors, the newest last */
 #define META_PARTIAL 'W'	/* user id(be64) content: a text that arrives in pieces */
 #define META_UNKNOWN 'K'	/* user id(be64): ops of an unknown kind wait */
 #define META_ORPHAN 'O'		/* user id(be64) content: a text that no merged op names yet */
@@ -131,7 +132,7 @@ struct hub_conn {
 	struct feed_flight *flights;
 	size_t flights_first, flights_n, flights_cap, flight_bytes;
 
-	uint64_t stable_at;		/* STABLE of users from this id on is still to be sent; UINT64_MAX: none */
+	uint64_t stable_pos;		/* STABLE is sent up to this number */
 };
 
 struct hub_id_set { uint64_t *ids; size_t n, cap; };	/* ascending */
@@ -144,6 +145,7 @@ struct hub {
 	struct hub_callbacks cb;
 	char name[CRDT_NODE_NAME_MAX + 1];
 	uint64_t daemon_id, head, trimmed, log_keep;
+	uint64_t stable_last;		/* number of the stable vector that advanced last */
 	struct hub_peer **peers;
 	size_t peers_n;
 	struct hub_conn *conns;
@@ -243,8 +245,9 @@ bool fanout_trim(struct hub *h);
 void fanout_conn_drop(struct hub_conn *c);
 
 /* ---- stable.c ---- */
+void stable_init(struct hub *h);
 void stable_on_applied(struct hub_conn *c, const struct crdt_frame *f);
-bool stable_pump(struct hub_conn *c, bool *more_r);	/* false: a send was refused */
+bool stable_pump(struct hub_conn *c, bool *more_r);	/* after the feed; false: a send was refused */
 bool stable_background(struct hub *h);
 void stable_all_changed(struct hub *h, struct store_txn *t);	/* the members changed */
 #endif

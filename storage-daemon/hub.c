@@ -169,7 +169,6 @@ static void conn_reset(struct hub_conn *c)
 	}
 	c->queue_tail = NULL;
 	c->queued = 0;
-	c->stable_at = UINT64_MAX;
 	c->resend = false;
 }
 
@@ -200,7 +199,6 @@ static struct hub_conn *conn_new(struct hub *h, uint64_t id, struct hub_peer *pe
 	c->h = h;
 	c->id = id;
 	c->peer = peer;
-	c->stable_at = UINT64_MAX;
 	c->next = h->conns;
 	h->conns = c;
 	return c;
@@ -415,6 +413,7 @@ struct hub *hub_new(struct store *s, const char *name, const struct hub_callback
 	}
 	ingest_init(h);
 	fanout_init(h);
+	stable_init(h);
 	bodies_init(h);
 	if (store_failed(s) != NULL) {
 		*error_r = strdup(store_failed(s));
@@ -481,7 +480,7 @@ static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
 		return;
 	c->ready = true;
 	c->peer->conn = c;
-	c->stable_at = 0;
+	c->stable_pos = 0;
 	welcome.name.p = (const uint8_t *)c->h->name;
 	welcome.name.n = (uint16_t)strlen(c->h->name);
 	welcome.daemon_id = c->h->daemon_id;
@@ -606,8 +605,8 @@ int hub_commit(struct hub *h, char **error_r)
 	return 0;
 }
 
-/* Small frames first, then the feed, then pieces of large texts.  false: a send
- * was refused. */
+/* Small frames first, then the feed and what may only follow it, then pieces of
+ * large texts.  false: a send was refused. */
 static bool conn_pump(struct hub_conn *c, bool *more_r)
 {
 	size_t budget = HUB_PUMP_BYTES;
@@ -620,7 +619,7 @@ static bool conn_pump(struct hub_conn *c, bool *more_r)
 	if (!c->ready)
 		return true;
 	bodies_pump_in(c);
-	return stable_pump(c, more_r) && fanout_pump(c, &budget, more_r) && bodies_pump_out(c, &budget, more_r);
+	return fanout_pump(c, &budget, more_r) && stable_pump(c, more_r) && bodies_pump_out(c, &budget, more_r);
 }
 
 bool hub_pump(struct hub *h)

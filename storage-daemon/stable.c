@@ -6,6 +6,7 @@
  * A worker's vector counts only when all that it contains of the worker's own
  * origins is merged here: then whatever that worker did before it had applied
  * the rest is here too, and can no longer bring up something that was dropped.
+ * The same must hold of each worker that is told: STABLE waits for the feed.
  * A listed worker that never came holds this up for all users.
  */
 #include "hub-private.h"
@@ -18,39 +19,44 @@ static void meta_key(struct crdt_buf *key, uint8_t first, uint64_t user, const c
 		crdt_buf_raw(key, peer, strlen(peer));
 }
 
-static bool meta_get_vv(struct store_txn *t, uint8_t first, uint64_t user, const char *peer, struct crdt_vv *vv_r)
+static bool meta_get(struct store_txn *t, uint8_t first, uint64_t user, const char *peer, struct crdt_buf *val)
 {
-	struct crdt_buf key = CRDT_BUF_INIT, val = CRDT_BUF_INIT;
-	struct crdt_reader r;
+	struct crdt_buf key = CRDT_BUF_INIT;
 	bool found;
 
-	crdt_vv_init(vv_r);
 	meta_key(&key, first, user, peer);
-	found = !key.failed && store_get(t, STORE_META, key.data, key.len, &val);
-	if (found) {
-		r = crdt_reader(val.data, val.len);
-		found = crdt_vv_decode(&r, vv_r);
-	}
+	found = !key.failed && store_get(t, STORE_META, key.data, key.len, val);
 	crdt_buf_free(&key);
-	crdt_buf_free(&val);
 	return found;
 }
 
-static void meta_put_vv(struct store_txn *t, uint8_t first, uint64_t user, const char *peer, const struct crdt_vv *vv)
+/* Takes val. */
+static void meta_put(struct store_txn *t, uint8_t first, uint64_t user, const char *peer, struct crdt_buf *val)
 {
-	struct crdt_buf key = CRDT_BUF_INIT, val = CRDT_BUF_INIT;
+	struct crdt_buf key = CRDT_BUF_INIT;
 
 	meta_key(&key, first, user, peer);
-	crdt_vv_encode(&val, vv);
-	if (key.failed || val.failed)
+	if (key.failed || val->failed)
 		abort();
-	store_put(t, STORE_META, key.data, key.len, val.data, val.len);
+	store_put(t, STORE_META, key.data, key.len, val->data, val->len);
 	crdt_buf_free(&key);
-	crdt_buf_free(&val);
+	crdt_buf_free(val);
+}
+
+static void meta_del(struct store_txn *t, uint8_t first, uint64_t user)
+{
+	struct crdt_buf key = CRDT_BUF_INIT;
+
+	meta_key(&key, first, user, NULL);
+	if (key.failed)
+		abort();
+	store_del(t, STORE_META, key.data, key.len);
+	crdt_buf_free(&key);
 }
 
 void stable_on_applied(struct hub_conn *c, const struct crdt_frame *f)
 {
+	struct crdt_buf val = CRDT_BUF_INIT;
 	struct hub_user user;
 
 	if (c->peer->conf.role != HUB_WORKER) {
@@ -60,8 +66,27 @@ void stable_on_applied(struct hub_conn *c, const struct crdt_frame *f)
 	/* A user that is not known here has nothing to collect. */
 	if (!hub_user(c->h, f, false, &user))
 		return;
-	meta_put_vv(hub_txn(c->h), META_APPLIED, user.id, c->peer->conf.name, &f->vv);
+	crdt_vv_encode(&val, &f->vv);
+	meta_put(hub_txn(c->h), META_APPLIED, user.id, c->peer->conf.name, &val);
 	hub_id_add(&c->h->changed, user.id);
+}
+
+/* ---- the vector ---- */
+
+static bool applied_get(struct hub *h, uint64_t user, const char *worker, struct crdt_vv *vv_r)
+{
+	struct crdt_buf val = CRDT_BUF_INIT;
+	struct crdt_reader r;
+	bool found;
+
+	crdt_vv_init(vv_r);
+	found = meta_get(hub_txn(h), META_APPLIED, user, worker, &val);
+	if (found) {
+		r = crdt_reader(val.data, val.len);
+		found = crdt_vv_decode(&r, vv_r);
+	}
+	crdt_buf_free(&val);
+	return found;
 }
 
 /* All that the worker issued and had applied is merged here. */
@@ -92,7 +117,7 @@ static bool stable_vector(struct hub *h, uint64_t user, struct crdt_vv *stable_r
 
 		if (conf->role != HUB_WORKER)
 			continue;
-		if (!meta_get_vv(h->txn, META_APPLIED, user, conf->name, &applied) ||
+		if (!applied_get(h, user, conf->name, &applied) ||
 		    !own_ops_merged(&applied, conf->slot, &merged))
 			return false;
 		crdt_vv_meet(stable_r, &applied);
@@ -101,59 +126,77 @@ static bool stable_vector(struct hub *h, uint64_t user, struct crdt_vv *stable_r
 	return workers && !rows.rows.failed;
 }
 
-static bool send_stable(struct hub_conn *c, const struct hub_user *user, const struct crdt_vv *vv)
-{
-	struct crdt_frame f = { .type = CRDT_FRAME_STABLE };
+/* gsn: end of the log when the vector advanced.  Whatever a member issued before
+ * it applied what the vector has is merged here then, and in the log up to there. */
+struct stable_row { struct crdt_vv vv; uint64_t number, gsn; };
 
-	hub_frame_user(&f, user);
-	crdt_vv_copy(&f.vv, vv);
-	return hub_conn_try(c, &f);
+static bool row_get(struct hub *h, struct store_txn *t, uint64_t user, struct stable_row *row_r)
+{
+	struct crdt_buf val = CRDT_BUF_INIT;
+	struct crdt_reader r;
+	bool found;
+
+	memset(row_r, 0, sizeof(*row_r));
+	found = meta_get(t, META_STABLE, user, NULL, &val);
+	if (found) {
+		r = crdt_reader(val.data, val.len);
+		found = crdt_vv_decode(&r, &row_r->vv);
+		/* one that an older build wrote has no number: advance() puts it in order */
+		row_r->gsn = h->head;
+		if (found && crdt_reader_left(&r) > 0) {
+			row_r->number = crdt_get_varint(&r);
+			row_r->gsn = crdt_get_varint(&r);
+			found = !r.bad;
+		}
+	}
+	crdt_buf_free(&val);
+	return found;
 }
 
-static void broadcast(struct hub *h, uint64_t id, const struct crdt_vv *vv)
+/* The number of the row before it: 0 if it had none. */
+static void row_put(struct hub *h, uint64_t user, uint64_t old_number, const struct crdt_vv *vv)
 {
-	struct hub_user user;
-	struct hub_conn *c;
+	struct crdt_buf row = CRDT_BUF_INIT, id = CRDT_BUF_INIT;
 
-	if (!hub_user_by_id(hub_txn(h), id, &user))
-		return;
-	for (c = h->conns; c != NULL; c = c->next) {
-		if (!c->ready || c->peer->conf.role != HUB_WORKER || c->stable_at <= id)
-			continue;
-		if (!send_stable(c, &user, vv))
-			c->stable_at = id;	/* stable_pump() goes on there */
-	}
+	if (old_number > 0)
+		meta_del(hub_txn(h), META_ADVANCED, old_number);
+	crdt_vv_encode(&row, vv);
+	crdt_buf_varint(&row, ++h->stable_last);
+	crdt_buf_varint(&row, h->head);
+	meta_put(hub_txn(h), META_STABLE, user, NULL, &row);
+	crdt_buf_varint(&id, user);
+	meta_put(hub_txn(h), META_ADVANCED, h->stable_last, NULL, &id);
 }
 
 static void advance(struct hub *h, uint64_t user)
 {
-	struct crdt_vv stable, old;
+	struct stable_row old;
+	struct crdt_vv stable;
+	bool found = row_get(h, hub_txn(h), user, &old), more;
 
-	if (!stable_vector(h, user, &stable))
+	more = stable_vector(h, user, &stable) && stable.n > 0 && !(found && crdt_vv_covers_all(&old.vv, &stable));
+	if (!more && (!found || old.number > 0))
 		return;
-	if (meta_get_vv(h->txn, META_STABLE, user, NULL, &old) && crdt_vv_covers_all(&old, &stable))
-		return;
-	if (stable.n == 0)
-		return;
-	meta_put_vv(h->txn, META_STABLE, user, NULL, &stable);
-	broadcast(h, user, &stable);
+	row_put(h, user, old.number, more ? &stable : &old.vv);
 	hub_id_add(&h->collecting, user);
 }
+
+/* ---- collection ---- */
 
 /* The rows of one user, a slice of them.  true: more is left. */
 static bool collect(struct hub *h, uint64_t user)
 {
 	struct store_rows rows;
-	struct crdt_vv stable;
+	struct stable_row stable;
 	size_t noted = h->unreferenced_n;
 	bool more;
 
-	if (!meta_get_vv(hub_txn(h), META_STABLE, user, NULL, &stable))
+	if (!row_get(h, hub_txn(h), user, &stable))
 		return false;
 	store_savepoint(h->txn);
 	store_rows_init(&rows, h->txn, user);
 	h->sink_user = user;
-	more = crdt_collect(&rows.rows, &stable, HUB_COLLECT_ROWS, &h->sink);
+	more = crdt_collect(&rows.rows, &stable.vv, HUB_COLLECT_ROWS, &h->sink);
 	if (!more)
 		crdt_merge_waiting(&rows.rows, &h->sink);	/* there may be room now */
 	if (rows.rows.failed) {
@@ -190,53 +233,85 @@ void stable_all_changed(struct hub *h, struct store_txn *t)
 	store_scan_users(t, changed_cb, &h->changed);	/* ascending: each goes to the end */
 }
 
-/* ---- what a connection has missed ---- */
-
-struct missed { struct hub_conn *c; struct store_txn *t; unsigned int budget; bool refused, more; };
-
-static bool missed_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+static bool last_number_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
 {
-	struct missed *s = ctx;
+	struct crdt_reader r = crdt_reader(key, klen);
+
+	(void)val; (void)vlen;
+	(void)crdt_get_u8(&r);
+	*(uint64_t *)ctx = crdt_get_be64(&r);
+	return false;
+}
+
+void stable_init(struct hub *h)
+{
+	struct store_txn *t = store_begin(h->s);
+	uint8_t prefix = META_ADVANCED;
+
+	store_scan(t, STORE_META, &prefix, 1, NULL, 0, true, last_number_cb, &h->stable_last);
+	store_abort(&t);
+}
+
+/* ---- telling the workers ---- */
+
+/*
+ * A worker that drops leftovers must have merged what members issued before they
+ * applied, as this daemon had.  So a connection is told of a vector only behind
+ * the log rows that were there when it advanced.
+ */
+struct teller { struct hub_conn *c; struct store_txn *t; unsigned int budget; bool refused, more; };
+
+static bool send_stable(struct hub_conn *c, const struct hub_user *user, const struct crdt_vv *vv)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_STABLE };
+
+	hub_frame_user(&f, user);
+	crdt_vv_copy(&f.vv, vv);
+	return hub_conn_try(c, &f);
+}
+
+static bool advanced_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct teller *s = ctx;
 	struct crdt_reader k = crdt_reader(key, klen), v = crdt_reader(val, vlen);
+	uint64_t number, id = crdt_get_varint(&v);
+	struct stable_row row;
 	struct hub_user user;
-	struct crdt_vv vv;
-	uint64_t id;
 
 	(void)crdt_get_u8(&k);
-	id = crdt_get_be64(&k);
+	number = crdt_get_be64(&k);
 	if (s->budget == 0) {
 		s->more = true;
-		s->c->stable_at = id;
 		return false;
 	}
 	s->budget--;
-	if (k.bad || !crdt_vv_decode(&v, &vv) || !hub_user_by_id(s->t, id, &user))
-		return true;
-	if (!send_stable(s->c, &user, &vv)) {
-		s->refused = true;
-		s->c->stable_at = id;
-		return false;
+	if (row_get(s->c->h, s->t, id, &row) && hub_user_by_id(s->t, id, &user)) {
+		if (row.gsn > s->c->feed_pos)
+			return false;	/* so are all that advanced later */
+		if (!send_stable(s->c, &user, &row.vv)) {
+			s->refused = true;
+			return false;
+		}
 	}
+	s->c->stable_pos = number;
 	return true;
 }
 
 bool stable_pump(struct hub_conn *c, bool *more_r)
 {
-	struct missed s = { .c = c, .budget = 64 };
+	struct teller s = { .c = c, .budget = 64 };
 	struct crdt_buf from = CRDT_BUF_INIT;
-	uint8_t prefix = META_STABLE;
+	uint8_t prefix = META_ADVANCED;
 
-	if (c->stable_at == UINT64_MAX || c->peer->conf.role != HUB_WORKER)
+	if (c->stable_pos >= c->h->stable_last || c->peer->conf.role != HUB_WORKER)
 		return true;
-	meta_key(&from, META_STABLE, c->stable_at, NULL);
+	meta_key(&from, META_ADVANCED, c->stable_pos + 1, NULL);
 	if (from.failed)
 		abort();
-	s.t = store_begin(c->h->s);
-	store_scan(s.t, STORE_META, &prefix, 1, from.data, from.len, false, missed_cb, &s);
+	s.t = store_begin(c->h->s);	/* only what is committed */
+	store_scan(s.t, STORE_META, &prefix, 1, from.data, from.len, false, advanced_cb, &s);
 	store_abort(&s.t);
 	crdt_buf_free(&from);
-	if (!s.refused && !s.more)
-		c->stable_at = UINT64_MAX;
 	*more_r = *more_r || s.more;
 	return !s.refused;
 }

@@ -18,7 +18,9 @@
  *               the end of an earlier credit, it prolongs it
  *  BODY_NONE    the sender does not have that text (any more)
  *  APPLIED W>D  what this worker has applied to a user's mailboxes (stability)
- *  STABLE  D>W  what every member has applied: leftovers of it can be dropped
+ *  STABLE  D>W  what every member has applied: leftovers of it can be dropped, once
+ *               all FEEDs before it are merged; it is sent only behind those that
+ *               carry what members issued before they applied it
  *  ERROR        code and text for the log; the sender drops the connection's state
  */
 #include "../crdt/op.h"

@@ -320,6 +320,23 @@ static struct crdt_buf op_expunge(crdt_origin origin, uint64_t seq, const char *
 	return op_end(&op);
 }
 
+static struct crdt_buf op_flag(crdt_origin origin, uint64_t seq, const char *guid, const struct crdt_vv *deps)
+{
+	struct crdt_op_folder folder = { .id = crdt_inbox_id };
+	struct crdt_op_mail mail = { .size = 0 };
+	struct crdt_op op;
+
+	op_begin(&op, origin, seq, CRDT_OP_FLAGS);
+	op.deps = *deps;
+	op.flags_add = CRDT_FLAG_FLAGGED;
+	mail.guid = str(guid);
+	op.folders = &folder;
+	op.folders_n = 1;
+	op.mails = &mail;
+	op.mails_n = 1;
+	return op_end(&op);
+}
+
 static void send_op(struct world *w, unsigned int n, const char *user, struct crdt_buf op)
 {
 	char name[8];
@@ -1215,9 +1232,140 @@ static void test_stable_and_collect(void **state)
 	hub_disconnected(w->h, CONN1);
 	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
 	expect(&r1, CRDT_FRAME_WELCOME);
+	expect(&r1, CRDT_FRAME_FEED);
 	expect(&r1, CRDT_FRAME_STABLE);
 	reader_free(&r1);
 	reader_free(&r2);
+}
+
+/* w1 adds a mail and expunges it; w2 has flagged it before it applies that.
+ * w1 is away when this is stable. */
+static void make_stable(struct world *w)
+{
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	struct crdt_vv vv;
+
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_body(w, 1, "u", "text", 4, 0, 4);
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", "text", 4));
+	send_op(w, 1, "u", op_expunge(ORIGIN1, 3, "g1", NULL));
+	crdt_vv_init(&vv);
+	crdt_vv_raise(&vv, ORIGIN1, 3);
+	send_applied(w, 1, "u", &vv);
+	settle(w);
+	hub_disconnected(w->h, CONN1);
+	crdt_vv_init(&vv);
+	crdt_vv_raise(&vv, ORIGIN1, 2);
+	send_op(w, 2, "u", op_flag(ORIGIN2, 1, "g1", &vv));
+	crdt_vv_raise(&vv, ORIGIN1, 3);
+	crdt_vv_raise(&vv, ORIGIN2, 1);
+	send_applied(w, 2, "u", &vv);
+	commit(w);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+/* Who drops leftovers before he has the flag does not know the mail when it comes. */
+static void test_stable_after_feed(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	char name[4001];
+	uint64_t seq;
+
+	make_stable(w);
+	memset(name, 'x', sizeof(name) - 1);
+	name[sizeof(name) - 1] = '\0';
+	for (seq = 2; seq < 1300; seq++)	/* more than a window of other ops */
+		send_op(w, 2, "other", op_subscribe(ORIGIN2, seq - 1, name));
+	settle(w);
+	while (next(w, CONN2, &r2.f, &r2.hold) && r2.f.type != CRDT_FRAME_STABLE) ;
+	assert_int_equal(r2.f.type, CRDT_FRAME_STABLE);
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	expect(&r1, CRDT_FRAME_WELCOME);
+	settle(w);
+	while (next(w, CONN1, &r1.f, &r1.hold)) {
+		assert_int_equal(r1.f.type, CRDT_FRAME_FEED);
+		seq = r1.f.gsn;
+	}
+	assert_true(seq < 1302);
+	send_feed_ack(w, 1, seq);
+	settle(w);
+	expect(&r1, CRDT_FRAME_FEED);
+	while (r1.f.gsn < 1302)
+		expect(&r1, CRDT_FRAME_FEED);
+	expect(&r1, CRDT_FRAME_STABLE);
+	expect_none(&r1);
+	/* nor while frames of the feed are not taken */
+	hub_disconnected(w->h, CONN1);
+	w->refuse = CONN1;
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	assert_true(hub_pump(w->h));
+	w->refuse = 0;
+	(void)hub_pump(w->h);
+	expect(&r1, CRDT_FRAME_WELCOME);
+	expect(&r1, CRDT_FRAME_FEED);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+/* Own ops behind the last one of others are no reason to wait. */
+static void test_stable_after_own_ops(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+
+	make_stable(w);
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 4, "a"));
+	settle(w);
+	expect(&r1, CRDT_FRAME_WELCOME);
+	expect(&r1, CRDT_FRAME_FEED);
+	expect(&r1, CRDT_FRAME_ACK);
+	expect(&r1, CRDT_FRAME_STABLE);
+	hub_disconnected(w->h, CONN1);
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	expect(&r1, CRDT_FRAME_WELCOME);
+	expect(&r1, CRDT_FRAME_FEED);
+	expect(&r1, CRDT_FRAME_STABLE);
+	reader_free(&r1);
+	sent_drop(w);
+}
+
+/* A vector of which no place in the log is known: behind all that is there. */
+static void test_stable_of_older_build(void **state)
+{
+	static const uint8_t row[9] = { 'S', [8] = 1 }, order[9] = { 'N', [8] = 1 };
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	struct crdt_buf vv = CRDT_BUF_INIT;
+	struct store_txn *t;
+	struct crdt_vv v;
+	char *error;
+
+	make_stable(w);
+	settle(w);
+	hub_free(&w->h);
+	t = store_begin(w->s);
+	crdt_vv_init(&v);
+	crdt_vv_raise(&v, ORIGIN1, 3);
+	crdt_vv_encode(&vv, &v);
+	store_put(t, STORE_META, row, sizeof(row), vv.data, vv.len);
+	store_del(t, STORE_META, order, sizeof(order));
+	assert_int_equal(store_commit(&t, true, &error), 0);
+	crdt_buf_free(&vv);
+	sent_drop(w);
+	world_open_hub(w);
+	settle(w);
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	expect(&r1, CRDT_FRAME_WELCOME);
+	expect(&r1, CRDT_FRAME_FEED);
+	expect(&r1, CRDT_FRAME_STABLE);
+	assert_int_equal(crdt_vv_get(&r1.f.vv, ORIGIN1), 3);
+	expect_none(&r1);
+	reader_free(&r1);
 }
 
 int main(void)
@@ -1230,6 +1378,7 @@ int main(void)
 		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_empty_body),
 		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_orphan_goes),
 		T(test_window), T(test_refused_sends), T(test_trim_and_reset), T(test_stable_and_collect),
+		T(test_stable_after_feed), T(test_stable_after_own_ops), T(test_stable_of_older_build),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -151,7 +151,7 @@ struct hub {
 	struct hub_conn *conns;
 
 	struct store_txn *txn;		/* since the last commit */
-	bool txn_sync;			/* it holds what will be acknowledged */
+	bool txn_sync;			/* it holds what will be acknowledged or fed */
 
 	uint64_t sink_user;
 	struct crdt_sink sink;

@@ -638,16 +638,16 @@ bool hub_background(struct hub *h)
 {
 	struct hub_conn *c;
 	char *error;
-	bool more;
+	bool more, theirs = h->txn_sync;
 
 	more = stable_background(h);
 	more = ingest_background(h) || more;
 	more = fanout_trim(h) || more;
 	more = bodies_background(h) || more;
-	/* Not synced: what is lost with the power is done again.  Unless frames
-	 * came in since the last commit; then it is theirs too. */
+	/* Synced only if ops took effect: what else is lost with the power is done
+	 * again.  Unless frames came in since the last commit; then it is theirs too. */
 	for (c = h->conns; c != NULL && c->touched_n == 0; c = c->next) ;
-	if (h->txn != NULL && c == NULL && !h->txn_sync && hub_commit(h, &error) < 0) {
+	if (h->txn != NULL && c == NULL && !theirs && hub_commit(h, &error) < 0) {
 		free(error);	/* sticks in the store: the next hub_commit() tells */
 		return false;
 	}

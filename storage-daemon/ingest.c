@@ -102,6 +102,9 @@ void ingest_flush_notes(struct hub *h)
 		if (is_blocked(c, h->applied[0].user))
 			c->resend = true;
 	}
+	/* a number of the log must not be given twice: synced before it is fed */
+	if (h->applied_n > 0)
+		h->txn_sync = true;
 	for (i = 0; i < h->applied_n; i++) {
 		a = &h->applied[i];
 		fresh = false;

@@ -22,6 +22,19 @@
 
 /* ---- a world with one hub ---- */
 
+static unsigned int commits_synced, commits_unsynced;
+int __real_store_commit(struct store_txn **t, bool sync, char **error_r);
+int __wrap_store_commit(struct store_txn **t, bool sync, char **error_r);
+
+int __wrap_store_commit(struct store_txn **t, bool sync, char **error_r)
+{
+	if (sync)
+		commits_synced++;
+	else
+		commits_unsynced++;
+	return __real_store_commit(t, sync, error_r);
+}
+
 struct sent { struct sent *next; uint64_t conn; uint8_t *p; size_t n; };
 
 struct world {
@@ -667,6 +680,57 @@ static void test_unknown_kind(void **state)
 	crdt_buf_free(&op);
 	reader_free(&r1);
 	reader_free(&r2);
+}
+
+/* As if this version knew the kind of an op of the first user that waits. */
+static void upgrade(struct world *w, crdt_origin origin, uint64_t seq, uint8_t kind)
+{
+	struct crdt_buf key = CRDT_BUF_INIT, val = CRDT_BUF_INIT;
+	struct store_txn *t = store_begin(w->s);
+	char *error;
+
+	crdt_buf_be64(&key, 1);
+	crdt_buf_u8(&key, 'B');
+	crdt_buf_be64(&key, origin);
+	crdt_buf_be64(&key, seq);
+	assert_true(store_get(t, STORE_STATE, key.data, key.len, &val));
+	val.data[1] = kind;
+	store_put(t, STORE_STATE, key.data, key.len, val.data, val.len);
+	assert_int_equal(store_commit(&t, true, &error), 0);
+	crdt_buf_free(&key);
+	crdt_buf_free(&val);
+}
+
+/* What is fed has its number for good, also after a power failure. */
+static void test_background_merge_is_synced(void **state)
+{
+	struct world *w = *state;
+	struct reader r2 = { .w = w, .conn = CONN2 };
+	struct crdt_buf op = op_subscribe(ORIGIN1, 1, "new");
+
+	connect_worker(w, 1);
+	op.data[1] = 100;
+	ops_frame(w, CONN1, "w1", "u", &op, 1);
+	settle(w);
+	hub_free(&w->h);
+	upgrade(w, ORIGIN1, 1, CRDT_OP_SUBSCRIBE);
+	world_open_hub(w);
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+	reader_free(&r2);
+	commits_synced = commits_unsynced = 0;
+	(void)hub_background(w->h);
+	assert_int_equal(commits_synced, 1);
+	assert_int_equal(commits_unsynced, 0);
+	(void)hub_pump(w->h);
+	assert_int_equal(expect(&r2, CRDT_FRAME_FEED)->gsn, 2);
+	/* nothing else waits for the disk */
+	send_feed_ack(w, 2, 2);
+	settle(w);
+	assert_int_equal(commits_synced, 1);
+	assert_true(commits_unsynced > 0);
+	crdt_buf_free(&op);
+	reader_free(&r2);
+	sent_drop(w);
 }
 
 /* More origins than a vector holds: that user's ops wait, the others' do not,
@@ -1374,6 +1438,7 @@ int main(void)
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 		T(test_identity), T(test_nothing_before_hello), T(test_garbage), T(test_foreign_origin),
 		T(test_peer_removed), T(test_ack_and_feed), T(test_status_text), T(test_gap_and_buffer), T(test_unknown_kind),
+		T(test_background_merge_is_synced),
 		T(test_refused_op), T(test_newer_connection_counts), T(test_restart_keeps_all),
 		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_empty_body),
 		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_orphan_goes),

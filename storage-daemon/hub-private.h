@@ -23,6 +23,7 @@
 #define META_APPLIED 'A'	/* user id(be64) peer name -> vv */
 #define META_STABLE 'S'		/* user id(be64) -> vv, varint number, varint gsn */
 #define META_ADVANCED 'N'	/* number(be64) -> varint user id: stable vectors, the newest last */
+#define META_COLLECT 'G'	/* user id(be64): what is stable is not collected yet */
 #define META_PARTIAL 'W'	/* user id(be64) content: a text that arrives in pieces */
 #define META_UNKNOWN 'K'	/* user id(be64): ops of an unknown kind wait */
 #define META_ORPHAN 'O'		/* user id(be64) content: a text that no merged op names yet */

@@ -170,6 +170,7 @@ static void row_put(struct hub *h, uint64_t user, uint64_t old_number, const str
 
 static void advance(struct hub *h, uint64_t user)
 {
+	struct crdt_buf none = CRDT_BUF_INIT;
 	struct stable_row old;
 	struct crdt_vv stable;
 	bool found = row_get(h, hub_txn(h), user, &old), more;
@@ -178,6 +179,7 @@ static void advance(struct hub *h, uint64_t user)
 	if (!more && (!found || old.number > 0))
 		return;
 	row_put(h, user, old.number, more ? &stable : &old.vv);
+	meta_put(h->txn, META_COLLECT, user, NULL, &none);
 	hub_id_add(&h->collecting, user);
 }
 
@@ -207,6 +209,8 @@ static bool collect(struct hub *h, uint64_t user)
 		return false;
 	}
 	ingest_flush_notes(h);
+	if (!more)
+		meta_del(h->txn, META_COLLECT, user);
 	return more;
 }
 
@@ -243,12 +247,23 @@ static bool last_number_cb(void *ctx, const uint8_t *key, size_t klen, const uin
 	return false;
 }
 
+static bool collect_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct crdt_reader r = crdt_reader(key, klen);
+
+	(void)val; (void)vlen;
+	(void)crdt_get_u8(&r);
+	hub_id_add(ctx, crdt_get_be64(&r));
+	return true;
+}
+
 void stable_init(struct hub *h)
 {
 	struct store_txn *t = store_begin(h->s);
-	uint8_t prefix = META_ADVANCED;
+	uint8_t advanced = META_ADVANCED, unfinished = META_COLLECT;
 
-	store_scan(t, STORE_META, &prefix, 1, NULL, 0, true, last_number_cb, &h->stable_last);
+	store_scan(t, STORE_META, &advanced, 1, NULL, 0, true, last_number_cb, &h->stable_last);
+	store_scan(t, STORE_META, &unfinished, 1, NULL, 0, false, collect_cb, &h->collecting);
 	store_abort(&t);
 }
 

@@ -1375,6 +1375,56 @@ static void test_stable_after_feed(void **state)
 	reader_free(&r2);
 }
 
+static void test_collection_resumes(void **state)
+{
+	static const uint8_t unfinished[9] = { 'G', [8] = 1 };
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	struct crdt_content c;
+	struct crdt_vv vv;
+	unsigned int i, left = 0;
+	struct crdt_buf val = CRDT_BUF_INIT;
+	struct store_txn *t;
+	char guid[8], text[8];
+
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	for (i = 0; i < 500; i++) {	/* more than a slice */
+		snprintf(guid, sizeof(guid), "g%u", i);
+		send_body(w, 1, "u", guid, strlen(guid), 0, strlen(guid));
+		send_op(w, 1, "u", op_add(ORIGIN1, 2 + 2 * i, guid, guid, strlen(guid)));
+		send_op(w, 1, "u", op_expunge(ORIGIN1, 3 + 2 * i, guid, NULL));
+	}
+	crdt_vv_init(&vv);
+	crdt_vv_raise(&vv, ORIGIN1, 1001);
+	send_applied(w, 1, "u", &vv);
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+	send_applied(w, 2, "u", &vv);
+	commit(w);
+	assert_true(hub_background(w->h));
+	hub_free(&w->h);
+	sent_drop(w);
+	world_open_hub(w);
+	settle(w);
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	reader_free(&r1);
+	for (i = 0; i < 500; i++) {
+		snprintf(text, sizeof(text), "g%u", i);
+		content_of(text, strlen(text), &c);
+		send_want(w, 1, "u", &c, 0);
+		commit(w);
+		while (next(w, CONN1, &r1.f, &r1.hold))
+			left += r1.f.type != CRDT_FRAME_BODY_NONE;
+	}
+	assert_int_equal(left, 0);
+	/* and once is enough */
+	t = store_begin(w->s);
+	assert_false(store_get(t, STORE_META, unfinished, sizeof(unfinished), &val));
+	store_abort(&t);
+	reader_free(&r1);
+	sent_drop(w);
+}
+
 /* Own ops behind the last one of others are no reason to wait. */
 static void test_stable_after_own_ops(void **state)
 {
@@ -1443,7 +1493,8 @@ int main(void)
 		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_empty_body),
 		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_orphan_goes),
 		T(test_window), T(test_refused_sends), T(test_trim_and_reset), T(test_stable_and_collect),
-		T(test_stable_after_feed), T(test_stable_after_own_ops), T(test_stable_of_older_build),
+		T(test_collection_resumes), T(test_stable_after_feed),
+		T(test_stable_after_own_ops), T(test_stable_of_older_build),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -303,7 +303,17 @@ static void fetches_run(struct node *n, int64_t *due)
 
 /* ---- serving ---- */
 
-static void serve_free(struct node *n, struct serve *s)
+/* Asked for last: first. */
+static void serve_link(struct node *n, struct serve *s)
+{
+	s->prev = NULL;
+	s->next = n->serves;
+	if (n->serves != NULL)
+		n->serves->prev = s;
+	n->serves = s;
+}
+
+static void serve_unlink(struct node *n, struct serve *s)
 {
 	if (s->prev != NULL)
 		s->prev->next = s->next;
@@ -311,6 +321,11 @@ static void serve_free(struct node *n, struct serve *s)
 		n->serves = s->next;
 	if (s->next != NULL)
 		s->next->prev = s->prev;
+}
+
+static void serve_free(struct node *n, struct serve *s)
+{
+	serve_unlink(n, s);
 	n->storages[s->storage].serves--;
 	s->u->serves--;
 	free(s);
@@ -342,6 +357,7 @@ static void serve_read(struct node *n, struct serve *s)
 
 	r->id = s->id;
 	r->content = s->content;
+	r->result = MS_TEMP;	/* what no engine looked at is not gone */
 	r->offset = s->offset;
 	r->len = s->end - s->offset < CRDT_BODY_CHUNK ? (size_t)(s->end - s->offset) : CRDT_BODY_CHUNK;
 	r->next = s->u->reads;
@@ -406,6 +422,21 @@ void node_read(struct node *n, int64_t now, struct visit_read *reads)
 	}
 }
 
+/* There is no more room.  Who asks gives up texts that do not come, and asks
+ * for them again later: the one asked for longest ago is waited for least. */
+static void serve_make_room(struct node *n, unsigned storage)
+{
+	struct serve *s, *oldest = NULL;
+
+	if (n->storages[storage].serves < NODE_SERVES_MAX)
+		return;
+	for (s = n->serves; s != NULL; s = s->next) {
+		if (s->storage == storage)
+			oldest = s;
+	}
+	serve_free(n, oldest);
+}
+
 void node_body_wanted(struct node *n, unsigned storage, const char *name, uint32_t gen,
 		      const struct crdt_content *c, uint64_t offset, uint64_t credit)
 {
@@ -421,25 +452,21 @@ void node_body_wanted(struct node *n, unsigned storage, const char *name, uint32
 			break;
 	}
 	if (s == NULL) {
-		if (n->storages[storage].serves >= NODE_SERVES_MAX) {
-			(void)uplink_body_none(n->storages[storage].uplink, name, gen, c);
-			return;
-		}
+		serve_make_room(n, storage);
 		s = xcalloc(1, sizeof(*s));
 		s->id = ++n->serve_id;
 		s->storage = storage;
 		s->u = node_user(n, name, gen);
 		s->content = *c;
-		s->next = n->serves;
-		if (n->serves != NULL)
-			n->serves->prev = s;
-		n->serves = s;
 		n->storages[storage].serves++;
 		s->u->serves++;
 		s->offset = offset;
-	} else if (offset < s->offset || offset > s->end) {
-		s->offset = offset;	/* it begins anew there */
+	} else {
+		serve_unlink(n, s);
+		if (offset < s->offset || offset > s->end)
+			s->offset = offset;	/* it begins anew there */
 	}
+	serve_link(n, s);
 	s->end = offset + credit;
 	if (!s->reading)
 		serve_step(n, s);

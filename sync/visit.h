@@ -54,7 +54,7 @@ struct visit_read {
 	uint64_t offset;
 	size_t len;
 	/* outcome */
-	int result;			/* ms_result */
+	int result;			/* ms_result; MS_TEMP in the order: nobody may have looked */
 	uint64_t size;
 	struct crdt_buf data;
 };

@@ -1,0 +1,231 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The node and the texts that a storage daemon asks it for; the test plays the
+ * daemon and the engines. */
+#include "../../sync/node.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <cmocka.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+struct fix {
+	struct store *store;
+	struct spool *spool, *sent;
+	struct node *n;
+	struct visit *visits;		/* to be carried out */
+	int64_t now;
+	unsigned bodies, nones;
+	uint64_t body_size;		/* of the last one */
+	struct crdt_content content;
+};
+
+static bool on_send(void *ctx, unsigned storage, const void *p, size_t n)
+{
+	struct fix *x = ctx;
+	struct crdt_frame f;
+	const char *error;
+
+	(void)storage;
+	assert_int_equal(crdt_frame_decode(p, n, &f, &error), 0);
+	if (f.type == CRDT_FRAME_BODY) {
+		x->bodies++;
+		x->body_size = f.size;
+		x->content = f.content;
+	} else if (f.type == CRDT_FRAME_BODY_NONE) {
+		x->nones++;
+	}
+	crdt_frame_free(&f);
+	return true;
+}
+
+static void on_reconnect(void *ctx, unsigned storage) { (void)ctx; (void)storage; }
+static void on_sync(void *ctx) { (void)ctx; }
+static void on_log(void *ctx, int level, const char *text) { (void)ctx; (void)level; (void)text; }
+
+static void on_visit(void *ctx, struct visit *v)
+{
+	struct fix *x = ctx;
+
+	v->next = x->visits;
+	x->visits = v;
+}
+
+static void in(struct fix *x, struct crdt_frame *f)
+{
+	struct crdt_buf b = CRDT_BUF_INIT;
+
+	crdt_frame_encode(&b, f);
+	node_frame(x->n, x->now, 0, b.data, b.len);
+	crdt_buf_free(&b);
+}
+
+static int setup(void **state)
+{
+	static const char *const storages[] = { "tcp://s1" };
+	static const struct spool_limits limits = { 100000, 100000, 0 };
+	struct fix *x = calloc(1, sizeof(*x));
+	struct store_options opts = { .in_memory = true };
+	struct node_callbacks cb = { on_send, on_reconnect, on_visit, on_sync, on_log, x };
+	struct node_config cfg = { .name = "w1", .slot = 1, .storages = storages, .storages_n = 1, .visits = 2 };
+	struct crdt_frame welcome = { .type = CRDT_FRAME_WELCOME, .daemon_id = 5 };
+	char *error;
+
+	x->store = cfg.store = store_open(NULL, &opts, &error);
+	x->spool = cfg.spool = spool_new(NULL, &limits, &error);
+	x->sent = cfg.sent = spool_new(NULL, &limits, &error);
+	x->n = node_new(&cfg, &cb, &error);
+	assert_non_null(x->n);
+	node_link_up(x->n, x->now, 0);
+	welcome.name.p = (const uint8_t *)"s1";
+	welcome.name.n = 2;
+	in(x, &welcome);
+	*state = x;
+	return 0;
+}
+
+static int teardown(void **state)
+{
+	struct fix *x = *state;
+	struct visit *v;
+
+	while ((v = x->visits) != NULL) {
+		x->visits = v->next;
+		visit_free(v);
+	}
+	node_free(&x->n);
+	spool_free(&x->spool);
+	spool_free(&x->sent);
+	store_close(&x->store);
+	free(x);
+	return 0;
+}
+
+static void want(struct fix *x, const char *user, unsigned text)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY_WANT, .credit = CRDT_BODY_CREDIT };
+
+	f.user.p = (const uint8_t *)user;
+	f.user.n = (uint16_t)strlen(user);
+	memcpy(f.content.b, &text, sizeof(text));
+	in(x, &f);
+}
+
+static void run(struct fix *x)
+{
+	char *error;
+
+	assert_true(node_run(x->n, x->now, &error) >= 0);
+}
+
+static struct visit *take_visit(struct fix *x)
+{
+	struct visit *v = x->visits;
+
+	assert_non_null(v);
+	x->visits = v->next;
+	return v;
+}
+
+static void visited(struct fix *x, struct visit *v)
+{
+	char *error;
+
+	assert_int_equal(node_visited(x->n, x->now, v, &error), 0);
+	run(x);
+}
+
+static void read_all(struct visit *v)
+{
+	v->mail_result = VISIT_MAIL_OK;
+	for (struct visit_read *r = v->reads; r != NULL; r = r->next) {
+		r->result = MS_OK;
+		r->size = 4;
+		crdt_buf_raw(&r->data, "text", 4);
+	}
+}
+
+/* Whoever has no engine now may have the text all the same. */
+static void nobody_looked(void **state)
+{
+	static const enum visit_mail mails[] = { VISIT_MAIL_NO_USER, VISIT_MAIL_LATER };
+	const struct visit_hooks hooks = { NULL, NULL, NULL, NULL };
+	struct fix *x = *state;
+	struct visit *v;
+
+	want(x, "u", 1);
+	run(x);
+	for (unsigned i = 0; i < 2; i++) {
+		v = take_visit(x);
+		assert_non_null(v->reads);
+		visit_run(v, NULL, mails[i], x->spool, &hooks);
+		visited(x, v);
+		assert_int_equal(x->bodies + x->nones, 0);
+		x->now += 2 * NODE_NO_USER_MSECS;
+		run(x);
+	}
+	v = take_visit(x);
+	assert_non_null(v->reads);
+	read_all(v);
+	visited(x, v);
+	assert_int_equal(x->nones, 0);
+	assert_int_equal(x->bodies, 1);
+	assert_int_equal(x->body_size, 4);
+}
+
+/* One that is not in the mail store is. */
+static void gone(void **state)
+{
+	struct fix *x = *state;
+	struct visit *v;
+
+	want(x, "u", 1);
+	run(x);
+	v = take_visit(x);
+	read_all(v);
+	v->reads->result = MS_GONE;
+	visited(x, v);
+	assert_int_equal(x->nones, 1);
+	assert_int_equal(x->bodies, 0);
+}
+
+/* A limit is no reason to say that there is no such text. */
+static void many(void **state)
+{
+	struct fix *x = *state;
+	struct visit *v;
+	unsigned text = 0;
+
+	for (unsigned i = 0; i < NODE_SERVES_MAX + 10; i++)
+		want(x, "u", i);
+	/* asked for again: waited for after all */
+	want(x, "u", 10);
+	want(x, "u", NODE_SERVES_MAX + 10);
+	run(x);
+	assert_int_equal(x->nones, 0);
+	v = take_visit(x);
+	read_all(v);
+	visited(x, v);
+	assert_int_equal(x->nones, 0);
+	assert_int_equal(x->bodies, NODE_SERVES_MAX);
+	/* those that made room are read when they are asked for again */
+	want(x, "u", 11);
+	run(x);
+	v = take_visit(x);
+	assert_null(v->reads->next);
+	read_all(v);
+	visited(x, v);
+	assert_int_equal(x->bodies, NODE_SERVES_MAX + 1);
+	memcpy(&text, x->content.b, sizeof(text));
+	assert_int_equal(text, 11);
+}
+
+int main(void)
+{
+#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many) };
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}

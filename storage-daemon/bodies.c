@@ -5,8 +5,10 @@
  * no text.
  *
  * Coming in: asked for with BODY_WANT, a credit at a time, a few texts of a
- * connection at once; or unasked ahead of its op when it is small.  A text that
- * was interrupted goes on where it stopped, from whoever has it.
+ * connection and fewer of a user at once, the users in turn; or unasked ahead of
+ * its op when it is small.  A text that was interrupted goes on where it stopped,
+ * from whoever has it.  Who cannot read a mail now does not answer; there is no
+ * clock here, so it is other transfers coming to their end that tell.
  * Going out: piece by piece in turn, no more than the credit, so that small
  * frames find their way in between.
  *
@@ -302,10 +304,63 @@ static struct body_in *in_find(struct hub *h, const struct body_key *key)
 	return in;
 }
 
+static struct body_queue *queue_find(struct hub_conn *c, uint64_t user)
+{
+	struct body_queue *q;
+
+	for (q = c->queues; q != NULL; q = q->next) {
+		if (q->user.id == user)
+			break;
+	}
+	return q;
+}
+
+static void queue_append(struct hub_conn *c, struct body_queue *q)
+{
+	struct body_queue **p;
+
+	for (p = &c->queues; *p != NULL; p = &(*p)->next) ;
+	*p = q;
+	q->next = NULL;
+}
+
+/* The others first; it goes when there is nothing left in it. */
+static void queue_turn(struct hub_conn *c, struct body_queue *q)
+{
+	struct body_queue **p;
+
+	for (p = &c->queues; *p != q; p = &(*p)->next) ;
+	*p = q->next;
+	if (q->wants != NULL || q->active > 0)
+		queue_append(c, q);
+	else
+		free(q);
+}
+
+/* Whose turn it is to be asked for one more. */
+static struct body_queue *queue_next(struct hub_conn *c)
+{
+	size_t most = c->in_active < HUB_IN_ACTIVE ? HUB_IN_USER : c->in_active < HUB_IN_ACTIVE_MAX ? 1 : 0;
+	struct body_queue *q;
+
+	for (q = most == 0 ? NULL : c->queues; q != NULL; q = q->next) {
+		if (q->wants != NULL && q->active < most)
+			break;
+	}
+	return q;
+}
+
 static void in_release(struct body_in *in)
 {
-	if (in->from != NULL)
-		in->from->in_active--;
+	struct body_queue *q;
+
+	if (in->from == NULL)
+		return;
+	q = queue_find(in->from, in->key.user);
+	q->active--;
+	in->from->in_active--;
+	if (q->active == 0 && q->wants == NULL)
+		queue_turn(in->from, q);
 	in->from = NULL;
 }
 
@@ -379,55 +434,105 @@ static void in_ask(struct body_in *in)
 	hub_conn_send(in->from, &f);
 }
 
-void bodies_request(struct hub_conn *c, const struct hub_user *user, const struct crdt_content *content)
+static void request(struct hub_conn *c, const struct hub_user *user, const struct crdt_content *content, bool handed)
 {
 	struct body_want *w = hub_alloc(sizeof(*w));
+	struct body_queue *q = queue_find(c, user->id);
 
-	w->user = *user;
+	if (q == NULL) {
+		q = hub_alloc(sizeof(*q));
+		q->user = *user;
+		queue_append(c, q);
+	}
 	w->content = *content;
-	if (c->wants == NULL)
-		c->wants = w;
+	w->handed = handed;
+	if (q->wants == NULL)
+		q->wants = w;
 	else
-		c->wants_tail->next = w;
-	c->wants_tail = w;
+		q->tail->next = w;
+	q->tail = w;
+}
+
+void bodies_request(struct hub_conn *c, const struct hub_user *user, const struct crdt_content *content)
+{
+	request(c, user, content, false);
+}
+
+static void in_start(struct hub_conn *c, struct body_queue *q, const struct body_want *w)
+{
+	struct body_key key = body_key(q->user.id, &w->content);
+	struct body_in *in = in_find(c->h, &key);
+
+	if (bodies_present(hub_txn(c->h), key.user, &key.content))
+		return;		/* came meanwhile */
+	if (in != NULL && in->from != NULL)
+		return;		/* comes; if another one does not go on sending it: in_ended() */
+	if (in == NULL)
+		in = in_new(c->h, &q->user, &key);
+	in->from = c;
+	in->granted = in->received;
+	in->overtaken = 0;
+	c->in_active++;
+	q->active++;
+	in_ask(in);
 }
 
 void bodies_pump_in(struct hub_conn *c)
 {
-	struct hub *h = c->h;
+	struct body_queue *q;
 	struct body_want *w;
-	struct body_key key;
-	struct body_in *in;
 
-	while (c->ready && c->in_active < HUB_IN_ACTIVE && (w = c->wants) != NULL) {
-		key = body_key(w->user.id, &w->content);
-		in = in_find(h, &key);
-		if (!bodies_present(hub_txn(h), key.user, &key.content) && (in == NULL || in->from == NULL)) {
-			if (in == NULL)
-				in = in_new(h, &w->user, &key);
-			in->from = c;
-			in->granted = in->received;
-			c->in_active++;
-			in_ask(in);
-		}
-		/* else: it came meanwhile, or another connection sends it */
-		c->wants = w->next;
+	while (c->ready && (q = queue_next(c)) != NULL) {
+		w = q->wants;
+		q->wants = w->next;
+		in_start(c, q, w);
 		free(w);
+		queue_turn(c, q);
 	}
 }
 
-/* The one that sent it is gone or has no more of it: another one may have. */
-static bool in_ask_others(struct hub *h, const struct hub_user *user, const struct body_key *key)
+/* The one that was to send it is gone, or has no more of it, or does not send
+ * it: another one may have it. */
+static bool in_ask_others(struct hub *h, const struct hub_user *user, const struct body_key *key,
+			  const struct hub_conn *except)
 {
 	struct hub_conn *c;
 
 	for (c = h->conns; c != NULL; c = c->next) {
-		if (c->ready && ingest_held_names(c, key)) {
-			bodies_request(c, user, &key->content);
+		if (c != except && c->ready && ingest_held_names(c, key)) {
+			request(c, user, &key->content, true);
 			return true;
 		}
 	}
 	return false;
+}
+
+/* It stands still: another one's turn, or the same one's later. */
+static void in_overtaken(struct hub *h, struct body_in *in)
+{
+	struct body_key key = in->key;
+	struct hub_user user = in->user;
+	struct hub_conn *from = in->from;
+
+	in_release(in);
+	if (in->received == 0)
+		in_free(h, in);
+	if (!in_ask_others(h, &user, &key, from))
+		bodies_request(from, &user, &key.content);
+}
+
+/* A transfer of the connection came to its end: those of it, and those that it
+ * waits for, were overtaken. */
+static void in_ended(struct hub_conn *c)
+{
+	struct body_in *in, *next;
+
+	for (in = c->h->ins; in != NULL; in = next) {
+		next = in->next;
+		if (in->from != NULL && (in->from == c || ingest_held_names(c, &in->key)) &&
+		    ++in->overtaken >= HUB_IN_OVERTAKEN)
+			in_overtaken(c->h, in);
+	}
 }
 
 static bool sha_matches(void *sha, const struct crdt_content *content)
@@ -481,38 +586,50 @@ static void in_store(struct hub *h, struct body_in *in, const uint8_t *p, size_t
 	}
 }
 
-static void in_piece(struct hub_conn *c, struct body_in *in, const struct crdt_frame *f)
+static void in_bad(struct hub_conn *c, struct body_in *in)
 {
 	struct body_key key = in->key;
 	struct hub_user user = in->user;
 
+	bad_text(c, &user, &key.content);
+	body_delete(hub_txn(c->h), &key, in->size);
+	in_discard(c->h, in);
+	ingest_body_none(c, &key);
+	(void)in_ask_others(c->h, &user, &key, c);
+}
+
+static void in_piece(struct hub_conn *c, struct body_in *in, const struct crdt_frame *f)
+{
+	struct body_key key = in->key;
+	uint64_t end = f->offset + f->data.n, known;
+
 	if (in->received == 0)
 		in->size = f->size;
-	if (f->offset < in->received)
-		return;		/* was asked for twice */
-	if (f->offset > in->received || f->size != in->size ||
-	    (f->data.n < HUB_IN_PIECE_MIN && f->offset + f->data.n < f->size)) {
-		hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent a piece that does not follow the one before it, of a "
-			      "text of user %s", user.name);
+	if (f->size != in->size || (f->data.n < HUB_IN_PIECE_MIN && end < f->size)) {
+		hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent a piece that does not belong to the one before it, of a "
+			      "text of user %s", in->user.name);
 		return;
 	}
-	in_store(c->h, in, f->data.p, f->data.n);
+	if (f->offset > in->received)
+		return;		/* of an earlier time; what came before it was passed over */
+	in->overtaken = 0;
+	known = in->received - f->offset;
+	if (known > 0 && known >= f->data.n)
+		return;		/* was asked for twice */
+	in_store(c->h, in, f->data.p + known, f->data.n - known);
 	if (in->received < in->size) {
 		if (in->granted - in->received <= CRDT_BODY_CREDIT / 2 && in->granted < in->size)
 			in_ask(in);
 		return;
 	}
-	if (!sha_matches(in->sha, &key.content)) {
-		bad_text(c, &user, &key.content);
-		body_delete(hub_txn(c->h), &key, in->size);
-		in_discard(c->h, in);
-		ingest_body_none(c, &key);
-		(void)in_ask_others(c->h, &user, &key);
-		return;
+	if (sha_matches(in->sha, &key.content)) {
+		partial_unmark(c->h, in);
+		in_free(c->h, in);
+		body_complete(c, &key, f->size);
+	} else {
+		in_bad(c, in);
 	}
-	partial_unmark(c->h, in);
-	in_free(c->h, in);
-	body_complete(c, &key, f->size);
+	in_ended(c);
 }
 
 /* Ahead of its op. */
@@ -576,8 +693,9 @@ void bodies_on_none(struct hub_conn *c, const struct crdt_frame *f)
 		return;
 	in_release(in);
 	ingest_body_none(c, &key);
-	if (!in_ask_others(c->h, &user, &key))
+	if (!in_ask_others(c->h, &user, &key, c))
 		in_discard(c->h, in);
+	in_ended(c);
 }
 
 /* ---- going out ---- */
@@ -809,28 +927,43 @@ bool bodies_background(struct hub *h)
 	return orphans_background(h) || idle > HUB_IN_IDLE_MAX + 1;
 }
 
+/* What only this one was going to be asked for. */
+static void queues_drop(struct hub_conn *c)
+{
+	struct body_queue *q;
+	struct body_want *w;
+	struct body_key key;
+
+	while ((q = c->queues) != NULL) {
+		c->queues = q->next;
+		while ((w = q->wants) != NULL) {
+			q->wants = w->next;
+			key = body_key(q->user.id, &w->content);
+			if (w->handed)
+				(void)in_ask_others(c->h, &q->user, &key, c);
+			free(w);
+		}
+		free(q);
+	}
+}
+
 void bodies_conn_drop(struct hub_conn *c)
 {
 	struct body_orphan *o;
-	struct body_want *w;
 	struct body_out *out;
 	struct body_in *in;
 
 	for (in = c->h->ins; in != NULL; in = in->next) {
 		if (in->from == c) {
 			in_release(in);
-			(void)in_ask_others(c->h, &in->user, &in->key);
+			(void)in_ask_others(c->h, &in->user, &in->key, c);
 		}
 	}
-	while ((w = c->wants) != NULL) {
-		c->wants = w->next;
-		free(w);
-	}
+	queues_drop(c);
 	while ((out = c->outs) != NULL) {
 		c->outs = out->next;
 		free(out);
 	}
-	c->wants_tail = NULL;
 	c->outs_tail = NULL;
 	c->outs_n = 0;
 	for (o = c->h->orphans; o != NULL; o = o->next) {

@@ -32,7 +32,10 @@
 #define LOG_FRESH_BODY 0x01
 
 #define HUB_HELD_MAX (2 * CRDT_FEED_WINDOW)	/* bytes of a connection's ops that wait for texts */
-#define HUB_IN_ACTIVE 8			/* texts asked from one connection at a time */
+#define HUB_IN_ACTIVE 8			/* texts asked from one connection at a time, and up to */
+#define HUB_IN_ACTIVE_MAX 64		/* so many, of users with no other: it may lack the mails of some */
+#define HUB_IN_USER 2			/* of them of one user */
+#define HUB_IN_OVERTAKEN 64		/* transfers that end before one that stands still is asked for anew */
 #define HUB_IN_IDLE_MAX 64		/* interrupted texts kept for resumption */
 #define HUB_IN_PIECE_MIN 4096		/* bytes of a piece that is not the last */
 #define HUB_OUT_MAX 4096		/* texts that one connection may ask for at a time */
@@ -74,13 +77,24 @@ struct hub_touched { uint64_t user; crdt_origin origin; };	/* to be acknowledged
 
 /* ---- bodies ---- */
 struct body_key { uint64_t user; struct crdt_content content; };
-struct body_want { struct body_want *next; struct hub_user user; struct crdt_content content; };
+struct body_want {
+	struct body_want *next;
+	struct crdt_content content;
+	bool handed;			/* another connection did not send it */
+};
+struct body_queue {			/* a user's texts that a connection is to send */
+	struct body_queue *next;
+	struct hub_user user;
+	struct body_want *wants, *tail;	/* not asked for yet */
+	size_t active;
+};
 struct body_in {			/* a text that arrives */
 	struct body_in *next;
 	struct body_key key;
 	struct hub_user user;
 	struct hub_conn *from;		/* NULL: interrupted */
 	uint64_t size, received, granted;	/* size: known with the first piece */
+	unsigned int overtaken;		/* transfers that ended since a piece of this one came */
 	struct crdt_buf piece;		/* received and not yet a whole chunk */
 	bool marked;			/* pieces and their META row are in the store */
 	void *sha;			/* EVP_MD_CTX */
@@ -122,7 +136,7 @@ struct hub_conn {
 	struct held_user *held;
 	size_t held_bytes;
 
-	struct body_want *wants, *wants_tail;
+	struct body_queue *queues;	/* in turn */
 	size_t in_active;
 	struct body_out *outs, *outs_tail;
 	size_t outs_n;

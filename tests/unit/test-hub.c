@@ -1095,6 +1095,202 @@ static void test_body_from_another(void **state)
 	reader_free(&r2);
 }
 
+/* Mails with texts of their own, by number. */
+static void send_add(struct world *w, unsigned int n, const char *user, uint64_t seq, unsigned int mail)
+{
+	char text[32], guid[16];
+
+	snprintf(text, sizeof(text), "text %u", mail);
+	snprintf(guid, sizeof(guid), "g%u", mail);
+	send_op(w, n, user, op_add(CRDT_ORIGIN(n, n * 0x111111), seq, guid, text, strlen(text)));
+}
+
+static void send_text(struct world *w, unsigned int n, const char *user, unsigned int mail)
+{
+	char text[32];
+
+	snprintf(text, sizeof(text), "text %u", mail);
+	send_body(w, n, user, text, strlen(text), 0, strlen(text));
+}
+
+/* Which text a BODY_WANT asks for. */
+static unsigned int wanted(const struct crdt_frame *f)
+{
+	struct crdt_content c;
+	unsigned int mail;
+	char text[32];
+
+	assert_int_equal(f->type, CRDT_FRAME_BODY_WANT);
+	for (mail = 0; mail < 1000; mail++) {
+		snprintf(text, sizeof(text), "text %u", mail);
+		content_of(text, strlen(text), &c);
+		if (memcmp(&c, &f->content, sizeof(c)) == 0)
+			break;
+	}
+	return mail;
+}
+
+/* A user whose mails can be read gives some. */
+static void transfers(struct world *w, unsigned int n, struct reader *r, uint64_t seq, unsigned int count)
+{
+	unsigned int i;
+
+	for (i = 0; i < count; i++) {
+		send_add(w, n, "fine", seq + i, 500 + (unsigned int)seq + i);
+		commit(w);
+		assert_int_equal(wanted(expect(r, CRDT_FRAME_BODY_WANT)), 500 + seq + i);
+		send_text(w, n, "fine", 500 + (unsigned int)seq + i);
+		commit(w);
+		assert_int_equal(expect(r, CRDT_FRAME_ACK)->vv.e[0].seq, seq + i);
+	}
+}
+
+static void test_texts_of_one_user(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	unsigned int i;
+
+	connect_worker(w, 1);
+	for (i = 1; i <= 5; i++)
+		send_add(w, 1, "u", i, i);
+	commit(w);
+	assert_int_equal(wanted(expect(&r1, CRDT_FRAME_BODY_WANT)), 1);
+	assert_int_equal(wanted(expect(&r1, CRDT_FRAME_BODY_WANT)), 2);
+	expect_none(&r1);
+	for (i = 1; i <= 5; i++) {
+		send_text(w, 1, "u", i);
+		commit(w);
+		assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, i);
+		if (i + 2 <= 5)
+			assert_int_equal(wanted(expect(&r1, CRDT_FRAME_BODY_WANT)), i + 2);
+		expect_none(&r1);
+	}
+	reader_free(&r1);
+}
+
+/* Users whose mails the worker cannot read hold up themselves. */
+static void test_unreadable_mails(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	unsigned int i, mail, asked = 0;
+	char user[16];
+
+	connect_worker(w, 1);
+	for (i = 0; i < 36; i++) {
+		snprintf(user, sizeof(user), "away%u", i % 12);
+		send_add(w, 1, user, 1 + i / 12, i);
+	}
+	commit(w);
+	for (i = 0; i < 12; i++)	/* one of each: there are many of them */
+		assert_int_equal(wanted(expect(&r1, CRDT_FRAME_BODY_WANT)), i);
+	expect_none(&r1);
+	transfers(w, 1, &r1, 1, 64);
+	/* so many transfers later they are asked for others of theirs; and it works again */
+	while (next(w, CONN1, &r1.f, &r1.hold)) {
+		if (r1.f.type == CRDT_FRAME_BODY_WANT) {
+			asked++;
+			mail = wanted(&r1.f);
+			snprintf(user, sizeof(user), "away%u", mail % 12);
+			send_text(w, 1, user, mail);
+			commit(w);
+		}
+	}
+	assert_int_equal(asked, 36);
+	assert_true(status_has(w, false, "head=100"));
+	reader_free(&r1);
+}
+
+/* One is asked for a text and says nothing; another one has it, too. */
+static void test_silent_peer(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_add(w, 1, "u", 1, 7);
+	commit(w);
+	assert_int_equal(wanted(expect(&r1, CRDT_FRAME_BODY_WANT)), 7);
+	send_add(w, 2, "u", 1, 7);
+	transfers(w, 2, &r2, 1, 64);
+	assert_int_equal(wanted(expect(&r2, CRDT_FRAME_BODY_WANT)), 7);
+	/* when that one goes the first one is asked again */
+	sent_drop(w);
+	hub_disconnected(w->h, CONN2);
+	commit(w);
+	assert_int_equal(wanted(expect(&r1, CRDT_FRAME_BODY_WANT)), 7);
+	connect_worker(w, 2);
+	send_add(w, 2, "u", 1, 7);
+	commit(w);
+	/* and also when that one was not asked yet */
+	for (int i = 0; i < 3; i++)
+		send_add(w, 2, "u", (uint64_t)(2 + i), 8 + (unsigned int)i);
+	commit(w);
+	expect(&r2, CRDT_FRAME_BODY_WANT);
+	expect(&r2, CRDT_FRAME_BODY_WANT);
+	expect_none(&r2);
+	for (int i = 0; i < 64; i++) {
+		send_add(w, 1, "fine", (uint64_t)(1 + i), 700 + (unsigned int)i);
+		commit(w);
+		send_text(w, 1, "fine", 700 + (unsigned int)i);
+		commit(w);
+	}
+	sent_drop(w);
+	expect_none(&r1);
+	hub_disconnected(w->h, CONN2);
+	commit(w);
+	assert_int_equal(wanted(expect(&r1, CRDT_FRAME_BODY_WANT)), 7);
+	send_text(w, 1, "u", 7);
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+/* What was sent when another one was asked does not follow any more. */
+static void test_late_pieces(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	size_t size = 3 * CRDT_BODY_CHUNK, half = CRDT_BODY_CHUNK / 2;
+	uint8_t *text = malloc(size);
+	struct crdt_content c;
+
+	memset(text, 'x', size);
+	content_of(text, size, &c);
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_op(w, 1, "u", op_add(ORIGIN1, 1, "g1", text, size));
+	commit(w);
+	expect(&r1, CRDT_FRAME_BODY_WANT);
+	send_op(w, 2, "u", op_add(ORIGIN2, 1, "g2", text, size));
+	transfers(w, 2, &r2, 1, 64);
+	expect(&r2, CRDT_FRAME_BODY_WANT);
+	send_body(w, 1, "u", text, size, 0, CRDT_BODY_CHUNK);
+	send_none(w, 2, "u", &c);
+	sent_drop(w);
+	commit(w);
+	assert_int_equal(expect(&r2, CRDT_FRAME_ACK)->user.n, 1);
+	assert_int_equal(expect(&r1, CRDT_FRAME_BODY_WANT)->offset, 0);
+	expect(&r1, CRDT_FRAME_FEED);
+	send_body(w, 1, "u", text, size, CRDT_BODY_CHUNK, CRDT_BODY_CHUNK);
+	commit(w);
+	expect_none(&r1);
+	/* and what comes twice is cut at another place */
+	send_body(w, 1, "u", text, size, 0, half);
+	send_body(w, 1, "u", text, size, 0, CRDT_BODY_CHUNK);
+	send_body(w, 1, "u", text, size, half, CRDT_BODY_CHUNK);
+	send_body(w, 1, "u", text, size, half + CRDT_BODY_CHUNK, CRDT_BODY_CHUNK);
+	send_body(w, 1, "u", text, size, half + 2 * CRDT_BODY_CHUNK, half);
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	free(text);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
 static void test_orphan_goes(void **state)
 {
 	struct world *w = *state;
@@ -1492,6 +1688,7 @@ int main(void)
 		T(test_refused_op), T(test_newer_connection_counts), T(test_restart_keeps_all),
 		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_empty_body),
 		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_orphan_goes),
+		T(test_texts_of_one_user), T(test_unreadable_mails), T(test_silent_peer), T(test_late_pieces),
 		T(test_window), T(test_refused_sends), T(test_trim_and_reset), T(test_stable_and_collect),
 		T(test_collection_resumes), T(test_stable_after_feed),
 		T(test_stable_after_own_ops), T(test_stable_of_older_build),

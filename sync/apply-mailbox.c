@@ -56,13 +56,16 @@ static bool dir_is_empty(const char *path)
 	return d == NULL;
 }
 
-static bool guid_is_free(struct worker_user *user, const struct crdt_id *id)
+/* No other mailbox has it. */
+static bool guid_is_free(struct worker_user *user, struct mailbox *box, const struct crdt_id *id)
 {
-	struct ms_mailbox other = { .guid = *id };
-	struct mailbox *box;
+	struct ms_mailbox msbox = { .guid = *id };
+	struct mailbox *found;
 	const char *error;
+	int ret = worker_box_open(user, &user->source, &msbox, &found, &error);
 
-	return worker_box_open(user, &user->source, &other, &box, &error) == MS_GONE;
+	return ret == MS_GONE ||
+		(ret == MS_OK && found->list == box->list && strcmp(found->vname, box->vname) == 0);
 }
 
 static void create_update(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
@@ -72,7 +75,7 @@ static void create_update(struct worker_user *user, struct mailbox *box, const s
 	update_r->uid_validity = req->box.uidvalidity;
 	update_r->min_next_uid = I_MAX(req->uidnext, 1);
 	/* INBOX has one id for all users: its GUID has to be another one each */
-	if (!box->inbox_user && guid_is_free(user, &req->box.guid))
+	if (!box->inbox_user && guid_is_free(user, box, &req->box.guid))
 		memcpy(update_r->mailbox_guid, req->box.guid.b, sizeof(update_r->mailbox_guid));
 	else
 		guid_128_generate(update_r->mailbox_guid);

@@ -54,7 +54,6 @@ struct crdt_journal {
 	uint64_t end_truncations;
 	bool end_known;
 	/* crdt_journal_reserve(): blocks up to here, as of this file size */
-	off_t reserved, reserved_from;
 	/* Where crdt_journal_read() stopped, a hint that is checked. */
 	uint64_t read_seq;
 	off_t read_offset;

@@ -47,7 +47,6 @@ static void close_fd(struct crdt_journal *j)
 	j->fd = -1;
 	j->end_known = false;
 	j->read_seq = 0;
-	j->reserved = 0;
 }
 
 static int read_boot_id(char out[CRDT_JOURNAL_BOOT_SIZE], const char **error_r)
@@ -337,8 +336,10 @@ static int begin_origin(struct crdt_journal *j, const struct ident *id, const st
 		next.closed = id->closed;
 		if (j->info.next_seq > 1 &&
 		    !crdt_vv_raise(&next.closed, id->origin, j->info.next_seq - 1)) {
-			journal_temp_abort(j, fd);
-			return journal_fail(error_r, "%s: too many earlier journals", j->path);
+			/* It orders the files that were set aside: so many boots
+			 * later there are none of the old ones. */
+			crdt_vv_init(&next.closed);
+			(void)crdt_vv_raise(&next.closed, id->origin, j->info.next_seq - 1);
 		}
 		copy.seen = c->seen;
 		copy.uidvalidity_high = c->uidvalidity_high;
@@ -650,11 +651,16 @@ int crdt_journal_reserve(struct crdt_journal *j, size_t bytes, const char **erro
 	struct stat st;
 	off_t end;
 
+	if (j->fd == -1) {
+		/* a lock has failed */
+		if (crdt_journal_lock(j, error_r) < 0)
+			return -1;
+		crdt_journal_unlock(j);
+	}
 	if (fstat(j->fd, &st) < 0)
 		return journal_fail_errno(error_r, "fstat", j->path);
 	end = st.st_size + (off_t)bytes;
-	/* What is reserved is lost when somebody shortens the file: sizes tell. */
-	if (end <= j->reserved && st.st_size >= j->reserved_from)
+	if ((off_t)st.st_blocks * 512 >= end)
 		return 0;
 	end = (end + RESERVE_UNIT - 1) / RESERVE_UNIT * RESERVE_UNIT;
 	while (fallocate(j->fd, FALLOC_FL_KEEP_SIZE, st.st_size, end - st.st_size) < 0) {
@@ -664,8 +670,6 @@ int crdt_journal_reserve(struct crdt_journal *j, size_t bytes, const char **erro
 			break;	/* NFS: the append will tell */
 		return journal_fail_errno(error_r, "fallocate", j->path);
 	}
-	j->reserved = end;
-	j->reserved_from = st.st_size;
 	return 0;
 }
 

@@ -381,27 +381,14 @@ static void delete_failed(struct crdt_mailbox *cbox, const struct crdt_vv *seen,
 {
 	if (array_is_created(&cbox->deleting.uids))
 		(void)crdt_messages_record_expunges(cbox, &cbox->deleting.uids, seen, uidvalidity);
-	crdt_record_abort(cbox->cuser, &cbox->deleting.record, 1);
-}
-
-/* Gone without its index having been marked: a symlink, or another plugin has
- * marked it before we were called. */
-static void delete_record_late(struct crdt_mailbox *cbox, const struct crdt_jrec *rec)
-{
-	struct crdt_jrec copy = *rec;
-	struct crdt_dot last;
-	const char *error;
-
-	if (crdt_record(cbox->cuser, &copy, 1, &last, &error) < 0)
-		e_error(cbox->box->event, "crdt: Deletion isn't recorded: %s", error);
 }
 
 /*
- * The DELETE record is written when Dovecot marks the index as deleted, under its
- * lock (crdt-messages.c): from there on no other session can change the mailbox,
- * and only one of several that delete it gets there.  Killed before it: nothing
- * was deleted but mails, which absence does not delete elsewhere (I9).  Killed
- * after it: the mailbox is deleted elsewhere, an empty one is left here.
+ * The DELETE record is written when the mailbox is gone: until then Dovecot may
+ * find that it is not empty and keep it.  The list is locked, so nobody has made
+ * another one of that name, and crdt-worker, which looks with the list locked too,
+ * does not take it for lost.  Killed before the record: absence is no delete (I9),
+ * the mailbox comes back.
  */
 static int crdt_mailbox_delete(struct mailbox *box)
 {
@@ -410,6 +397,8 @@ static int crdt_mailbox_delete(struct mailbox *box)
 	struct crdt_mailbox_ext ext;
 	struct crdt_jrec rec;
 	struct crdt_vv seen;
+	struct crdt_dot last;
+	const char *error;
 	bool unlock;
 	int ret;
 
@@ -438,11 +427,12 @@ static int crdt_mailbox_delete(struct mailbox *box)
 		mail_storage_last_error_push(box->storage);
 		delete_failed(cbox, &seen, rec.uidvalidity);
 		mail_storage_last_error_pop(box->storage);
-	} else if (cbox->deleting.record.seq == 0) {
+	} else {
 		rec.kind = CRDT_JREC_DELETE;
 		rec.path = crdt_str(path);
 		rec.seen = cbox->deleting.seen_known ? seen : ext.seen;
-		delete_record_late(cbox, &rec);
+		if (crdt_record(cbox->cuser, &rec, 1, &last, &error) < 0)
+			e_error(box->event, "crdt: Deletion isn't recorded: %s", error);
 	}
 	i_zero(&cbox->deleting);
 	guid_128_empty(cbox->guid);
@@ -565,12 +555,12 @@ static int crdt_mailbox_transaction_commit(struct mailbox_transaction_context *t
 
 static bool is_recorded(struct mailbox *box)
 {
-	static const char *const others[] = { "virtual", "raw", "shared", "fail", NULL };
+	static const char *const formats[] = { "maildir", "sdbox", "mdbox", NULL };
 	struct mail_namespace *ns = mailbox_get_namespace(box);
 
 	/* Shared and public mailboxes belong to somebody else's journal. */
 	return ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
-		!str_array_find(others, box->storage->name);
+		str_array_find(formats, box->storage->name);
 }
 
 void crdt_mailbox_allocated(struct mailbox *box)

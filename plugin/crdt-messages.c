@@ -13,6 +13,7 @@
  * that were recorded when they were made.
  */
 #include "crdt-private.h"
+#include "sort.h"
 #include "module-context.h"
 #include "mail-index-private.h"
 #include "mail-index-transaction-private.h"
@@ -169,11 +170,42 @@ uid_ranges(const uint32_t *uids, unsigned int n, uint16_t *n_r)
 	return ranges;
 }
 
+struct appended {
+	uint32_t uid;
+	unsigned int idx;		/* in the transaction's appends */
+};
+
+static int appended_cmp(const struct appended *a, const struct appended *b)
+{
+	return a->uid < b->uid ? -1 : a->uid > b->uid ? 1 : 0;
+}
+
+/* The new mails by UID: a rebuild of an sdbox index finds them in any order. */
+static struct appended *appends_sorted(struct mail_index_transaction *t, unsigned int *count_r)
+{
+	const struct mail_index_record *recs;
+	struct appended *sorted;
+	unsigned int i, count, n = 0;
+
+	recs = array_get(&t->appends, &count);
+	sorted = t_new(struct appended, count + 1);
+	for (i = 0; i < count; i++) {
+		if (recs[i].uid != 0) {
+			sorted[n].uid = recs[i].uid;
+			sorted[n++].idx = i;
+		}
+	}
+	i_qsort(sorted, n, sizeof(*sorted), appended_cmp);
+	*count_r = n;
+	return sorted;
+}
+
 static void build_appends(struct records *r, struct mail_index_transaction *t,
 			  const struct crdt_vv *seen)
 {
 	const struct mail_index_transaction_keyword_update *kw_updates = NULL;
 	const struct mail_index_record *recs;
+	const struct appended *sorted;
 	struct crdt_jrec *rec = NULL;
 	struct crdt_jrec_mail *mail;
 	ARRAY_TYPE(uint32_t) kw;
@@ -181,17 +213,18 @@ static void build_appends(struct records *r, struct mail_index_transaction *t,
 
 	if (!array_is_created(&t->appends))
 		return;
-	recs = array_get(&t->appends, &count);
+	recs = array_front(&t->appends);
+	sorted = appends_sorted(t, &count);
 	if (array_is_created(&t->keyword_updates))
 		kw_updates = array_get(&t->keyword_updates, &kw_count);
 	t_array_init(&kw, 8);
 	for (i = 0; i < count; i++) {
-		if (recs[i].uid == 0)
-			continue;
+		const struct mail_index_record *idx_rec = &recs[sorted[i].idx];
+
 		array_clear(&kw);
 		for (k = 0; k < kw_count; k++) {
 			if (array_is_created(&kw_updates[k].add_seq) &&
-			    seq_range_exists(&kw_updates[k].add_seq, t->first_new_seq + i))
+			    seq_range_exists(&kw_updates[k].add_seq, t->first_new_seq + sorted[i].idx))
 				array_push_back(&kw, &k);
 		}
 		if (rec == NULL || rec->mails_n == CRDT_OP_MAILS_MAX ||
@@ -201,8 +234,8 @@ static void build_appends(struct records *r, struct mail_index_transaction *t,
 			keywords = 0;
 		}
 		mail = &rec->mails[rec->mails_n++];
-		mail->uid = recs[i].uid;
-		mail->flags = recs[i].flags & CRDT_FLAGS_ALL;
+		mail->uid = idx_rec->uid;
+		mail->flags = idx_rec->flags & CRDT_FLAGS_ALL;
 		if (array_count(&kw) > 0) {
 			mail->keywords = keyword_names(t->view->index, array_front(&kw),
 						       array_count(&kw), &mail->keywords_n);
@@ -446,22 +479,6 @@ static void note_deleted_mails(struct crdt_mailbox *cbox, struct mail_index_tran
 	}
 }
 
-static void build_delete(struct records *r, struct crdt_mailbox *cbox, const struct crdt_vv *seen)
-{
-	const char *path = crdt_path(cbox->box);
-	struct crdt_jrec *rec;
-
-	if (path == NULL)
-		return;
-	if (!cbox->deleting.seen_known) {
-		*cbox->deleting.seen = *seen;
-		cbox->deleting.seen_known = TRUE;
-	}
-	rec = record_new(r, CRDT_JREC_DELETE, cbox->deleting.seen);
-	rec->path = crdt_str(path);
-	rec->uidnext = cbox->box->index->map->hdr.next_uid;
-}
-
 /* Appends, then flags, then expunges. */
 static void build_own(struct records *r, struct crdt_mailbox *cbox, struct mail_index_transaction *t,
 		      const struct crdt_vv *seen)
@@ -490,20 +507,12 @@ static bool is_sync(struct mail_index_transaction *t)
 	return MAIL_STORAGE_CONTEXT(t) == NULL;
 }
 
-/* The point of no return of a deletion (the syncs that follow say it again). */
-static bool is_deletion(struct crdt_mailbox *cbox, struct mail_index_transaction *t)
-{
-	return t->sync_transaction && t->index_deleted && cbox->deleting.seen != NULL && cbox->deleting.record.seq == 0;
-}
-
-static bool may_have_records(struct crdt_mailbox *cbox, struct mail_index_transaction *t)
+static bool may_have_records(struct mail_index_transaction *t)
 {
 	if (array_is_created(&t->appends))
 		return TRUE;
-	if (is_sync(t))
-		return is_deletion(cbox, t);
-	return array_is_created(&t->updates) || array_is_created(&t->keyword_updates) ||
-		array_is_created(&t->expunges);
+	return !is_sync(t) && (array_is_created(&t->updates) || array_is_created(&t->keyword_updates) ||
+			       array_is_created(&t->expunges));
 }
 
 static uint32_t get_uidvalidity(struct mail_index_transaction *t)
@@ -545,13 +554,10 @@ static int record_transaction(struct crdt_mailbox *cbox, struct mail_index_trans
 		return -1;
 	}
 	crdt_index_read_ext(cbox, &ext);
-	if (!is_sync(t)) {
-		build_own(&r, cbox, t, &ext.seen);
-	} else {
+	if (is_sync(t))
 		build_appends(&r, t, &ext.seen);
-		if (is_deletion(cbox, t))
-			build_delete(&r, cbox, &ext.seen);
-	}
+	else
+		build_own(&r, cbox, t, &ext.seen);
 	*n_r = array_count(&r.recs);
 	if (*n_r == 0)
 		return 0;
@@ -562,8 +568,6 @@ static int record_transaction(struct crdt_mailbox *cbox, struct mail_index_trans
 		errno = old_errno;
 		return -1;
 	}
-	if (is_deletion(cbox, t))
-		cbox->deleting.record = *last_r;
 	crdt_index_write_stamp(cbox, t, last_r);
 	return 1;
 }
@@ -603,7 +607,7 @@ crdt_index_transaction_commit(struct mail_index_transaction *t,
 	/* The mailbox object is looked up now: several share an index, and the
 	 * one that was found when the transaction began may be gone. */
 	cbox = mt != NULL ? crdt_mailbox_get(mt->box) : crdt_mailbox_find_index(index);
-	if (cbox == NULL || !cbox->ext_registered || !may_have_records(cbox, t) ||
+	if (cbox == NULL || !cbox->ext_registered || !may_have_records(t) ||
 	    MAIL_INDEX_IS_IN_MEMORY(index))
 		return super.commit(t, result_r);
 
@@ -638,9 +642,7 @@ crdt_index_transaction_commit(struct mail_index_transaction *t,
 	} T_END;
 	if (unlock)
 		crdt_index_unlock(index);
-	/* a deletion is not over yet: crdt_mailbox_delete() does it */
-	if (cbox->deleting.record.seq == 0)
-		crdt_record_finish(cuser);
+	crdt_record_finish(cuser);
 	return ret;
 }
 

@@ -65,7 +65,6 @@ struct crdt_mailbox {
 		bool seen_known;
 		struct crdt_vv *seen;		/* what it had seen when its mails went */
 		ARRAY_TYPE(seq_range) uids;	/* expunged for it, not recorded */
-		struct crdt_dot record;		/* the DELETE; seq 0: none yet */
 	} deleting;
 };
 

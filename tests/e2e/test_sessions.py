@@ -315,6 +315,17 @@ def test_doveadm(any_cluster, user):
     assert agreed(any_cluster, user).mails() == {"INBOX": []}
 
 
+def test_delete_of_what_is_not_empty(any_cluster, user):
+    """`doveadm expunge -d` deletes a mailbox only if nothing is left in it."""
+    with Client.login(any_cluster, "w1", user) as client:
+        client.do("create f", "append f m", "append f n", r"store f m +\Flagged")
+        any_cluster.wait()
+        any_cluster.doveadm("w1", "expunge", "-d", "-u", user, "mailbox", "f", "flagged")
+    assert agreed(any_cluster, user).mails() == {"INBOX": [], "f": ["n"]}
+    any_cluster.doveadm("w2", "expunge", "-d", "-u", user, "mailbox", "f", "all")
+    assert agreed(any_cluster, user).mails() == {"INBOX": []}
+
+
 def test_keywords(any_cluster, user):
     names = [f"$key-{i}" for i in range(40)]
     with Client.login(any_cluster, "w1", user) as client:

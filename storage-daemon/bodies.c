@@ -17,6 +17,7 @@
  */
 #include "hub-private.h"
 
+#include <inttypes.h>
 #include <openssl/evp.h>
 #include <search.h>
 
@@ -407,11 +408,12 @@ static void in_discard(struct hub *h, struct body_in *in)
 	in_free(h, in);
 }
 
-static struct body_in *in_new(struct hub *h, const struct hub_user *user, const struct body_key *key)
+static struct body_in *in_new(struct hub *h, const struct hub_user *user, const struct body_key *key, uint64_t size)
 {
 	struct body_in *in = hub_alloc(sizeof(*in));
 
 	in->key = *key;
+	in->size = size;
 	in->user = *user;
 	in->sha = EVP_MD_CTX_new();
 	if (in->sha == NULL || EVP_DigestInit_ex(in->sha, EVP_sha256(), NULL) != 1)
@@ -434,7 +436,7 @@ static void in_ask(struct body_in *in)
 	hub_conn_send(in->from, &f);
 }
 
-static void request(struct hub_conn *c, const struct hub_user *user, const struct crdt_content *content, bool handed)
+static void request(struct hub_conn *c, const struct hub_user *user, const struct body_text *text, bool handed)
 {
 	struct body_want *w = hub_alloc(sizeof(*w));
 	struct body_queue *q = queue_find(c, user->id);
@@ -444,7 +446,7 @@ static void request(struct hub_conn *c, const struct hub_user *user, const struc
 		q->user = *user;
 		queue_append(c, q);
 	}
-	w->content = *content;
+	w->text = *text;
 	w->handed = handed;
 	if (q->wants == NULL)
 		q->wants = w;
@@ -453,22 +455,28 @@ static void request(struct hub_conn *c, const struct hub_user *user, const struc
 	q->tail = w;
 }
 
-void bodies_request(struct hub_conn *c, const struct hub_user *user, const struct crdt_content *content)
+void bodies_request(struct hub_conn *c, const struct hub_user *user, const struct body_text *text)
 {
-	request(c, user, content, false);
+	request(c, user, text, false);
 }
 
 static void in_start(struct hub_conn *c, struct body_queue *q, const struct body_want *w)
 {
-	struct body_key key = body_key(q->user.id, &w->content);
+	struct body_key key = body_key(q->user.id, &w->text.content);
 	struct body_in *in = in_find(c->h, &key);
+	bool faulty = in != NULL && in->faulty;
 
 	if (bodies_present(hub_txn(c->h), key.user, &key.content))
 		return;		/* came meanwhile */
 	if (in != NULL && in->from != NULL)
 		return;		/* comes; if another one does not go on sending it: in_ended() */
+	if (in != NULL && in->size != w->text.size) {
+		in_discard(c->h, in);	/* which op is right nobody knows */
+		in = NULL;
+	}
 	if (in == NULL)
-		in = in_new(c->h, &q->user, &key);
+		in = in_new(c->h, &q->user, &key, w->text.size);
+	in->faulty = faulty;
 	in->from = c;
 	in->granted = in->received;
 	in->overtaken = 0;
@@ -496,11 +504,12 @@ void bodies_pump_in(struct hub_conn *c)
 static bool in_ask_others(struct hub *h, const struct hub_user *user, const struct body_key *key,
 			  const struct hub_conn *except)
 {
+	struct body_text text = { key->content, 0 };
 	struct hub_conn *c;
 
 	for (c = h->conns; c != NULL; c = c->next) {
-		if (c != except && c->ready && ingest_held_names(c, key)) {
-			request(c, user, &key->content, true);
+		if (c != except && c->ready && ingest_held_names(c, key, &text.size)) {
+			request(c, user, &text, true);
 			return true;
 		}
 	}
@@ -510,6 +519,7 @@ static bool in_ask_others(struct hub *h, const struct hub_user *user, const stru
 /* It stands still: another one's turn, or the same one's later. */
 static void in_overtaken(struct hub *h, struct body_in *in)
 {
+	struct body_text text = { in->key.content, in->size };
 	struct body_key key = in->key;
 	struct hub_user user = in->user;
 	struct hub_conn *from = in->from;
@@ -518,7 +528,7 @@ static void in_overtaken(struct hub *h, struct body_in *in)
 	if (in->received == 0)
 		in_free(h, in);
 	if (!in_ask_others(h, &user, &key, from))
-		bodies_request(from, &user, &key.content);
+		bodies_request(from, &user, &text);
 }
 
 /* A transfer of the connection came to its end: those of it, and those that it
@@ -529,7 +539,7 @@ static void in_ended(struct hub_conn *c)
 
 	for (in = c->h->ins; in != NULL; in = next) {
 		next = in->next;
-		if (in->from != NULL && (in->from == c || ingest_held_names(c, &in->key)) &&
+		if (in->from != NULL && (in->from == c || ingest_held_names(c, &in->key, NULL)) &&
 		    ++in->overtaken >= HUB_IN_OVERTAKEN)
 			in_overtaken(c->h, in);
 	}
@@ -598,16 +608,32 @@ static void in_bad(struct hub_conn *c, struct body_in *in)
 	(void)in_ask_others(c->h, &user, &key, c);
 }
 
+/* It is no answer: a worker that is out of order must not end a text's life.  As
+ * if nothing had come; but if another one has it there is no need to wait. */
+static void in_faulty(struct hub_conn *c, struct body_in *in, uint64_t size)
+{
+	bool first = !in->faulty;
+
+	hub_log(c->h, 0, "peer %s: sent a mail's text of user %s with %"PRIu64" bytes, its op says %"PRIu64": passed over, "
+		"and asked for again later: content id %s", c->peer->conf.name, in->user.name, size, in->size,
+		hub_content_hex(&in->key.content));
+	in->faulty = true;
+	if (first && in_ask_others(c->h, &in->user, &in->key, c))
+		in_release(in);
+}
+
 static void in_piece(struct hub_conn *c, struct body_in *in, const struct crdt_frame *f)
 {
 	struct body_key key = in->key;
 	uint64_t end = f->offset + f->data.n, known;
 
-	if (in->received == 0)
-		in->size = f->size;
-	if (f->size != in->size || (f->data.n < HUB_IN_PIECE_MIN && end < f->size)) {
-		hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent a piece that does not belong to the one before it, of a "
-			      "text of user %s", in->user.name);
+	if (f->size != in->size) {
+		in_faulty(c, in, f->size);
+		return;
+	}
+	if (f->data.n < HUB_IN_PIECE_MIN && end < f->size) {
+		hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent a small piece that is not the last, of a text of user %s",
+			      in->user.name);
 		return;
 	}
 	if (f->offset > in->received)
@@ -938,7 +964,7 @@ static void queues_drop(struct hub_conn *c)
 		c->queues = q->next;
 		while ((w = q->wants) != NULL) {
 			q->wants = w->next;
-			key = body_key(q->user.id, &w->content);
+			key = body_key(q->user.id, &w->text.content);
 			if (w->handed)
 				(void)in_ask_others(c->h, &q->user, &key, c);
 			free(w);

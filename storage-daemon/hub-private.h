@@ -59,12 +59,15 @@ struct hub_peer {
 	bool cursor_dirty;		/* not in META yet */
 };
 
+/* As an op names it. */
+struct body_text { struct crdt_content content; uint64_t size; };
+
 /* ---- ingest ---- */
 struct held_op {
 	struct held_op *next;
 	struct crdt_dot dot;
 	size_t missing_n;
-	struct crdt_content *missing;
+	struct body_text *missing;
 	size_t n;
 	uint8_t bytes[];
 };
@@ -79,7 +82,7 @@ struct hub_touched { uint64_t user; crdt_origin origin; };	/* to be acknowledged
 struct body_key { uint64_t user; struct crdt_content content; };
 struct body_want {
 	struct body_want *next;
-	struct crdt_content content;
+	struct body_text text;
 	bool handed;			/* another connection did not send it */
 };
 struct body_queue {			/* a user's texts that a connection is to send */
@@ -93,8 +96,9 @@ struct body_in {			/* a text that arrives */
 	struct body_key key;
 	struct hub_user user;
 	struct hub_conn *from;		/* NULL: interrupted */
-	uint64_t size, received, granted;	/* size: known with the first piece */
+	uint64_t size, received, granted;	/* size: as the op says for which it is asked */
 	unsigned int overtaken;		/* transfers that ended since a piece of this one came */
+	bool faulty;			/* a piece of a text of another size came */
 	struct crdt_buf piece;		/* received and not yet a whole chunk */
 	bool marked;			/* pieces and their META row are in the store */
 	void *sha;			/* EVP_MD_CTX */
@@ -216,7 +220,8 @@ void ingest_ops(struct hub_conn *c, const struct crdt_frame *f);
 /* A text is here, or (none) that connection does not have it: goes on with what waited. */
 void ingest_body_arrived(struct hub *h, const struct body_key *key);
 void ingest_body_none(struct hub_conn *c, const struct body_key *key);
-bool ingest_held_names(struct hub_conn *c, const struct body_key *key);
+/* Whether an op that waits names it; with which size (if not NULL). */
+bool ingest_held_names(struct hub_conn *c, const struct body_key *key, uint64_t *size_r);
 size_t ingest_held_count(struct hub *h, uint64_t user);
 /* After the commit: ACK what was touched. */
 void ingest_ack(struct hub_conn *c);
@@ -231,7 +236,7 @@ bool ingest_background(struct hub *h);
 void bodies_init(struct hub *h);
 void bodies_deinit(struct hub *h);
 bool bodies_present(struct store_txn *t, uint64_t user, const struct crdt_content *c);
-void bodies_request(struct hub_conn *c, const struct hub_user *user, const struct crdt_content *content);
+void bodies_request(struct hub_conn *c, const struct hub_user *user, const struct body_text *text);
 void bodies_on_body(struct hub_conn *c, const struct crdt_frame *f);
 void bodies_on_none(struct hub_conn *c, const struct crdt_frame *f);
 void bodies_on_want(struct hub_conn *c, const struct crdt_frame *f);

@@ -302,7 +302,7 @@ static bool held_has(const struct held_user *hu, struct crdt_dot dot)
 }
 
 static void held_add(struct hub_conn *c, const struct hub_user *user, const struct crdt_op *op,
-		     const uint8_t *p, size_t n, const struct crdt_content *missing, size_t missing_n)
+		     const uint8_t *p, size_t n, const struct body_text *missing, size_t missing_n)
 {
 	struct held_user *hu = held_find(c, user->id);
 	struct held_op *ho = hub_alloc(sizeof(*ho) + n);
@@ -357,7 +357,7 @@ static bool held_op_found(struct held_op *ho, const struct crdt_content *content
 	bool found = false;
 
 	for (i = 0; i < ho->missing_n; ) {
-		if (memcmp(&ho->missing[i], content, sizeof(*content)) == 0) {
+		if (memcmp(&ho->missing[i].content, content, sizeof(*content)) == 0) {
 			ho->missing[i] = ho->missing[--ho->missing_n];
 			found = true;
 		} else {
@@ -398,7 +398,7 @@ void ingest_body_none(struct hub_conn *c, const struct body_key *key)
 	held_resolve(c, key, true);
 }
 
-bool ingest_held_names(struct hub_conn *c, const struct body_key *key)
+bool ingest_held_names(struct hub_conn *c, const struct body_key *key, uint64_t *size_r)
 {
 	struct held_user *hu = held_find(c, key->user);
 	const struct held_op *ho;
@@ -406,8 +406,11 @@ bool ingest_held_names(struct hub_conn *c, const struct body_key *key)
 
 	for (ho = hu == NULL ? NULL : hu->head; ho != NULL; ho = ho->next) {
 		for (i = 0; i < ho->missing_n; i++) {
-			if (memcmp(&ho->missing[i], &key->content, sizeof(key->content)) == 0)
-				return true;
+			if (memcmp(&ho->missing[i].content, &key->content, sizeof(key->content)) != 0)
+				continue;
+			if (size_r != NULL)
+				*size_r = ho->missing[i].size;
+			return true;
 		}
 	}
 	return false;
@@ -461,7 +464,7 @@ static bool ops_allowed(struct hub_conn *c, const struct crdt_frame *f)
 
 /* The texts that an op needs and that are not here. */
 static size_t find_missing(struct hub *h, const struct hub_user *user, const struct crdt_op *op,
-			   struct crdt_content *missing)
+			   struct body_text *missing)
 {
 	size_t n = 0;
 	unsigned int i;
@@ -471,7 +474,7 @@ static size_t find_missing(struct hub *h, const struct hub_user *user, const str
 	for (i = 0; i < op->mails_n; i++) {
 		if (op->mails[i].size <= CRDT_BODY_SIZE_MAX &&
 		    !bodies_present(hub_txn(h), user->id, &op->mails[i].content))
-			missing[n++] = op->mails[i].content;
+			missing[n++] = (struct body_text){ op->mails[i].content, op->mails[i].size };
 	}
 	return n;
 }
@@ -479,7 +482,7 @@ static size_t find_missing(struct hub *h, const struct hub_user *user, const str
 static void ingest_op(struct hub_conn *c, const struct hub_user *user, const struct crdt_op *op,
 		      const uint8_t *p, size_t n)
 {
-	struct crdt_content missing[CRDT_OP_MAILS_MAX];
+	struct body_text missing[CRDT_OP_MAILS_MAX];
 	struct held_user *hu = held_find(c, user->id);
 	size_t missing_n;
 

@@ -884,11 +884,11 @@ static void test_body_rides_in(void **state)
 	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 2);
 	expect_none(&r1);
 	/* one that is not what it says is asked for, and then taken as missing */
-	struct crdt_frame f = { .type = CRDT_FRAME_BODY, .size = 5 };
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY, .size = 6 };
 	f.user = str("u");
 	content_of(bad, sizeof(bad), &f.content);
 	f.data.p = (const uint8_t *)"wrong";
-	f.data.n = 5;
+	f.data.n = 6;
 	frame(w, CONN1, "w1", &f);
 	send_op(w, 1, "u", op_add(ORIGIN1, 3, "g2", bad, sizeof(bad)));
 	commit(w);
@@ -919,6 +919,54 @@ static void test_body_none(void **state)
 	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 3);
 	assert_non_null(strstr(w->log, "2 peer w1: op 0100000000111111:2 of user u comes without the mail's text"));
 	reader_free(&r1);
+}
+
+/* A text of another length than its mail's is no answer. */
+static void test_body_of_another_size(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY };
+	static const char text[] = "a mail";
+
+	f.user = str("u");
+	content_of(text, sizeof(text), &f.content);
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_op(w, 1, "u", op_add(ORIGIN1, 1, "g1", text, sizeof(text)));
+	commit(w);
+	expect(&r1, CRDT_FRAME_BODY_WANT);
+	frame(w, CONN1, "w1", &f);
+	commit(w);
+	expect_none(&r1);	/* and it is not asked again at once: the same would come */
+	assert_true(status_has(w, false, "held=1"));
+	assert_non_null(strstr(w->log, "0 peer w1: sent a mail's text of user u with 0 bytes, its op says 7"));
+	send_body(w, 1, "u", text, sizeof(text), 0, sizeof(text));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	/* another one that has it is asked; but the two are not asked in turn for ever */
+	sent_drop(w);
+	f.user = str("v");
+	send_op(w, 1, "v", op_add(ORIGIN1, 1, "g1", text, sizeof(text)));
+	commit(w);
+	expect(&r1, CRDT_FRAME_BODY_WANT);
+	send_op(w, 2, "v", op_add(ORIGIN2, 1, "g2", text, sizeof(text)));
+	frame(w, CONN1, "w1", &f);
+	commit(w);
+	expect(&r2, CRDT_FRAME_BODY_WANT);
+	frame(w, CONN2, "w2", &f);
+	commit(w);
+	frame(w, CONN1, "w1", &f);
+	commit(w);
+	expect_none(&r1);
+	expect_none(&r2);
+	send_body(w, 2, "v", text, sizeof(text), 0, sizeof(text));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	assert_int_equal(expect(&r2, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	reader_free(&r1);
+	reader_free(&r2);
+	sent_drop(w);
 }
 
 static void test_empty_body(void **state)
@@ -1686,7 +1734,7 @@ int main(void)
 		T(test_peer_removed), T(test_ack_and_feed), T(test_status_text), T(test_gap_and_buffer), T(test_unknown_kind),
 		T(test_background_merge_is_synced),
 		T(test_refused_op), T(test_newer_connection_counts), T(test_restart_keeps_all),
-		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_empty_body),
+		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_body_of_another_size), T(test_empty_body),
 		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_orphan_goes),
 		T(test_texts_of_one_user), T(test_unreadable_mails), T(test_silent_peer), T(test_late_pieces),
 		T(test_window), T(test_refused_sends), T(test_trim_and_reset), T(test_stable_and_collect),

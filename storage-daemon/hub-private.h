@@ -98,6 +98,8 @@ struct body_in {			/* a text that arrives */
 	struct hub_conn *from;		/* NULL: interrupted */
 	uint64_t size, received, granted;	/* size: as the op says for which it is asked */
 	unsigned int overtaken;		/* transfers that ended since a piece of this one came */
+	uint64_t giver;			/* connection that sent its beginning */
+	bool mixed;			/* the rest, or a part, is of others */
 	bool faulty;			/* a piece of a text of another size came */
 	struct crdt_buf piece;		/* received and not yet a whole chunk */
 	bool marked;			/* pieces and their META row are in the store */

@@ -1143,6 +1143,100 @@ static void test_body_from_another(void **state)
 	reader_free(&r2);
 }
 
+/* What one sends wrong is not put down to who sends the rest. */
+static void test_wrong_beginning(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	size_t size = CRDT_BODY_CHUNK + 10000, at;
+	uint8_t *text = malloc(size), *wrong = malloc(size);
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY, .size = size };
+	struct crdt_content c;
+
+	memset(text, 'x', size);
+	memset(wrong, 'y', size);
+	content_of(text, size, &c);
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", text, size));
+	commit(w);
+	send_op(w, 2, "u", op_add(ORIGIN2, 1, "g2", text, size));
+	commit(w);
+	f.user = str("u");
+	f.content = c;
+	f.data.p = wrong;
+	f.data.n = CRDT_BODY_CHUNK;
+	frame(w, CONN1, "w1", &f);
+	commit(w);
+	sent_drop(w);
+	hub_disconnected(w->h, CONN1);
+	commit(w);
+	assert_int_equal(expect(&r2, CRDT_FRAME_BODY_WANT)->offset, CRDT_BODY_CHUNK);
+	send_body(w, 2, "u", text, size, CRDT_BODY_CHUNK, 10000);
+	commit(w);
+	assert_int_equal(expect(&r2, CRDT_FRAME_BODY_WANT)->offset, 0);
+	assert_null(strstr(w->log, "was the mail file changed"));
+	send_body(w, 2, "u", text, size, 0, CRDT_BODY_CHUNK);
+	send_body(w, 2, "u", text, size, CRDT_BODY_CHUNK, 10000);
+	commit(w);
+	assert_int_equal(expect(&r2, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	send_want(w, 2, "u", &c, 0);
+	commit(w);
+	for (at = 0; at < size; at += r2.f.data.n) {
+		expect(&r2, CRDT_FRAME_BODY);
+		assert_memory_equal(r2.f.data.p, text + at, r2.f.data.n);
+	}
+	free(text);
+	free(wrong);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+/* An op that says another size: what came for it is of no use for others. */
+static void test_wrong_size_before(void **state)
+{
+	struct world *w = *state;
+	struct reader r2 = { .w = w, .conn = CONN2 };
+	size_t size = 2 * CRDT_BODY_CHUNK;
+	uint8_t *text = malloc(size);
+	struct crdt_op_folder folder = { .id = crdt_inbox_id };
+	struct crdt_op_mail mail = { .size = size + 5, .received = 1000 };
+	struct crdt_op op;
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY, .size = size + 5 };
+
+	memset(text, 'x', size);
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	op_begin(&op, ORIGIN1, 1, CRDT_OP_ADD);
+	mail.guid = str("g1");
+	content_of(text, size, &mail.content);
+	op.folders = &folder;
+	op.folders_n = 1;
+	op.mails = &mail;
+	op.mails_n = 1;
+	send_op(w, 1, "u", op_end(&op));
+	commit(w);
+	send_op(w, 2, "u", op_add(ORIGIN2, 1, "g2", text, size));
+	f.user = str("u");
+	f.content = mail.content;
+	f.data.p = text;
+	f.data.n = CRDT_BODY_CHUNK;
+	frame(w, CONN1, "w1", &f);
+	commit(w);
+	hub_disconnected(w->h, CONN1);
+	commit(w);
+	assert_int_equal(expect(&r2, CRDT_FRAME_BODY_WANT)->offset, 0);
+	send_body(w, 2, "u", text, size, 0, CRDT_BODY_CHUNK);
+	send_body(w, 2, "u", text, size, CRDT_BODY_CHUNK, CRDT_BODY_CHUNK);
+	commit(w);
+	assert_int_equal(expect(&r2, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	assert_null(strstr(w->log, "0 peer w2"));
+	free(text);
+	sent_drop(w);
+	reader_free(&r2);
+}
+
 /* Mails with texts of their own, by number. */
 static void send_add(struct world *w, unsigned int n, const char *user, uint64_t seq, unsigned int mail)
 {
@@ -1735,7 +1829,7 @@ int main(void)
 		T(test_background_merge_is_synced),
 		T(test_refused_op), T(test_newer_connection_counts), T(test_restart_keeps_all),
 		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_body_of_another_size), T(test_empty_body),
-		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_orphan_goes),
+		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_wrong_beginning), T(test_wrong_size_before), T(test_orphan_goes),
 		T(test_texts_of_one_user), T(test_unreadable_mails), T(test_silent_peer), T(test_late_pieces),
 		T(test_window), T(test_refused_sends), T(test_trim_and_reset), T(test_stable_and_collect),
 		T(test_collection_resumes), T(test_stable_after_feed),

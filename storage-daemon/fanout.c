@@ -266,7 +266,14 @@ static bool feeder_flush(struct feeder *s)
 	struct hub_user user;
 	bool ok;
 
-	ok = hub_user_by_id(s->t, s->user, &user) && feeder_send(s, &user);
+	if (!hub_user_by_id(s->t, s->user, &user)) {
+		hub_log(s->c->h, 0, "the log has ops of user number %"PRIu64", whom the database does not know: "
+			"peer %s gets nothing behind them", s->user, s->c->peer->conf.name);
+		s->c->feed_broken = true;
+		s->ops_n = s->rides_n = s->rides_bytes = 0;
+		return false;
+	}
+	ok = feeder_send(s, &user);
 	if (ok) {
 		s->c->feed_sent = s->last;
 		s->c->feed_pos = s->skipped > s->last ? s->skipped : s->last;
@@ -314,9 +321,9 @@ static bool feeder_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t
 	struct log_row row;
 
 	if (!log_row_parse(key, klen, val, vlen, &row)) {
-		hub_log(s->c->h, 0, "the log row of op %"PRIu64" is damaged. Restore the data directory from a backup",
-			row.gsn);
-		s->refused = true;
+		hub_log(s->c->h, 0, "the log row of op %"PRIu64" is damaged: peer %s gets nothing behind it. "
+			"Give the peers another storage daemon", row.gsn, s->c->peer->conf.name);
+		s->c->feed_broken = true;
 		return false;
 	}
 	if (conf->role == HUB_WORKER && row.slot == conf->slot) {
@@ -356,7 +363,7 @@ bool fanout_pump(struct hub_conn *c, size_t *budget, bool *more_r)
 	uint8_t from[8];
 	bool ok;
 
-	if (c->feed_pos >= c->h->head || c->flight_bytes >= CRDT_FEED_WINDOW)
+	if (c->feed_broken || c->feed_pos >= c->h->head || c->flight_bytes >= CRDT_FEED_WINDOW)
 		return true;
 	s = hub_alloc(sizeof(*s));
 	s->c = c;

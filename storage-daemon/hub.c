@@ -170,6 +170,7 @@ static void conn_reset(struct hub_conn *c)
 	c->queue_tail = NULL;
 	c->queued = 0;
 	c->resend = false;
+	c->feed_broken = false;
 }
 
 static void conn_free(struct hub_conn *c)

@@ -232,7 +232,7 @@ static void merge_op(struct hub_conn *c, const struct hub_user *user, const stru
 		notes_clear(h);
 		h->unreferenced_n = noted;
 		hub_log(h, 0, "user %s: the stored state is damaged; op %016"PRIx64":%"PRIu64" from peer %s was "
-			"not merged and the user's later ops wait. Restore the data directory from a backup",
+			"not merged and the user's later ops wait: see DAMAGED DATABASE in crdt-stored(8)",
 			user->name, op->dot.origin, op->dot.seq, c->peer->conf.name);
 		block(c, user->id);
 		return;

@@ -204,8 +204,8 @@ static bool collect(struct hub *h, uint64_t user)
 	if (rows.rows.failed) {
 		store_rollback(h->txn);
 		h->unreferenced_n = noted;
-		hub_log(h, 0, "the stored state of a user (number %llu) is damaged: leftovers stay. Restore the data "
-			"directory from a backup", (unsigned long long)user);
+		hub_log(h, 0, "the stored state of a user (number %llu) is damaged: leftovers stay. See DAMAGED "
+			"DATABASE in crdt-stored(8)", (unsigned long long)user);
 		return false;
 	}
 	ingest_flush_notes(h);

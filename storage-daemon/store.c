@@ -226,8 +226,8 @@ static bool dir_has_database(const char *path, bool *current_r)
 
 static char *damaged_text(const char *path, const char *detail)
 {
-	return text("%s: the database is damaged, nothing was served from it: %s. Restore the directory from "
-		    "a backup, or, if its peers hold all that was in it, move it away to be filled again",
+	return text("%s: the database is damaged, nothing was served from it: %s. See DAMAGED DATABASE "
+		    "in crdt-stored(8); if its peers hold all that was in it, move it away to be filled again",
 		    path, detail);
 }
 

@@ -499,7 +499,7 @@ def test_damaged_database_is_not_served(stored, connect):
                             capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert result.returncode == 1
     assert "the database is damaged, nothing was served from it" in result.stderr
-    assert "Restore the directory from a backup" in result.stderr
+    assert "See DAMAGED DATABASE" in result.stderr
 
 
 # ---- large texts ----

@@ -491,7 +491,7 @@ static void test_damaged_log(void **state)
 	stat(path, &st);
 	damage(path, st.st_size / 2);
 	assert_open_fails(f->db, false, "damaged, nothing was served");
-	assert_open_fails(f->db, true, "Restore the directory from a backup");
+	assert_open_fails(f->db, true, "See DAMAGED DATABASE");
 }
 
 /* At its end: the batch that was being written when the power went. */

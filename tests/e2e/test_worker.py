@@ -929,19 +929,19 @@ def shadow(recs, box):
 
 def kill_steps():
     """(system call, its number), as far as the caller sends back True for a kill."""
-    first, stride = (1, 1) if os.environ.get("CRDT_KILLS") == "all" else (12, 60)
+    every = os.environ.get("CRDT_KILLS") == "all"
     for n, call in enumerate(STEPS):
-        number, killed = 1 + n % first, True
+        number, killed = 1 if every else 1 + n, True
         while killed:
-            killed = yield call, number
-            number += stride
+            killed = (yield call, number) and every
+            number += 1
 
 
 def kill_at_each_step(dovecot, user, prepare, call):
     """
     For each step: prepare(tool, n) makes something new; call(tool, it) sends one
     request, which is killed there; then yields (tool, it, code of the answer, step).
-    CRDT_KILLS=all takes every step, else it is some of each system call.
+    CRDT_KILLS=all takes every step, else it is one of each system call.
     """
     kills, rounds, steps = 0, 0, kill_steps()
     step = next(steps)

@@ -144,6 +144,72 @@ static void mark(struct hub *h, uint8_t first, const struct body_key *key, bool 
 		store_del(hub_txn(h), STORE_META, k.b, k.n);
 }
 
+static void mark_size(struct hub *h, uint8_t first, const struct body_key *key, uint64_t size)
+{
+	struct crdt_buf val = CRDT_BUF_INIT;
+	struct key k;
+
+	key_init(&k, first, key);
+	crdt_buf_varint(&val, size);
+	if (val.failed)
+		abort();
+	store_put(hub_txn(h), STORE_META, k.b, k.n, val.data, val.len);
+	crdt_buf_free(&val);
+}
+
+/* ---- missing ---- */
+
+/* Its op is acknowledged, so nobody sends it again.  But who had no text may get
+ * it back, or from elsewhere. */
+static void missing_note(struct hub *h, const struct body_key *key, uint64_t size)
+{
+	struct store_rows rows;
+
+	store_rows_init(&rows, hub_txn(h), key->user);
+	if (size <= CRDT_BODY_SIZE_MAX && crdt_content_referenced(&rows.rows, &key->content))
+		mark_size(h, META_MISSING, key, size);
+}
+
+static bool missing_forget(struct hub *h, const struct body_key *key)
+{
+	struct crdt_buf val = CRDT_BUF_INIT;
+	struct key k;
+	bool found;
+
+	key_init(&k, META_MISSING, key);
+	found = store_get(hub_txn(h), STORE_META, k.b, k.n, &val);
+	if (found)
+		store_del(h->txn, STORE_META, k.b, k.n);
+	crdt_buf_free(&val);
+	return found;
+}
+
+struct missing_ctx { struct hub_conn *c; size_t n; };
+
+static bool missing_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct missing_ctx *s = ctx;
+	struct crdt_reader r = crdt_reader(val, vlen);
+	struct body_text text = { .size = crdt_get_varint(&r) };
+	struct body_key body;
+	struct hub_user user;
+
+	if (key_parse(key, klen, &body) && !r.bad && hub_user_by_id(s->c->h->txn, body.user, &user)) {
+		text.content = body.content;
+		bodies_request(s->c, &user, &text);
+	}
+	return ++s->n < HUB_MISSING_MAX;
+}
+
+void bodies_hello(struct hub_conn *c)
+{
+	struct missing_ctx s = { .c = c };
+	uint8_t first = META_MISSING;
+
+	if (c->peer->conf.role == HUB_WORKER)
+		store_scan(hub_txn(c->h), STORE_META, &first, 1, NULL, 0, false, missing_cb, &s);
+}
+
 /* ---- orphans ---- */
 
 static int orphan_cmp(const void *_a, const void *_b)
@@ -196,9 +262,9 @@ static void orphan_free(struct hub *h, struct body_orphan *o)
 	free(o);
 }
 
-bool bodies_claimed(struct hub *h, uint64_t user, const struct crdt_content *c, uint64_t gsn)
+bool bodies_claimed(struct hub *h, uint64_t user, const struct body_text *text, uint64_t gsn)
 {
-	struct body_key key = body_key(user, c);
+	struct body_key key = body_key(user, &text->content);
 	struct body_orphan *o = h->orphans == NULL ? NULL : orphan_find(h, &key);
 	struct body_row row;
 
@@ -207,7 +273,11 @@ bool bodies_claimed(struct hub *h, uint64_t user, const struct crdt_content *c, 
 			mark(h, META_ORPHAN, &key, false);
 		orphan_free(h, o);
 	}
-	if (!row_get(hub_txn(h), &key, &row) || row.first_gsn != 0)
+	if (!row_get(hub_txn(h), &key, &row)) {
+		missing_note(h, &key, text->size);
+		return false;
+	}
+	if (row.first_gsn != 0)
 		return false;
 	row.first_gsn = gsn;
 	row_put(h->txn, &key, &row);
@@ -241,7 +311,10 @@ static bool drop_unneeded(struct hub *h, const struct body_key *key)
 	if (waited_for(h, &rows.rows, key))
 		return false;
 	/* a damaged row or a failed read is no proof that nobody needs it */
-	if (row_get(h->txn, key, &row) && !rows.rows.failed && !store_txn_failed(h->txn))
+	if (rows.rows.failed || store_txn_failed(h->txn))
+		return true;
+	(void)missing_forget(h, key);
+	if (row_get(h->txn, key, &row) && !store_txn_failed(h->txn))
 		body_delete(h->txn, key, row.size);
 	return true;
 }
@@ -380,15 +453,7 @@ static void in_free(struct hub *h, struct body_in *in)
 /* The row that tells after a kill that pieces without a header lie there. */
 static void partial_mark(struct hub *h, struct body_in *in)
 {
-	struct crdt_buf val = CRDT_BUF_INIT;
-	struct key k;
-
-	key_init(&k, META_PARTIAL, &in->key);
-	crdt_buf_varint(&val, in->size);
-	if (val.failed)
-		abort();
-	store_put(hub_txn(h), STORE_META, k.b, k.n, val.data, val.len);
-	crdt_buf_free(&val);
+	mark_size(h, META_PARTIAL, &in->key, in->size);
 	in->marked = true;
 }
 
@@ -566,7 +631,8 @@ static void body_complete(struct hub_conn *c, const struct body_key *key, uint64
 
 	row_put(hub_txn(c->h), key, &row);
 	c->h->txn_sync = true;
-	orphan_add(c->h, key, c);
+	if (!missing_forget(c->h, key))
+		orphan_add(c->h, key, c);
 	ingest_body_arrived(c->h, key);
 }
 

@@ -25,6 +25,7 @@
 #define META_ADVANCED 'N'	/* number(be64) -> varint user id: stable vectors, the newest last */
 #define META_COLLECT 'G'	/* user id(be64): what is stable is not collected yet */
 #define META_PARTIAL 'W'	/* user id(be64) content: a text that arrives in pieces */
+#define META_MISSING 'M'	/* user id(be64) content -> varint size: a merged op names it, it never came */
 #define META_UNKNOWN 'K'	/* user id(be64): ops of an unknown kind wait */
 #define META_ORPHAN 'O'		/* user id(be64) content: a text that no merged op names yet */
 
@@ -41,6 +42,7 @@
 #define HUB_OUT_MAX 4096		/* texts that one connection may ask for at a time */
 #define HUB_QUEUE_MAX (1024 * 1024)	/* bytes of small frames that a connection does not take */
 #define HUB_ORPHANS_MAX 65536		/* texts without an op */
+#define HUB_MISSING_MAX 65536		/* texts without which mails are, asked for after a HELLO */
 #define HUB_CONNS_PER_PEER 4
 #define HUB_SKIP_MAX 256		/* own ops of a peer before its cursor is moved by an empty FEED */
 #define HUB_PUMP_BYTES (1024 * 1024)	/* to one connection in one hub_pump() */
@@ -180,7 +182,7 @@ struct hub {
 	struct crdt_buf sink_bytes;
 	struct hub_applied *applied;
 	size_t applied_n, applied_cap;
-	struct crdt_content *contents;
+	struct body_text *contents;
 	size_t contents_n, contents_cap;
 	struct body_key *unreferenced;
 	size_t unreferenced_n, unreferenced_cap;
@@ -243,8 +245,11 @@ void bodies_request(struct hub_conn *c, const struct hub_user *user, const struc
 void bodies_on_body(struct hub_conn *c, const struct crdt_frame *f);
 void bodies_on_none(struct hub_conn *c, const struct crdt_frame *f);
 void bodies_on_want(struct hub_conn *c, const struct crdt_frame *f);
-/* An op that names it was merged as number gsn.  Returns whether it was the first. */
-bool bodies_claimed(struct hub *h, uint64_t user, const struct crdt_content *c, uint64_t gsn);
+/* An op that names it was merged as number gsn.  Returns whether it was the first
+ * of a text that is here; one that is not is remembered as missing. */
+bool bodies_claimed(struct hub *h, uint64_t user, const struct body_text *text, uint64_t gsn);
+/* A worker connected: it may have what is missing. */
+void bodies_hello(struct hub_conn *c);
 /* Size of a text that came with op gsn and may ride with it; 0: none such. */
 uint64_t bodies_ride_size(struct store_txn *t, uint64_t user, const struct crdt_content *c, uint64_t gsn);
 bool bodies_ride(struct hub_conn *c, struct store_txn *t, const struct hub_user *user, const struct crdt_content *content);

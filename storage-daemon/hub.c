@@ -482,6 +482,7 @@ static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
 	c->ready = true;
 	c->peer->conn = c;
 	c->stable_pos = 0;
+	bodies_hello(c);
 	welcome.name.p = (const uint8_t *)c->h->name;
 	welcome.name.n = (uint16_t)strlen(c->h->name);
 	welcome.daemon_id = c->h->daemon_id;

@@ -46,7 +46,7 @@ static void sink_applied(struct crdt_sink *sink, const struct crdt_op *op, const
 	a->contents_n = op->kind == CRDT_OP_ADD ? op->mails_n : 0;
 	for (i = 0; i < a->contents_n; i++) {
 		h->contents = hub_grow(h->contents, h->contents_n, &h->contents_cap, sizeof(*h->contents));
-		h->contents[h->contents_n++] = op->mails[i].content;
+		h->contents[h->contents_n++] = (struct body_text){ op->mails[i].content, op->mails[i].size };
 	}
 }
 

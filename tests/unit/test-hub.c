@@ -921,6 +921,73 @@ static void test_body_none(void **state)
 	reader_free(&r1);
 }
 
+/* A worker that says hello is asked for what a mail lacks, or not. */
+static void missing_asked(struct world *w, struct reader *r, unsigned int n, bool asked)
+{
+	char name[8];
+
+	snprintf(name, sizeof(name), "w%u", n);
+	hub_disconnected(w->h, r->conn);
+	sent_drop(w);
+	hello(w, r->conn, name, name, HUB_WORKER, (uint8_t)n, 0, 0);
+	expect(r, CRDT_FRAME_WELCOME);
+	if (asked)
+		expect(r, CRDT_FRAME_BODY_WANT);
+	while (next(w, r->conn, &r->f, &r->hold))
+		assert_int_not_equal(r->f.type, CRDT_FRAME_BODY_WANT);
+}
+
+static void test_missing_text(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	static const char text[] = "found again";
+	struct crdt_content c;
+	struct crdt_vv vv;
+
+	content_of(text, sizeof(text), &c);
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", text, sizeof(text)));
+	commit(w);
+	send_none(w, 1, "u", &c);
+	commit(w);
+	assert_true(status_has(w, false, "vv=0100000000111111:2"));
+	/* by any worker, and again after each no */
+	missing_asked(w, &r1, 1, true);
+	send_none(w, 1, "u", &c);
+	settle(w);
+	hub_free(&w->h);
+	world_open_hub(w);
+	missing_asked(w, &r2, 2, true);
+	send_body(w, 2, "u", text, sizeof(text), 0, sizeof(text));
+	settle(w);
+	missing_asked(w, &r2, 2, false);
+	missing_asked(w, &r1, 1, false);
+	settle(w);
+	send_want(w, 1, "u", &c, 0);
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_BODY)->size, sizeof(text));
+
+	/* not when the mail is gone for good */
+	content_of("gone", 4, &c);
+	send_op(w, 1, "u", op_add(ORIGIN1, 3, "g2", "gone", 4));
+	commit(w);
+	send_none(w, 1, "u", &c);
+	send_op(w, 1, "u", op_expunge(ORIGIN1, 4, "g2", NULL));
+	commit(w);
+	missing_asked(w, &r1, 1, true);
+	crdt_vv_init(&vv);
+	crdt_vv_raise(&vv, ORIGIN1, 4);
+	send_applied(w, 1, "u", &vv);
+	send_applied(w, 2, "u", &vv);
+	settle(w);
+	missing_asked(w, &r1, 1, false);
+	reader_free(&r1);
+	reader_free(&r2);
+	sent_drop(w);
+}
+
 /* A text of another length than its mail's is no answer. */
 static void test_body_of_another_size(void **state)
 {
@@ -1828,7 +1895,7 @@ int main(void)
 		T(test_peer_removed), T(test_ack_and_feed), T(test_status_text), T(test_gap_and_buffer), T(test_unknown_kind),
 		T(test_background_merge_is_synced),
 		T(test_refused_op), T(test_newer_connection_counts), T(test_restart_keeps_all),
-		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_body_of_another_size), T(test_empty_body),
+		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_missing_text), T(test_body_of_another_size), T(test_empty_body),
 		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_wrong_beginning), T(test_wrong_size_before), T(test_orphan_goes),
 		T(test_texts_of_one_user), T(test_unreadable_mails), T(test_silent_peer), T(test_late_pieces),
 		T(test_window), T(test_refused_sends), T(test_trim_and_reset), T(test_stable_and_collect),

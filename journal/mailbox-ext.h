@@ -23,7 +23,7 @@ struct crdt_mailbox_ext {
 	struct crdt_numberer numberer;	/* term 0: made here and never taken over: ours */
 	uint32_t uidnext;		/* highest UIDNEXT that a takeover stated; native UIDs
 					 * start there (crdt_uid_base()); 0: none */
-	struct crdt_dot stamp;		/* last journal record of this mailbox (crash compare) */
+	struct crdt_dot stamp;		/* last journal record of this mailbox (for a compare after a crash, to come) */
 	struct crdt_vv seen;		/* ops applied to this mailbox */
 };
 /* Layout: the stamp comes first and is written alone by the recorder

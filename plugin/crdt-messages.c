@@ -629,8 +629,8 @@ crdt_index_transaction_commit(struct mail_index_transaction *t,
 		return -1;
 	}
 	if (ret <= 0) {
-		/* Flags and expunges go on; comparing mailbox and journal finds
-		   what is missing. */
+		/* Flags and expunges go on, for a full disk has to be made room
+		   on; nothing finds them later yet, so it is in the log. */
 		ret = super.commit(t, result_r);
 		if (unlock)
 			crdt_index_unlock(index);

@@ -378,6 +378,8 @@ static enum step folder_live(struct replica *r, const struct crdt_folder *f, cha
 		else if (g.numberer.term > 0 && crdt_numberer_cmp(&g.numberer, &b.pushed) != 0 &&
 			 g.validity == b.uidvalidity)
 			step = do_numberer(r, &b, &g, error_r);
+		else
+			replica_unhold(r, &b);
 	}
 	box_free(&b);
 	return step;

@@ -590,10 +590,17 @@ static int applier_create(struct replica *r, const struct crdt_jrec *rec)
 	size_t n;
 
 	if (box_get(r, &rec->mailbox, &b)) {
-		box_free(&b);
-		return 0;
+		if (b.path_len == rec->path.n && memcmp(b.path, rec->path.p, b.path_len) == 0) {
+			box_free(&b);
+			return 0;
+		}
+		/* Recorded, killed before it was made, and made elsewhere since. */
+		box_set_path(r, &b, rec->path.p, rec->path.n);
+		for (unsigned i = 0; i < b.folders_n; i++)
+			replica_mark_folder(r, &b.folders[i]);
+	} else {
+		box_new(r, rec, &b);
 	}
-	box_new(r, rec, &b);
 	n = crdt_path_folders(rrows(r), rec->path.p, rec->path.n, ids, 64);
 	for (size_t i = 0; i < n && i < 64; i++)
 		box_take(r, &b, &ids[i]);

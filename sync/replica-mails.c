@@ -146,7 +146,7 @@ static enum crdt_uid_verdict uid_verdict(struct replica *r, const struct box *b,
 					 uint32_t uid, uint32_t *uid_r)
 {
 	struct crdt_uid_folder uf = { 0 };
-	enum crdt_uid_verdict v = CRDT_UID_KEEP;
+	enum crdt_uid_verdict v;
 	struct crdt_folder primary;
 
 	*uid_r = 0;
@@ -163,8 +163,9 @@ static enum crdt_uid_verdict uid_verdict(struct replica *r, const struct box *b,
 		uf.next = primary.numberer_uidnext;
 		v = crdt_uid_decide(&uf, r->cfg->slot, crdt_uid_is_numberer(&uf, r->cfg->slot), b->uidnext, uid,
 				    &m->uid, uid_r);
-	} else if (uid == 0) {
-		/* The mailbox is to get another UIDVALIDITY first. */
+	} else {
+		/* The mailbox is to get another UIDVALIDITY first, or the folder
+		 * that wants it leaves again: folder_live() lets go of it. */
 		v = CRDT_UID_HOLD;
 	}
 	crdt_folder_free(&primary);

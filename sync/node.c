@@ -650,6 +650,10 @@ static void visited_applied(struct user *u, struct visit *v)
 		u->apply = true;
 		node_wake(u, SCHED_NOW);
 		break;
+	case REPLICA_LATER:
+		if (v->wants_n == 0)
+			break;
+		/* fall through */
 	case REPLICA_WANTS_BODIES:
 		u->wanting = true;
 		node_fetches_wanted(u, v->wants, v->wants_n, v->wants_all);
@@ -657,7 +661,6 @@ static void visited_applied(struct user *u, struct visit *v)
 	case REPLICA_DONE:
 		node_fetches_drop(u);
 		break;
-	case REPLICA_LATER:
 	case REPLICA_FAILED:
 		break;
 	}

@@ -218,7 +218,7 @@ static enum visit_mail engine_open(struct pool *p, struct engine *e, struct visi
 			v->error = xstrdup(e->ms->error);
 	}
 	/* A name that userdb does not know makes no rows. */
-	if (e->r == NULL && mail == VISIT_MAIL_NO_USER && v->feeds == NULL && !v->status)
+	if (e->r == NULL && mail == VISIT_MAIL_NO_USER && v->feeds == NULL && !v->status && !v->want_ops)
 		return mail;
 	if (e->r == NULL) {
 		char *error = NULL;

@@ -69,6 +69,11 @@ int replica_txn_commit(struct replica *r, bool sync, char **error_r)
 {
 	if (replica_claims_flush(r) < 0)
 		replica_log(r, 0, "UID claims could not be recorded");
+	if (rrows(r)->failed) {
+		store_abort(&r->txn);
+		*error_r = strdup("a row of the database is damaged");
+		return -1;
+	}
 	return store_commit(&r->txn, sync, error_r);
 }
 
@@ -733,7 +738,8 @@ static int outbound_slice(struct replica *r, char **error_r)
 		return REPLICA_OUTBOUND_LATER;
 	}
 	positions_load(r);
-	if (res >= 0)
+	/* None at all: the home may be away, and its records must not be read twice. */
+	if (res >= 0 && ids_n > 0)
 		positions_prune(r, ids, ids_n);
 	if (replica_txn_commit(r, false, error_r) < 0)
 		return REPLICA_OUTBOUND_FAILED;
@@ -768,29 +774,50 @@ int replica_outbound(struct replica *r, char **error_r)
 	return total;
 }
 
+/* A folder or name that cannot be had now (or never, here) does not hold up what
+ * can: the rest is done first. */
+static int later_noted(int ret, char **error_r, char **later)
+{
+	if (ret != REPLICA_LATER)
+		return ret;
+	free(*later);
+	*later = *error_r;
+	*error_r = NULL;
+	return REPLICA_DONE;
+}
+
 enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r)
 {
-	bool more_folders = false, more_mails = false;
-	uint64_t waiting;
+	bool more_folders = false, more_mails = false, wants;
+	const char waiting = ROW_WAIT_BODY;
+	struct row_key key;
+	char *later = NULL;
 	int ret;
 
 	if (r->ms == NULL)
 		return REPLICA_LATER;
 	ret = replica_outbound_progress(replica_outbound(r, error_r));
 	if (ret == REPLICA_DONE)
-		ret = replica_apply_folders(r, &more_folders, error_r);
+		ret = later_noted(replica_apply_folders(r, &more_folders, error_r), error_r, &later);
 	if (ret == REPLICA_DONE)
-		ret = replica_apply_subscriptions(r, error_r);
+		ret = later_noted(replica_apply_subscriptions(r, error_r), error_r, &later);
 	if (ret == REPLICA_DONE)
 		ret = replica_apply_mails(r, body, ctx, &more_mails, error_r);
-	if (ret != REPLICA_DONE)
-		return (enum replica_progress)ret;
+	if (ret != REPLICA_DONE || later != NULL) {
+		if (ret == REPLICA_DONE)
+			*error_r = later;
+		else
+			free(later);
+		return ret == REPLICA_DONE ? REPLICA_LATER : (enum replica_progress)ret;
+	}
 	if (more_folders || more_mails)
 		return REPLICA_AGAIN;
 	(void)replica_txn_begin(r);
-	waiting = count(r, ROW_WAIT_BODY);
+	wants = row_keys(r, &waiting, 1, NULL, 0, &key, 1) > 0;
+	if (wants)
+		row_keys_free(&key, 1);
 	store_abort(&r->txn);
-	return waiting > 0 ? REPLICA_WANTS_BODIES : REPLICA_DONE;
+	return wants ? REPLICA_WANTS_BODIES : REPLICA_DONE;
 }
 
 /* ---- collection, status ---- */

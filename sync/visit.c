@@ -291,7 +291,8 @@ static void apply(struct run *run)
 		mail_trouble(v, error);
 	else
 		free(error);
-	if (v->progress == REPLICA_WANTS_BODIES) {
+	/* also when a folder has to wait: the mails of others may only lack a text */
+	if (v->progress == REPLICA_WANTS_BODIES || v->progress == REPLICA_LATER) {
 		v->wants_all = true;
 		replica_wants(run->r, add_want, v);
 	}

@@ -249,7 +249,8 @@ int worker_list(struct worker_conn *conn, struct worker_user *user, const struct
 	int ret;
 
 	worker_body_free(&user->body);
-	if ((ret = worker_box_open(user, &user->box, &req->box, &box, error_r)) != MS_OK)
+	if ((ret = worker_box_open(user, &user->box, &req->box, &box, error_r)) != MS_OK ||
+	    (ret = worker_box_sync(&user->box, 0, error_r)) != MS_OK)
 		return ret;
 	batch.pool = pool_alloconly_create("crdt list", 32 * 1024);
 	i_array_init(&batch.found, WORKER_FOUND_MAX);

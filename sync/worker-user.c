@@ -552,8 +552,10 @@ int worker_box_open(struct worker_user *user, struct worker_box *wbox, const str
 	if (!box_is_current(wbox, &msbox->guid) &&
 	    (ret = box_open(user, wbox, msbox, error_r)) != MS_OK)
 		return ret;
+	/* Not each time a look at all files: what the journal tells of is in the index.
+	 * A scan beside a session that renames files may take one for gone. */
 	if (!mail_index_is_deleted(wbox->box->index) &&
-	    (ret = worker_box_sync(wbox, 0, error_r)) != MS_OK) {
+	    (ret = worker_box_sync(wbox, MAILBOX_SYNC_FLAG_FAST, error_r)) != MS_OK) {
 		worker_box_close(user, wbox);
 		return ret;
 	}

@@ -258,8 +258,10 @@ def running(streams):
     assert failures == []
 
 
-def await_steps(streams, count, failures, timeout=120):
-    """Until each stream has done so many more steps."""
+def await_steps(streams, count, failures, timeout=300):
+    """Until each stream has done so many more steps. A process that is killed after
+    it made Maildir's lock file and before it wrote its pid into it holds up the
+    others for Dovecot's two minutes."""
     goals = [stream.done + count for stream in streams]
     deadline = time.monotonic() + timeout
     while any(stream.done < goal for stream, goal in zip(streams, goals)) and not failures:

@@ -1204,7 +1204,7 @@ def test_revalidate_beside_a_client(dovecot, user, tool, maildir):
     thread.start()
     validity = 1000
     for _ in range(8):
-        for _ in range(200):
+        for _ in range(60):
             try:
                 tool.call("revalidate", guid=box, path="box", uidvalidity=validity, new=validity + 64,
                           pos=tool.position())

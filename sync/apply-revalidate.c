@@ -456,7 +456,9 @@ static int tell(struct reval *rv)
 	bool unlock_log;
 	int ret;
 
+	/* Of an index that was reset flags and keywords are only in the file names. */
 	if ((ret = worker_journal_get(rv->user, TRUE, rv->error_r)) != MS_OK ||
+	    (ret = worker_box_sync(&rv->user->box, 0, rv->error_r)) != MS_OK ||
 	    (ret = mails_search(rv)) != MS_OK)
 		return ret;
 	if (apply_log_lock(index, &unlock_log) < 0) {
@@ -572,7 +574,8 @@ int apply_revalidate(struct worker_conn *conn, struct worker_user *user, const s
 	any.uidvalidity = 0;
 	worker_boxes_close(user);
 	if ((ret = worker_user_lock(user, error_r)) != MS_OK ||
-	    (ret = worker_box_open(user, &user->box, &any, &rv.box, error_r)) != MS_OK)
+	    (ret = worker_box_open(user, &user->box, &any, &rv.box, error_r)) != MS_OK ||
+	    (ret = worker_box_sync(&user->box, 0, error_r)) != MS_OK)
 		return ret;
 	rv.pool = pool_alloconly_create("crdt revalidate", 64 * 1024);
 	p_array_init(&rv.mails, rv.pool, 1024);

@@ -78,6 +78,10 @@ struct held_user {			/* ops of one user in their order, behind one that waits */
 	struct hub_user user;
 	struct held_op *head, *tail;
 };
+/* Ops of a user that are refused, and what can make room for them: nothing; ops
+ * that wait and take effect; DELETEs of folder that are collected. */
+enum hub_room { HUB_ROOM_NONE, HUB_ROOM_WAITING, HUB_ROOM_DELETES };
+struct hub_blocked { uint64_t user; enum hub_room room; struct crdt_id folder; };
 struct hub_touched { uint64_t user; crdt_origin origin; };	/* to be acknowledged */
 
 /* ---- bodies ---- */
@@ -139,7 +143,7 @@ struct hub_conn {
 
 	struct hub_touched *touched;
 	size_t touched_n, touched_cap;
-	uint64_t *blocked;		/* users whose ops are refused until the next connection */
+	struct hub_blocked *blocked;	/* until the next connection */
 	size_t blocked_n;
 	struct held_user *held;
 	size_t held_bytes;
@@ -231,8 +235,10 @@ size_t ingest_held_count(struct hub *h, uint64_t user);
 /* After the commit: ACK what was touched. */
 void ingest_ack(struct hub_conn *c);
 void ingest_conn_drop(struct hub_conn *c);
-/* Calls cb with the state's effects noted; then flush writes them. */
-void ingest_flush_notes(struct hub *h);
+/* Writes what a merge told.  merged: one op is a new one, the others had waited. */
+void ingest_flush_notes(struct hub *h, bool merged);
+/* A collection pass ended: what was refused for want of room may be sent again. */
+void ingest_collected(struct hub *h, struct crdt_rows *rows, uint64_t user);
 /* Whether an op in a 'B' row names the text. */
 bool ingest_buffered_names(struct crdt_rows *rows, const struct crdt_content *content);
 bool ingest_background(struct hub *h);

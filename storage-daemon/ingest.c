@@ -78,30 +78,61 @@ static void notes_clear(struct hub *h)
 	crdt_buf_clear(&h->sink_bytes);
 }
 
-static bool is_blocked(const struct hub_conn *c, uint64_t user)
+static struct hub_blocked *blocked_find(const struct hub_conn *c, uint64_t user)
 {
 	size_t i;
 
 	for (i = 0; i < c->blocked_n; i++) {
-		if (c->blocked[i] == user)
-			return true;
+		if (c->blocked[i].user == user)
+			return &c->blocked[i];
 	}
-	return false;
+	return NULL;
+}
+
+/* Cutting off a connection costs all its users something: only if it helps. */
+static void waiting_went(struct hub *h, uint64_t user)
+{
+	const struct hub_blocked *b;
+	struct hub_conn *c;
+
+	for (c = h->conns; c != NULL; c = c->next) {
+		b = blocked_find(c, user);
+		if (b != NULL && b->room == HUB_ROOM_WAITING)
+			c->resend = true;
+	}
+}
+
+static bool folder_full(struct crdt_rows *rows, const struct crdt_id *id)
+{
+	struct crdt_folder f;
+	bool full;
+
+	full = crdt_folder_get(rows, id, &f) && f.deletes_n >= CRDT_FOLDER_DELETES_MAX;
+	crdt_folder_free(&f);
+	return full;
+}
+
+void ingest_collected(struct hub *h, struct crdt_rows *rows, uint64_t user)
+{
+	const struct hub_blocked *b;
+	struct hub_conn *c;
+
+	for (c = h->conns; c != NULL; c = c->next) {
+		b = blocked_find(c, user);
+		if (b != NULL && b->room == HUB_ROOM_DELETES && !folder_full(rows, &b->folder))
+			c->resend = true;
+	}
 }
 
 /* The rows of the core are done with: now the log, in the order of effect. */
-void ingest_flush_notes(struct hub *h)
+void ingest_flush_notes(struct hub *h, bool merged)
 {
 	struct hub_applied *a;
-	struct hub_conn *c;
 	size_t i, j;
 	bool fresh;
 
-	for (c = h->applied_n > 0 ? h->conns : NULL; c != NULL; c = c->next) {
-		/* what was refused may fit now */
-		if (is_blocked(c, h->applied[0].user))
-			c->resend = true;
-	}
+	if (h->applied_n > (merged ? 1 : 0))
+		waiting_went(h, h->applied[0].user);
 	/* a number of the log must not be given twice: synced before it is fed */
 	if (h->applied_n > 0)
 		h->txn_sync = true;
@@ -133,14 +164,17 @@ static void touch(struct hub_conn *c, uint64_t user, crdt_origin origin)
 
 /* The user's ops from this connection are refused from here on; they stay
  * unacknowledged, so that the sender keeps them and shows them as unsent. */
-static void block(struct hub_conn *c, uint64_t user)
+static struct hub_blocked *block(struct hub_conn *c, uint64_t user)
 {
-	uint64_t *ids = realloc(c->blocked, (c->blocked_n + 1) * sizeof(*ids));
+	struct hub_blocked *b = realloc(c->blocked, (c->blocked_n + 1) * sizeof(*b));
 
-	if (ids == NULL)
+	if (b == NULL)
 		abort();
-	c->blocked = ids;
-	c->blocked[c->blocked_n++] = user;
+	c->blocked = b;
+	b += c->blocked_n++;
+	memset(b, 0, sizeof(*b));
+	b->user = user;
+	return b;
 }
 
 /* A 'B' row holds it. */
@@ -194,6 +228,26 @@ static void pass_on(struct hub_conn *c, const struct hub_user *user, const struc
 	fanout_log_put(h, user->id, (uint8_t)crdt_origin_slot(op->dot.origin), false, p, n);
 }
 
+/* What the op lacks room for, in the order in which crdt_merge() looks. */
+static void block_refused(struct hub_conn *c, uint64_t user, struct crdt_rows *rows, const struct crdt_op *op)
+{
+	struct hub_blocked *b = block(c, user);
+	struct crdt_vv vv;
+	unsigned int i;
+
+	crdt_vv_get_merged(rows, &vv);
+	if (vv.n >= CRDT_VV_MAX && crdt_vv_get(&vv, op->dot.origin) == 0)
+		return;		/* origins never go */
+	b->room = HUB_ROOM_WAITING;
+	for (i = 0; op->kind == CRDT_OP_DELETE && i < op->folders_n; i++) {
+		if (!folder_full(rows, &op->folders[i].id))
+			continue;
+		b->room = HUB_ROOM_DELETES;
+		b->folder = op->folders[i].id;
+		break;
+	}
+}
+
 static void merge_op(struct hub_conn *c, const struct hub_user *user, const struct crdt_op *op,
 		     const uint8_t *p, size_t n)
 {
@@ -222,7 +276,7 @@ static void merge_op(struct hub_conn *c, const struct hub_user *user, const stru
 	case CRDT_MERGE_REFUSED:
 		hub_log(h, 0, "peer %s: refused op %016"PRIx64":%"PRIu64" of user %s: %s. The user's later ops "
 			"from this peer wait", c->peer->conf.name, op->dot.origin, op->dot.seq, user->name, error);
-		block(c, user->id);
+		block_refused(c, user->id, &rows.rows, op);
 		notes_clear(h);
 		return;
 	}
@@ -234,10 +288,10 @@ static void merge_op(struct hub_conn *c, const struct hub_user *user, const stru
 		hub_log(h, 0, "user %s: the stored state is damaged; op %016"PRIx64":%"PRIu64" from peer %s was "
 			"not merged and the user's later ops wait: see DAMAGED DATABASE in crdt-stored(8)",
 			user->name, op->dot.origin, op->dot.seq, c->peer->conf.name);
-		block(c, user->id);
+		(void)block(c, user->id);
 		return;
 	}
-	ingest_flush_notes(h);
+	ingest_flush_notes(h, true);
 	h->txn_sync = true;
 	touch(c, user->id, op->dot.origin);
 }
@@ -340,7 +394,7 @@ static void held_go_on(struct hub_conn *c, struct held_user *hu)
 	const char *error;
 
 	while ((ho = hu->head) != NULL && ho->missing_n == 0) {
-		if (!is_blocked(c, hu->user.id) && crdt_op_decode(ho->bytes, ho->n, &op, &error) == 0) {
+		if (blocked_find(c, hu->user.id) == NULL && crdt_op_decode(ho->bytes, ho->n, &op, &error) == 0) {
 			merge_op(c, &hu->user, &op, ho->bytes, ho->n);
 			crdt_op_free(&op);
 		}
@@ -486,7 +540,7 @@ static void ingest_op(struct hub_conn *c, const struct hub_user *user, const str
 	struct held_user *hu = held_find(c, user->id);
 	size_t missing_n;
 
-	if (is_blocked(c, user->id) || (hu != NULL && held_has(hu, op->dot)))
+	if (blocked_find(c, user->id) != NULL || (hu != NULL && held_has(hu, op->dot)))
 		return;
 	missing_n = find_missing(c->h, user, op, missing);
 	if (missing_n == 0 && hu == NULL)
@@ -672,7 +726,7 @@ bool ingest_background(struct hub *h)
 		h->unreferenced_n = noted;
 		return h->unknown_left > 0;
 	}
-	ingest_flush_notes(h);
+	ingest_flush_notes(h, false);
 	if (!still) {
 		unknown_key(key, user);
 		store_del(h->txn, STORE_META, key, sizeof(key));

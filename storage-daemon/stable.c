@@ -208,9 +208,11 @@ static bool collect(struct hub *h, uint64_t user)
 			"DATABASE in crdt-stored(8)", (unsigned long long)user);
 		return false;
 	}
-	ingest_flush_notes(h);
-	if (!more)
+	ingest_flush_notes(h, false);
+	if (!more) {
+		ingest_collected(h, &rows.rows, user);
 		meta_del(h->txn, META_COLLECT, user);
+	}
 	return more;
 }
 

@@ -733,8 +733,8 @@ static void test_background_merge_is_synced(void **state)
 	sent_drop(w);
 }
 
-/* More origins than a vector holds: that user's ops wait, the others' do not,
- * and the peer is told to send again when it may help. */
+/* More origins than a vector holds: that user's ops wait, the others' do not.
+ * Nothing makes room, so the peer is not told to send again. */
 static void test_refused_op(void **state)
 {
 	struct world *w = *state;
@@ -760,12 +760,83 @@ static void test_refused_op(void **state)
 	p = strchr(p, '\n');
 	assert_null(strstr(p, "of user u:"));	/* said once */
 	assert_non_null(strstr(p, "of user other:"));
+	reader_free(&r3);
 	send_op(w, 1, "u", op_subscribe(ORIGIN1, 2, "b"));
 	commit(w);
-	while (next(w, CONN3, &r3.f, &r3.hold) && r3.f.type != CRDT_FRAME_ERROR) ;
-	assert_int_equal(r3.f.type, CRDT_FRAME_ERROR);
-	assert_int_equal(r3.f.code, CRDT_ERR_LIMIT);
+	expect(&r3, CRDT_FRAME_FEED);
+	expect_none(&r3);
 	reader_free(&r3);
+	sent_drop(w);
+}
+
+/* More ops than may wait: sent again when some of them have taken effect. */
+static void test_refused_waiting(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r3 = { .w = w, .conn = CONN3 };
+	struct crdt_buf op;
+	uint64_t seq;
+
+	connect_worker(w, 1);
+	hello(w, CONN3, "s2", "s2", HUB_STORAGE, 0, 0, 0);
+	for (seq = 2; seq <= CRDT_BUFFER_MAX + 2; seq++) {
+		op = op_subscribe(ORIGIN2, seq, "a");
+		ops_frame(w, CONN3, "s2", "u", &op, 1);
+		crdt_buf_free(&op);
+	}
+	commit(w);
+	assert_non_null(strstr(w->log, "refused op 0200000000222222:65538 of user u: too many ops wait for others"));
+	reader_free(&r3);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 1, "b"));
+	commit(w);
+	expect(&r3, CRDT_FRAME_FEED);
+	expect_none(&r3);
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+	send_op(w, 2, "u", op_subscribe(ORIGIN2, 1, "a"));
+	commit(w);
+	assert_int_equal(expect(&r3, CRDT_FRAME_ERROR)->code, CRDT_ERR_LIMIT);
+	reader_free(&r1);
+	reader_free(&r3);
+	sent_drop(w);
+}
+
+/* More DELETEs of a folder than may wait for stability: when they are collected. */
+static void test_refused_deletes(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	struct crdt_op_folder folder = { .id = { "a folder" } };
+	struct crdt_op op;
+	struct crdt_vv vv;
+	uint64_t seq;
+
+	connect_worker(w, 1);
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	for (seq = 2; seq <= CRDT_FOLDER_DELETES_MAX + 2; seq++) {
+		op_begin(&op, ORIGIN1, seq, CRDT_OP_DELETE);
+		op.folders = &folder;
+		op.folders_n = 1;
+		send_op(w, 1, "u", op_end(&op));
+	}
+	commit(w);
+	assert_non_null(strstr(w->log, "refused op 0100000000111111:1026 of user u: too many deletes"));
+	reader_free(&r1);
+	crdt_vv_init(&vv);
+	crdt_vv_raise(&vv, ORIGIN1, 1);
+	send_applied(w, 1, "u", &vv);
+	send_applied(w, 2, "u", &vv);
+	settle(w);
+	expect(&r1, CRDT_FRAME_STABLE);
+	expect_none(&r1);	/* a pass that made no room */
+	crdt_vv_raise(&vv, ORIGIN1, 10);
+	send_applied(w, 1, "u", &vv);
+	send_applied(w, 2, "u", &vv);
+	settle(w);
+	while (next(w, CONN1, &r1.f, &r1.hold) && r1.f.type != CRDT_FRAME_ERROR) ;
+	assert_int_equal(r1.f.type, CRDT_FRAME_ERROR);
+	assert_int_equal(r1.f.code, CRDT_ERR_LIMIT);
+	reader_free(&r1);
 	sent_drop(w);
 }
 
@@ -1894,7 +1965,7 @@ int main(void)
 		T(test_identity), T(test_nothing_before_hello), T(test_garbage), T(test_foreign_origin),
 		T(test_peer_removed), T(test_ack_and_feed), T(test_status_text), T(test_gap_and_buffer), T(test_unknown_kind),
 		T(test_background_merge_is_synced),
-		T(test_refused_op), T(test_newer_connection_counts), T(test_restart_keeps_all),
+		T(test_refused_op), T(test_refused_waiting), T(test_refused_deletes), T(test_newer_connection_counts), T(test_restart_keeps_all),
 		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_missing_text), T(test_body_of_another_size), T(test_empty_body),
 		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_wrong_beginning), T(test_wrong_size_before), T(test_orphan_goes),
 		T(test_texts_of_one_user), T(test_unreadable_mails), T(test_silent_peer), T(test_late_pieces),

@@ -9,10 +9,14 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
+
+#define ACCEPT_RETRY_MSECS 1000
 
 struct client {
 	int fd;				/* -1: free */
+	uint64_t number;		/* in the order of accept */
 	char request[STATUS_REQUEST_MAX];
 	size_t request_n;
 	struct crdt_buf out;
@@ -24,6 +28,8 @@ struct control {
 	char *path;
 	control_answer *answer;
 	void *ctx;
+	int64_t accept_due;		/* msecs; not before */
+	uint64_t accepted;
 	struct client clients[CONTROL_CLIENTS_MAX];
 };
 
@@ -134,22 +140,45 @@ void control_free(struct control **_c)
 	free(c);
 }
 
-unsigned int control_fds(struct control *c, struct pollfd *fds)
+static int64_t now_msecs(void)
 {
-	unsigned int n = 0;
-	bool room = false;
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* A free place, or that of the oldest client that has asked nothing yet. */
+static struct client *client_place(struct control *c)
+{
+	struct client *cl, *oldest = NULL;
 	int i;
 
 	for (i = 0; i < CONTROL_CLIENTS_MAX; i++) {
-		if (c->clients[i].fd < 0) {
-			room = true;
+		cl = &c->clients[i];
+		if (cl->fd < 0)
+			return cl;
+		if (cl->out.len == 0 && (oldest == NULL || cl->number < oldest->number))
+			oldest = cl;
+	}
+	return oldest;
+}
+
+unsigned int control_fds(struct control *c, struct pollfd *fds, int *msecs_r)
+{
+	int64_t wait = c->accept_due - now_msecs();
+	unsigned int n = 0;
+	int i;
+
+	*msecs_r = wait > 0 ? (int)wait : -1;
+	for (i = 0; i < CONTROL_CLIENTS_MAX; i++) {
+		if (c->clients[i].fd < 0)
 			continue;
-		}
 		fds[n].fd = c->clients[i].fd;
 		fds[n].revents = 0;
 		fds[n++].events = c->clients[i].out.len > 0 ? POLLOUT : POLLIN;
 	}
-	if (room) {
+	if (wait <= 0 && client_place(c) != NULL) {
 		fds[n].fd = c->fd;
 		fds[n].revents = 0;
 		fds[n++].events = POLLIN;
@@ -196,23 +225,50 @@ static void client_write(struct client *cl)
 	client_close(cl);
 }
 
-void control_run(struct control *c)
+/* false: nobody waits, or there is no place. */
+static bool client_accept(struct control *c)
+{
+	struct client *cl = client_place(c);
+	int fd;
+
+	if (cl == NULL || now_msecs() < c->accept_due)
+		return false;
+	fd = accept4(c->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	if (fd < 0) {
+		/* out of file descriptors: who waits does not go away by it */
+		if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
+			c->accept_due = now_msecs() + ACCEPT_RETRY_MSECS;
+		return false;
+	}
+	if (cl->fd >= 0)
+		client_close(cl);
+	cl->fd = fd;
+	cl->number = ++c->accepted;
+	return true;
+}
+
+static void clients_run(struct control *c)
 {
 	struct client *cl;
-	bool more = true;
 	int i;
 
 	for (i = 0; i < CONTROL_CLIENTS_MAX; i++) {
 		cl = &c->clients[i];
-		if (cl->fd < 0 && more) {
-			cl->fd = accept4(c->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-			more = cl->fd >= 0;
-		}
 		if (cl->fd >= 0 && cl->out.len == 0)
 			client_read(c, cl);
 		if (cl->fd >= 0 && cl->out.len > 0)
 			client_write(cl);
 	}
+}
+
+void control_run(struct control *c)
+{
+	int i;
+
+	clients_run(c);		/* first: a request may be here that makes a client safe */
+	for (i = 0; i < CONTROL_CLIENTS_MAX && client_accept(c); i++) ;
+	if (i > 0)
+		clients_run(c);
 }
 
 int control_print(const char *path, const char *request, char **error_r)

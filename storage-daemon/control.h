@@ -3,7 +3,8 @@
 #define STORED_CONTROL_H
 /*
  * The status socket (wire/status.h has the text).  A client that reads slowly
- * holds up nobody: answers are buffered and written as it takes them.
+ * holds up nobody: answers are buffered and written as it takes them.  One that
+ * asks nothing gives way to a newer one.
  */
 #include "../crdt/buf.h"
 
@@ -19,8 +20,9 @@ typedef void control_answer(void *ctx, bool digest, struct crdt_buf *out);
  * with *error_r (malloc'ed) on error. */
 struct control *control_new(const char *path, control_answer *answer, void *ctx, char **error_r);
 void control_free(struct control **c);		/* removes the socket */
-/* Fills fds (room for CONTROL_FDS_MAX), returns how many. */
-unsigned int control_fds(struct control *c, struct pollfd *fds);
+/* Fills fds (room for CONTROL_FDS_MAX), returns how many.  *msecs_r: call again
+ * then, whatever happens; -1: no need. */
+unsigned int control_fds(struct control *c, struct pollfd *fds, int *msecs_r);
 void control_run(struct control *c);		/* after poll(2) */
 
 /* What `crdt-stored --status` does: prints the answer.  0 or -1. */

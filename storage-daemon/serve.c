@@ -339,13 +339,16 @@ static void sleep_until_event(struct serve *s, int64_t now, bool more)
 	};
 	unsigned int n = 2;
 	int64_t msecs = -1;
+	int control_msecs = -1;
 
 	if (s->control != NULL)
-		n += control_fds(s->control, fds + n);
+		n += control_fds(s->control, fds + n, &control_msecs);
 	if (s->background_due != SERVE_NEVER)
 		msecs = s->background_due > now ? (s->background_due - now + 999) / 1000 : 0;
 	if (more && (msecs < 0 || msecs > SERVE_RETRY_MSECS))
 		msecs = s->refused ? SERVE_RETRY_MSECS : 0;
+	if (control_msecs >= 0 && (msecs < 0 || msecs > control_msecs))
+		msecs = control_msecs;
 	(void)poll(fds, n, (int)msecs);
 }
 

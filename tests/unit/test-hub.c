@@ -1685,6 +1685,42 @@ static void test_refused_sends(void **state)
 	reader_free(&r2);
 }
 
+/* The feed ends before it: said once, and not tried again and again. */
+static void test_damaged_log(void **state)
+{
+	static const uint8_t gsn2[8] = { [7] = 2 }, user2[9] = { 'I', [8] = 2 };
+	static const char *const messages[2] = { "the log row of op 2 is damaged", "ops of user number 2" };
+	struct world *w = *state;
+	struct reader r2 = { .w = w, .conn = CONN2 };
+	struct store_txn *t;
+	char *error, *p;
+	int i, j;
+
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 1, "a"));
+	send_op(w, 1, "v", op_subscribe(ORIGIN1, 1, "b"));
+	commit(w);
+	for (i = 1; i >= 0; i--) {
+		t = store_begin(w->s);
+		if (i == 1)
+			store_del(t, STORE_META, user2, sizeof(user2));
+		else
+			store_put(t, STORE_LOG, gsn2, sizeof(gsn2), "", 0);
+		assert_int_equal(store_commit(&t, true, &error), 0);
+		hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+		expect(&r2, CRDT_FRAME_WELCOME);
+		assert_int_equal(expect(&r2, CRDT_FRAME_FEED)->gsn, 1);
+		for (j = 0; j < 10; j++)
+			assert_false(hub_pump(w->h));
+		expect_none(&r2);
+		p = strstr(w->log, messages[i]);
+		assert_non_null(p);
+		assert_null(strstr(p + 1, messages[i]));
+	}
+	reader_free(&r2);
+	sent_drop(w);
+}
+
 /* Own ops are left out, but the cursor goes over them, and the log is trimmed. */
 static void test_trim_and_reset(void **state)
 {
@@ -1969,7 +2005,7 @@ int main(void)
 		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_missing_text), T(test_body_of_another_size), T(test_empty_body),
 		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_wrong_beginning), T(test_wrong_size_before), T(test_orphan_goes),
 		T(test_texts_of_one_user), T(test_unreadable_mails), T(test_silent_peer), T(test_late_pieces),
-		T(test_window), T(test_refused_sends), T(test_trim_and_reset), T(test_stable_and_collect),
+		T(test_window), T(test_refused_sends), T(test_damaged_log), T(test_trim_and_reset), T(test_stable_and_collect),
 		T(test_collection_resumes), T(test_stable_after_feed),
 		T(test_stable_after_own_ops), T(test_stable_of_older_build),
 	};

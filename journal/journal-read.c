@@ -10,6 +10,26 @@
 
 enum read_result { READ_DONE, READ_ERROR, READ_DAMAGED };
 
+/* The end of the batch that goes on at offset.  FRAME_END: it is not whole. */
+static enum frame_result find_batch_end(struct crdt_journal *j, off_t offset, off_t *end_r)
+{
+	struct scan s = { .fd = j->fd, .offset = offset };
+	struct frame f = { .last = false };
+	enum frame_result res;
+
+	while ((res = journal_scan_next(&s, &f)) == FRAME_OK && !f.last)
+		crdt_jrec_free(&f.rec);
+	if (res == FRAME_OK)
+		crdt_jrec_free(&f.rec);
+	if (res == FRAME_DAMAGED && j->locked) {
+		/* nobody cuts it off: what is before it counts */
+		res = FRAME_OK;
+	}
+	*end_r = s.offset;
+	journal_scan_deinit(&s);
+	return res;
+}
+
 /* from_seq_r: moved behind each record that was delivered. */
 static enum read_result
 read_unlocked(struct crdt_journal *j, uint64_t *from_seq_r,
@@ -19,6 +39,7 @@ read_unlocked(struct crdt_journal *j, uint64_t *from_seq_r,
 	struct frame f;
 	enum frame_result res = FRAME_END;
 	uint64_t expect = 0;	/* 0: any */
+	off_t whole = 0;	/* the end of the last batch of several that is whole */
 	bool more = true, hinted = false;
 
 	if (j->read_seq != 0 && j->read_seq <= *from_seq_r) {
@@ -30,6 +51,13 @@ read_unlocked(struct crdt_journal *j, uint64_t *from_seq_r,
 		if (expect != 0 && f.rec.seq != expect) {
 			s.offset = f.offset;
 			res = FRAME_DAMAGED;
+			crdt_jrec_free(&f.rec);
+			break;
+		}
+		/* Half a batch may be cut off, and its seqs given again. */
+		if (!f.last && f.offset >= whole &&
+		    (res = find_batch_end(j, s.offset, &whole)) != FRAME_OK) {
+			s.offset = f.offset;
 			crdt_jrec_free(&f.rec);
 			break;
 		}

@@ -176,7 +176,7 @@ bool crdt_journal_peek(struct crdt_journal *j, struct crdt_journal_peek *peek_r)
 
 /*
  * Calls cb for each record with seq >= from_seq and >= base_seq, in order,
- * without the lock (records that are complete at the time), until cb returns
+ * without the lock (batches that are whole at the time), until cb returns
  * false.  It reads the file that the last crdt_journal_lock() had, so lock and
  * unlock first to follow a replaced one.  Records passed to cb end with cb.  A damaged
  * record ends the reading with -1 and *error_r naming seq and offset; what is

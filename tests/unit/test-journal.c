@@ -488,6 +488,30 @@ static void test_torn_tail(void **state)
 	assert_int_equal(count_aside(NULL, 0), 0);
 }
 
+/* A reader without the lock sees a batch that is being written or about to be
+ * cut off: its seqs are given again, so none of it counts. */
+static void test_read_half_batch(void **state)
+{
+	struct crdt_journal *j = open_ok(&ident_a), *reader = open_ok(&ident_a);
+	off_t good, full;
+
+	(void)state;
+	append_names(j, "a", 2);
+	good = file_size(journal_path);
+	append_names(j, "b", 3);
+	full = file_size(journal_path);
+	for (off_t size = full - 1; size >= good; size--) {
+		assert_int_equal(truncate(journal_path, size), 0);
+		assert_names(reader, 1, "a0 a1");
+		assert_names(reader, 3, "");	/* from where it stopped */
+	}
+	append_names(j, "c", 3);
+	assert_names(reader, 3, "c0 c1 c2");
+	assert_names(reader, 4, "c1 c2");
+	crdt_journal_close(&reader);
+	crdt_journal_close(&j);
+}
+
 static void test_damage_in_the_middle(void **state)
 {
 	struct crdt_journal *j = open_ok(&ident_a);
@@ -1065,7 +1089,8 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		T(test_record_roundtrip), T(test_record_limits), T(test_record_golden),
 		T(test_open_and_append), T(test_read_stops), T(test_header_updates),
-		T(test_torn_tail), T(test_damage_in_the_middle), T(test_damage_at_the_end),
+		T(test_torn_tail), T(test_read_half_batch), T(test_damage_in_the_middle),
+		T(test_damage_at_the_end),
 		T(test_new_identity), T(test_new_identity_of_empty), T(test_other_boot_and_copies),
 		T(test_damaged_header), T(test_trim), T(test_trim_killed), T(test_trim_set_aside),
 		T(test_handle_follows), T(test_removed_while_open), T(test_disk_full),

@@ -53,7 +53,6 @@ struct crdt_journal {
 	off_t end;
 	uint64_t end_truncations;
 	bool end_known;
-	/* crdt_journal_reserve(): blocks up to here, as of this file size */
 	/* Where crdt_journal_read() stopped, a hint that is checked. */
 	uint64_t read_seq;
 	off_t read_offset;

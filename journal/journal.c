@@ -301,6 +301,63 @@ static bool has_frames(const struct stat *st)
 	return st->st_size > CRDT_JOURNAL_HEADER_SIZE;
 }
 
+/* Links the file to a name of its own, aside_r: 0 or -1. */
+static int set_aside(struct crdt_journal *j, uint64_t number, char aside_r[PATH_SIZE],
+		     const char **error_r)
+{
+	snprintf(aside_r, PATH_SIZE, "%s.%016llx", j->path, (unsigned long long)number);
+	/* A home restored twice has that name already: never replace it. */
+	for (unsigned i = 2; link(j->path, aside_r) < 0; i++) {
+		if (errno != EEXIST || i > LOCK_RETRIES)
+			return journal_fail_errno(error_r, "link", aside_r);
+		snprintf(aside_r, PATH_SIZE, "%s.%016llx-%u", j->path, (unsigned long long)number, i);
+	}
+	return 0;
+}
+
+/* The vector is there to order files that were set aside: room is made by
+ * forgetting those that were drained.  (All, should there be too many.) */
+static void add_closed(struct crdt_journal *j, struct crdt_vv *closed, crdt_origin origin, uint64_t seq)
+{
+	char path[PATH_SIZE];
+
+	if (crdt_vv_raise(closed, origin, seq))
+		return;
+	for (uint32_t i = closed->n; i-- > 0; ) {
+		snprintf(path, sizeof(path), "%s.%016llx", j->path,
+			 (unsigned long long)closed->e[i].origin);
+		if (access(path, F_OK) < 0)
+			crdt_vv_drop(closed, closed->e[i].origin);
+	}
+	if (crdt_vv_raise(closed, origin, seq))
+		return;
+	crdt_vv_init(closed);
+	(void)crdt_vv_raise(closed, origin, seq);
+}
+
+static int replace_file(struct crdt_journal *j, const struct ident *id, const struct copy *c,
+			const char **error_r)
+{
+	struct ident next;
+	struct copy copy = { .base_seq = 1 };
+	struct file_id file;
+	int fd;
+
+	if ((fd = journal_temp_create(j, &file, error_r)) < 0)
+		return -1;
+	new_ident(j, &next, &file);
+	if (id != NULL && str_is(&id->user, j->user)) {
+		/* Same mail store: what it holds, a change here has seen. */
+		next.closed = id->closed;
+		if (j->info.next_seq > 1)
+			add_closed(j, &next.closed, id->origin, j->info.next_seq - 1);
+		copy.seen = c->seen;
+		copy.uidvalidity_high = c->uidvalidity_high;
+		copy.flags = c->flags & COPY_INBOX_MADE;
+	}
+	return journal_temp_finish(j, fd, &next, &copy, error_r);
+}
+
 /*
  * Begins a new origin: the locked file j->fd (which may be damaged; id NULL
  * then) is set aside, and a new one takes its place.  Always via a link: at no
@@ -309,43 +366,25 @@ static bool has_frames(const struct stat *st)
 static int begin_origin(struct crdt_journal *j, const struct ident *id, const struct copy *c,
 			const struct stat *st, const char **error_r)
 {
-	struct ident next;
-	struct copy copy = { .base_seq = 1 };
-	struct file_id file;
-	char aside[PATH_SIZE];
+	char aside[PATH_SIZE] = "";
 	uint64_t number = id != NULL ? id->origin : 0;
-	int fd;
 
 	if (has_frames(st)) {
 		if (id == NULL)
 			randombytes_buf(&number, sizeof(number));
-		snprintf(aside, sizeof(aside), "%s.%016llx", j->path, (unsigned long long)number);
-		/* A home restored twice has that name already: never replace it. */
-		for (unsigned i = 2; link(j->path, aside) < 0; i++) {
-			if (errno != EEXIST || i > LOCK_RETRIES)
-				return journal_fail_errno(error_r, "link", aside);
-			snprintf(aside, sizeof(aside), "%s.%016llx-%u", j->path,
-				 (unsigned long long)number, i);
-		}
+		if (set_aside(j, number, aside, error_r) < 0)
+			return -1;
 	}
-	if ((fd = journal_temp_create(j, &file, error_r)) < 0)
+	if (replace_file(j, id, c, error_r) < 0) {
+		int saved = errno;
+
+		/* each further try would leave a name */
+		if (aside[0] != '\0')
+			(void)unlink(aside);
+		errno = saved;
 		return -1;
-	new_ident(j, &next, &file);
-	if (id != NULL && str_is(&id->user, j->user)) {
-		/* Same mail store: what it holds, a change here has seen. */
-		next.closed = id->closed;
-		if (j->info.next_seq > 1 &&
-		    !crdt_vv_raise(&next.closed, id->origin, j->info.next_seq - 1)) {
-			/* It orders the files that were set aside: so many boots
-			 * later there are none of the old ones. */
-			crdt_vv_init(&next.closed);
-			(void)crdt_vv_raise(&next.closed, id->origin, j->info.next_seq - 1);
-		}
-		copy.seen = c->seen;
-		copy.uidvalidity_high = c->uidvalidity_high;
-		copy.flags = c->flags & COPY_INBOX_MADE;
 	}
-	return journal_temp_finish(j, fd, &next, &copy, error_r);
+	return 0;
 }
 
 static int flock_wait(int fd)

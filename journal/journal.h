@@ -113,7 +113,7 @@ struct crdt_journal_info {
 	uint32_t uidvalidity_high;	/* highest UIDVALIDITY known for this user */
 	bool inbox_made;		/* INBOX was made once: crdt_inbox_uidvalidity() is used up */
 	struct crdt_vv seen;		/* applied to the whole user (all mailboxes, subscriptions) */
-	struct crdt_vv closed;		/* own earlier origins with their last seq: always part of a context */
+	struct crdt_vv closed;		/* own earlier origins with their last seq: orders set-aside files */
 	bool closed_file;		/* a set-aside journal: nothing is added any more */
 };
 

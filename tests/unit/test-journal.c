@@ -615,6 +615,61 @@ static void test_new_identity(void **state)
 	}
 }
 
+/* More boots than the header has room for: those still to drain stay in order. */
+static void test_many_origins(void **state)
+{
+	static const struct crdt_journal_ident others[] = {
+		{ 3, "w1", "alice@example.org" }, { 4, "w1", "alice@example.org" },
+	};
+	crdt_origin kept[3] = { 0 };
+	struct crdt_journal *j;
+
+	(void)state;
+	for (unsigned i = 0; i < 200; i++) {
+		crdt_origin origin;
+		char aside[1024];
+
+		j = open_ok(&others[i % 2]);
+		origin = crdt_journal_info(j)->origin;
+		append_names(j, "a", 1);
+		crdt_journal_close(&j);
+		if (i % 70 == 0)
+			kept[i / 70] = origin;
+		j = open_ok(&others[(i + 1) % 2]);
+		crdt_journal_close(&j);
+		snprintf(aside, sizeof(aside), "%s.%016llx", journal_path, (unsigned long long)origin);
+		assert_int_equal(access(aside, F_OK), 0);
+		if (i % 70 != 0)
+			assert_int_equal(unlink(aside), 0);	/* drained */
+	}
+	j = open_ok(&others[0]);
+	for (unsigned i = 0; i < 3; i++)
+		assert_int_equal(crdt_vv_get(&crdt_journal_info(j)->closed, kept[i]), 1);
+	crdt_journal_close(&j);
+}
+
+/* What cannot be replaced is not set aside, try after try. */
+static void test_new_identity_fails(void **state)
+{
+	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org" };
+	struct crdt_journal *j = open_ok(&ident_a);
+	const char *error;
+	char temp[1024];
+
+	(void)state;
+	append_names(j, "a", 1);
+	crdt_journal_close(&j);
+	snprintf(temp, sizeof(temp), "%s/" CRDT_JOURNAL_TEMP_PREFIX CRDT_JOURNAL_NAME, dir);
+	assert_int_equal(mkdir(temp, 0700), 0);
+	for (unsigned i = 0; i < 3; i++)
+		assert_null(crdt_journal_open(dir, &other, &error));
+	assert_int_equal(rmdir(temp), 0);
+	assert_int_equal(count_aside(NULL, 0), 0);
+	j = open_ok(&other);
+	crdt_journal_close(&j);
+	assert_int_equal(count_aside(NULL, 0), 1);
+}
+
 /* No records: nothing to drain, nothing to keep. */
 static void test_new_identity_of_empty(void **state)
 {
@@ -1091,7 +1146,8 @@ int main(void)
 		T(test_open_and_append), T(test_read_stops), T(test_header_updates),
 		T(test_torn_tail), T(test_read_half_batch), T(test_damage_in_the_middle),
 		T(test_damage_at_the_end),
-		T(test_new_identity), T(test_new_identity_of_empty), T(test_other_boot_and_copies),
+		T(test_new_identity), T(test_many_origins), T(test_new_identity_fails),
+		T(test_new_identity_of_empty), T(test_other_boot_and_copies),
 		T(test_damaged_header), T(test_trim), T(test_trim_killed), T(test_trim_set_aside),
 		T(test_handle_follows), T(test_removed_while_open), T(test_disk_full),
 		T(test_reserve), T(test_parallel_writers), T(test_parallel_new_origin),

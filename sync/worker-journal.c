@@ -78,9 +78,19 @@ static void damaged_log(struct worker_user *user, const char *path, const char *
 	e_error(user->event, "crdt: A journal that was set aside is passed over: %s", error);
 }
 
+static bool is_set_aside(const char *name)
+{
+	const char *prefix = CRDT_JOURNAL_NAME".", *hex = name + strlen(prefix);
+
+	if (strncmp(name, prefix, strlen(prefix)) != 0 || strspn(hex, "0123456789abcdef") != 16)
+		return FALSE;
+	/* -2, ...: the name was taken */
+	return hex[16] == '\0' ||
+		(hex[16] == '-' && hex[17] != '\0' && str_is_numeric(hex + 17, '\0'));
+}
+
 static int journals_set_aside(struct worker_user *user, struct journals *js, const char **error_r)
 {
-	const char *prefix = CRDT_JOURNAL_NAME".";
 	struct dirent *d;
 	DIR *dir = opendir(user->control_dir);
 	int ret = MS_OK;
@@ -92,12 +102,11 @@ static int journals_set_aside(struct worker_user *user, struct journals *js, con
 		return MS_TEMP;
 	}
 	while (ret == MS_OK && (d = readdir(dir)) != NULL) {
-		const char *hex = d->d_name + strlen(prefix), *path;
+		const char *path;
 		struct crdt_journal *j;
 		struct stat st;
 
-		if (strncmp(d->d_name, prefix, strlen(prefix)) != 0 ||
-		    strlen(hex) != 16 || strspn(hex, "0123456789abcdef") != 16)
+		if (!is_set_aside(d->d_name))
 			continue;
 		path = t_strconcat(user->control_dir, "/", d->d_name, NULL);
 		if (stat(path, &st) < 0 && errno == ENOENT)
@@ -452,6 +461,22 @@ static uint64_t position_of(const struct worker_msg *req, crdt_origin journal)
 	return 0;
 }
 
+/* What the ones before i have of the same journal: a home restored from several
+ * backups has it in several files, the same as far as they go. */
+static uint64_t read_before(const struct journals *js, unsigned i)
+{
+	crdt_origin origin = crdt_journal_info(js->e[i].j)->origin;
+	uint64_t seq = 0;
+
+	for (unsigned k = 0; k < i; k++) {
+		const struct crdt_journal_info *info = crdt_journal_info(js->e[k].j);
+
+		if (info->origin == origin)
+			seq = I_MAX(seq, info->next_seq - 1);
+	}
+	return seq;
+}
+
 static void journals_read(struct read_ctx *ctx, struct journals *js, const struct worker_msg *req)
 {
 	for (unsigned i = 0; i < js->n && ctx->ret == MS_OK && !ctx->more; i++) {
@@ -463,11 +488,24 @@ static void journals_read(struct read_ctx *ctx, struct journals *js, const struc
 		uint64_t from_seq;
 
 		ctx->journal = crdt_journal_info(j)->origin;
-		from_seq = position_of(req, ctx->journal) + 1;
+		from_seq = I_MAX(position_of(req, ctx->journal), read_before(js, i)) + 1;
 		recovered_read(ctx, j, from_seq);
 		if (crdt_journal_read(j, from_seq, record_read, ctx, &error) < 0)
 			read_fail(ctx, MS_FAIL, error);
 	}
+}
+
+/* Each journal once, where its first file is. */
+static void position_add(struct worker_msg *msg, const struct crdt_journal_info *info)
+{
+	for (unsigned i = 0; i < msg->pos_n; i++) {
+		if (msg->pos[i].journal == info->origin) {
+			msg->pos[i].seq = I_MAX(msg->pos[i].seq, info->next_seq - 1);
+			return;
+		}
+	}
+	msg->pos[msg->pos_n].journal = info->origin;
+	msg->pos[msg->pos_n++].seq = info->next_seq - 1;
 }
 
 int worker_read(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
@@ -484,13 +522,8 @@ int worker_read(struct worker_conn *conn, struct worker_user *user, const struct
 	ctx.pool = pool_alloconly_create("crdt read", 512);
 	hash_table_create(&ctx.recovered, ctx.pool, 0, str_hash, strcmp);
 	journals_read(&ctx, &js, req);
-	msg.pos_n = js.n;
-	for (unsigned i = 0; i < js.n; i++) {
-		const struct crdt_journal_info *info = crdt_journal_info(js.e[i].j);
-
-		msg.pos[i].journal = info->origin;
-		msg.pos[i].seq = info->next_seq - 1;
-	}
+	for (unsigned i = 0; i < js.n; i++)
+		position_add(&msg, crdt_journal_info(js.e[i].j));
 	worker_send(conn, &msg);
 	journals_close(user, &js);
 	*more_r = ctx.more;

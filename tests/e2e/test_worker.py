@@ -185,6 +185,35 @@ def test_read_has_journals_that_were_set_aside_first(dovecot, user, tool):
     assert [p.name for p in dovecot.control_dir(user).glob("dovecot.crdt.journal*")] == ["dovecot.crdt.journal"]
 
 
+def test_read_has_a_journal_that_was_set_aside_twice(dovecot, user, tool):
+    """A home that was restored from two backups: of one journal, the second goes on."""
+    path = dovecot.journal(user)
+    copies = []
+    for n in range(2):
+        with dovecot.imap(user, "INBOX") as c:
+            append(c, "INBOX", n)
+        copies.append(path.with_name(f"copy{n}"))
+        shutil.copy2(path, copies[-1])
+        os.chown(copies[-1], MAIL_UID, MAIL_UID)
+    for copy in copies:
+        copy.replace(path)
+        dovecot.imap(user, "INBOX").logout()
+        with dovecot.imap(user, "INBOX") as c:
+            append(c, "INBOX", 2)
+    names = [p.name for p in dovecot.control_dir(user).glob("dovecot.crdt.journal.*")]
+    assert len([name for name in names if name.endswith("-2")]) == 1, names
+    recs, journals = tool.read()
+    origins = [j for j, _ in journals]
+    assert len(set(origins)) == len(origins)
+    twice = next(n[-18:-2].lstrip("0") for n in names if n.endswith("-2"))
+    # CREATE and two APPENDs, the second of which only the second file has
+    assert [int(r["seq"]) for r in recs if r["journal"] == twice] == [1, 2, 3]
+    assert dict(journals)[twice] == 3
+    for position in journals:
+        tool.call("trim", pos="%s:%d" % position)
+    assert [p.name for p in dovecot.control_dir(user).glob("dovecot.crdt.journal*")] == ["dovecot.crdt.journal"]
+
+
 @pytest.mark.allows_errors
 def test_a_damaged_journal_that_was_set_aside_is_passed_over(dovecot, user, tool):
     with dovecot.imap(user, "INBOX") as c:

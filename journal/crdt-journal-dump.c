@@ -166,7 +166,7 @@ int main(int argc, char *argv[])
 			"Prints the records of a %s, one a line.\n", CRDT_JOURNAL_NAME);
 		return 64;
 	}
-	if ((j = crdt_journal_open_file(argv[1], &error)) == NULL) {
+	if ((j = crdt_journal_open_readonly(argv[1], &error)) == NULL) {
 		fprintf(stderr, "crdt-journal-dump: %s\n", error);
 		return 1;
 	}

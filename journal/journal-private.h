@@ -40,6 +40,7 @@ struct crdt_journal {
 	char *dir;			/* NULL: opened with crdt_journal_open_file() */
 	char *replica, *user;		/* NULL likewise */
 	unsigned slot;
+	bool readonly;
 	char boot[CRDT_JOURNAL_BOOT_SIZE];
 
 	int fd;

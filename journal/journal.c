@@ -284,7 +284,7 @@ static int find_tail(struct crdt_journal *j, off_t size, const char **error_r)
 		journal_scan_deinit(&s);
 		if (res == FRAME_ERROR)
 			return journal_fail_errno(error_r, "read", j->path);
-		if (res == FRAME_END && end < size && !j->info.closed_file &&
+		if (res == FRAME_END && end < size && !j->info.closed_file && !j->readonly &&
 		    ftruncate(j->fd, end) < 0)
 			return journal_fail_errno(error_r, "ftruncate", j->path);
 	}
@@ -402,7 +402,8 @@ static int lock_file(struct crdt_journal *j, struct stat *st_r, const char **err
 	struct stat path_st;
 
 	if (j->fd == -1) {
-		j->fd = open(j->path, O_RDWR | O_NOFOLLOW | O_CLOEXEC | (j->dir != NULL ? O_CREAT : 0), 0600);
+		j->fd = open(j->path, (j->readonly ? O_RDONLY : O_RDWR) | O_NOFOLLOW | O_CLOEXEC |
+			     (j->dir != NULL ? O_CREAT : 0), 0600);
 		if (j->fd < 0)
 			return journal_fail_errno(error_r, "open", j->path);
 		j->inode = 0;
@@ -581,7 +582,7 @@ struct crdt_journal *crdt_journal_open(const char *dir, const struct crdt_journa
 	return j;
 }
 
-struct crdt_journal *crdt_journal_open_file(const char *path, const char **error_r)
+static struct crdt_journal *open_file(const char *path, bool readonly, const char **error_r)
 {
 	struct crdt_journal *j = calloc(1, sizeof(*j));
 	const char *name = strrchr(path, '/');
@@ -594,12 +595,23 @@ struct crdt_journal *crdt_journal_open_file(const char *path, const char **error
 	j->fd = -1;
 	name = name == NULL ? path : name + 1;
 	j->info.closed_file = strcmp(name, CRDT_JOURNAL_NAME) != 0;
+	j->readonly = readonly;
 	if (lock_first(j, false, error_r) < 0) {
 		crdt_journal_close(&j);
 		return NULL;
 	}
 	crdt_journal_unlock(j);
 	return j;
+}
+
+struct crdt_journal *crdt_journal_open_file(const char *path, const char **error_r)
+{
+	return open_file(path, false, error_r);
+}
+
+struct crdt_journal *crdt_journal_open_readonly(const char *path, const char **error_r)
+{
+	return open_file(path, true, error_r);
 }
 
 /* ---- changing ---- */

@@ -129,6 +129,8 @@ struct crdt_journal *crdt_journal_open(const char *dir, const struct crdt_journa
 				       const char **error_r);
 /* Opens only for reading and trimming a set-aside file or the current one. */
 struct crdt_journal *crdt_journal_open_file(const char *path, const char **error_r);
+/* The same, but a torn tail is left where it is: only for crdt_journal_read(). */
+struct crdt_journal *crdt_journal_open_readonly(const char *path, const char **error_r);
 void crdt_journal_close(struct crdt_journal **j);
 
 /* Exclusive lock; refreshes info.  0 or -1 (errno text in *error_r).  All

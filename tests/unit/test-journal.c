@@ -488,6 +488,26 @@ static void test_torn_tail(void **state)
 	assert_int_equal(count_aside(NULL, 0), 0);
 }
 
+/* crdt-journal-dump looks at what others are to mend. */
+static void test_readonly(void **state)
+{
+	struct crdt_journal *j = open_ok(&ident_a);
+	const char *error = "?";
+	off_t torn;
+
+	(void)state;
+	append_names(j, "a", 2);
+	append_names(j, "b", 2);
+	crdt_journal_close(&j);
+	torn = file_size(journal_path) - 1;
+	assert_int_equal(truncate(journal_path, torn), 0);
+	if ((j = crdt_journal_open_readonly(journal_path, &error)) == NULL)
+		fail_msg("%s", error);
+	assert_names(j, 1, "a0 a1");
+	crdt_journal_close(&j);
+	assert_int_equal(file_size(journal_path), torn);
+}
+
 /* A reader without the lock sees a batch that is being written or about to be
  * cut off: its seqs are given again, so none of it counts. */
 static void test_read_half_batch(void **state)
@@ -1144,7 +1164,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		T(test_record_roundtrip), T(test_record_limits), T(test_record_golden),
 		T(test_open_and_append), T(test_read_stops), T(test_header_updates),
-		T(test_torn_tail), T(test_read_half_batch), T(test_damage_in_the_middle),
+		T(test_torn_tail), T(test_readonly), T(test_read_half_batch), T(test_damage_in_the_middle),
 		T(test_damage_at_the_end),
 		T(test_new_identity), T(test_many_origins), T(test_new_identity_fails),
 		T(test_new_identity_of_empty), T(test_other_boot_and_copies),

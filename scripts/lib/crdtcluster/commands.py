@@ -95,10 +95,26 @@ def _destroy(cluster):
     for node in cluster.nodes:
         process.kill(node)
     netns.destroy(cluster)
-    # The directory last: what cluster.json tells is needed until then.
-    for path in (*layout.outside_dirs(cluster.id), cluster.directory):
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(path)
+    for path in layout.outside_dirs(cluster.id):
+        _remove_tree(path)
+    # What cluster.json tells is needed until nothing else is left.
+    description = layout.json_path(cluster.directory)
+    for entry in os.scandir(cluster.directory):
+        if entry.path == description:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            _remove_tree(entry.path)
+        else:
+            os.unlink(entry.path)
+    os.unlink(description)
+    os.rmdir(cluster.directory)
+
+
+def _remove_tree(path):
+    def failed(_function, _path, exc_info):
+        if not issubclass(exc_info[0], FileNotFoundError):
+            raise exc_info[1]
+    shutil.rmtree(path, onerror=failed)
 
 
 def kill(directory, name, kind=None):

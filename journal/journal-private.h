@@ -128,6 +128,8 @@ int journal_read_header(struct crdt_journal *j, uint8_t header[CRDT_JOURNAL_HEAD
 			struct ident *id_r, struct copy *copy_r, const char **error_r);
 /* Makes *c what counts. */
 int journal_write_copy(struct crdt_journal *j, const struct copy *c, const char **error_r);
+/* Room for changes that are not refused when the disk is full: flags, removals. */
+void journal_reserve_ahead(struct crdt_journal *j);
 /* A new file that is to replace the journal, under its lock.  Its header is
  * written and synced last, then it takes the place: 0 or -1. */
 int journal_temp_create(struct crdt_journal *j, struct file_id *id_r, const char **error_r);	/* fd */

@@ -186,6 +186,7 @@ static int trim_locked(struct crdt_journal *j, uint64_t upto, const char **error
 		j->end = CRDT_JOURNAL_HEADER_SIZE;
 		j->end_truncations = c.truncations;
 		j->read_seq = 0;
+		journal_reserve_ahead(j);
 		return 0;
 	}
 	/* Where the first record that stays begins: reading up to the last that

@@ -26,6 +26,7 @@
 #include <sodium.h>
 
 #define RESERVE_UNIT 16384
+#define RESERVE_AHEAD 4096
 #define LOCK_RETRIES 100
 #define DIR_MAX 4000
 #define PATH_SIZE (DIR_MAX + 128)
@@ -645,7 +646,15 @@ int crdt_journal_append(struct crdt_journal *j, struct crdt_jrec *recs, size_t n
 	j->info.next_seq = seq + n;
 	if (b->cap > READ_CHUNK)
 		crdt_buf_free(b);
+	journal_reserve_ahead(j);
 	return 0;
+}
+
+void journal_reserve_ahead(struct crdt_journal *j)
+{
+	const char *error;
+
+	(void)crdt_journal_reserve(j, RESERVE_AHEAD, &error);
 }
 
 int crdt_journal_sync(struct crdt_journal *j, const char **error_r)

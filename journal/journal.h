@@ -144,6 +144,7 @@ const struct crdt_journal_info *crdt_journal_info(const struct crdt_journal *j);
  * Appends n records with one write(2), giving them consecutive seqs (set in
  * recs).  0; -1: nothing was appended (disk full: the file was cut back).
  * Returns before anything is synced; crdt_journal_sync() is fdatasync(2).
+ * Some room for more is kept behind it, as far as there is any.
  */
 int crdt_journal_append(struct crdt_journal *j, struct crdt_jrec *recs, size_t n, const char **error_r);
 int crdt_journal_sync(struct crdt_journal *j, const char **error_r);

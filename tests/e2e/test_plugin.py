@@ -5,6 +5,7 @@ Needs root (Dovecot's master) and what was built; see plugin_lib.find_built().
 """
 import hashlib
 import imaplib
+import itertools
 import os
 import poplib
 import re
@@ -1106,6 +1107,24 @@ def test_full_disk(small_disk):
     # every mail that is there was recorded
     ok(client.noop())
     assert uids_of(client) <= {uid for r in recs if r.kind == "APPEND" for uid in r.mail_dict}
+
+
+def test_full_disk_keeps_room_for_removals(small_disk):
+    d, control = small_disk
+    client = d.imap("u", "INBOX")
+    for n in range(3):
+        append(client, "INBOX", n)
+    # up to the end of a block that no APPEND has reserved
+    flags = itertools.cycle((r"(\Flagged)", r"(\Seen)"))
+    while (size := d.journal("u").stat().st_size) < 20000 or size % 4096 < 4000:
+        ok(client.store("1", "FLAGS", next(flags)))
+    before = d.last_seq("u")
+    fill(control)
+    for _ in range(5):
+        ok(client.store("1", "FLAGS", next(flags)))
+    ok(client.store("2", "+FLAGS", r"(\Deleted)"))
+    ok(client.expunge())
+    assert [r.kind for r in d.records("u", before)] == ["FLAGS"] * 6 + ["EXPUNGE"]
 
 
 def test_read_only_journal(small_disk):

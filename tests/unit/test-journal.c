@@ -939,6 +939,34 @@ static void test_reserve(void **state)
 	crdt_journal_close(&j);
 }
 
+static off_t room_ahead(void)
+{
+	struct stat st;
+
+	assert_int_equal(stat(journal_path, &st), 0);
+	return (off_t)st.st_blocks * 512 - st.st_size;
+}
+
+/* Flags and removals are not refused, so there is always room for some. */
+static void test_reserve_ahead(void **state)
+{
+	struct crdt_journal *j = open_ok(&ident_a);
+	const char *error = "?";
+
+	(void)state;
+	assert_int_equal(crdt_journal_reserve(j, 1024 * 1024, &error), 0);
+	if (room_ahead() < 1024 * 1024)
+		skip();	/* no fallocate(2) here */
+	for (unsigned i = 0; i < 500; i++) {
+		append_names(j, "a", 16);
+		if (i >= 400)
+			assert_true(room_ahead() >= 4096);
+	}
+	assert_int_equal(crdt_journal_trim(j, crdt_journal_info(j)->next_seq - 1, &error), 0);
+	assert_true(room_ahead() >= 4096);
+	crdt_journal_close(&j);
+}
+
 /* Writers at once, some killed at any instruction: no hole, no double, whole batches. */
 static void test_parallel_writers(void **state)
 {
@@ -1170,7 +1198,7 @@ int main(void)
 		T(test_new_identity_of_empty), T(test_other_boot_and_copies),
 		T(test_damaged_header), T(test_trim), T(test_trim_killed), T(test_trim_set_aside),
 		T(test_handle_follows), T(test_removed_while_open), T(test_disk_full),
-		T(test_reserve), T(test_parallel_writers), T(test_parallel_new_origin),
+		T(test_reserve), T(test_reserve_ahead), T(test_parallel_writers), T(test_parallel_new_origin),
 		T(test_dirty), T(test_inbox_uidvalidity), T(test_mailbox_ext),
 	};
 

@@ -196,6 +196,24 @@ def test_delete_that_fails(dovecot, user):
     assert recs[0].uid_list == uids
 
 
+def test_delete_of_what_is_not_empty(any_format, user):
+    """`doveadm expunge -d` finds that out when the index is marked as deleted."""
+    d = any_format
+    client = d.imap(user, "INBOX")
+    ok(client.create("Box"))
+    uids = [append(client, "Box", n, r"(\Flagged)" if n == 1 else None) for n in range(4)]
+    after = d.last_seq(user)
+    d.doveadm("expunge", "-d", "-u", user, "mailbox", "Box", "flagged")
+    (rec,) = d.records(user, after)
+    assert (rec.kind, rec.uid_list) == ("EXPUNGE", [uids[1]])
+    after = rec.seq
+    d.doveadm("expunge", "-d", "-u", user, "mailbox", "Box", "all")
+    recs = d.records(user, after)
+    assert [r.kind for r in recs] == ["EXPUNGE", "DELETE"]
+    assert recs[0].uid_list == [uids[0], *uids[2:]]
+    assert recs[1].path == "Box"
+
+
 def test_two_sessions_delete_one_mailbox(dovecot, user):
     clients = [dovecot.imap(user, "INBOX") for _ in range(4)]
     for n in range(10):

@@ -214,6 +214,23 @@ def test_delete_of_what_is_not_empty(any_format, user):
     assert recs[1].path == "Box"
 
 
+def test_rebuilt_index(user):
+    """A rebuild of sdbox finds the mails in the order of the directory."""
+    with Dovecot(slot=SLOT, mail_format="sdbox") as d:
+        client = d.imap(user, "INBOX")
+        uids = [append(client, "INBOX", n) for n in range(20)]
+        client.logout()
+        for path in d.control_dir(user).rglob("dovecot.index*"):
+            path.unlink()
+        after = d.last_seq(user)
+        d.doveadm("force-resync", "-u", user, "INBOX")
+        client = d.imap(user, "INBOX")
+        assert uids_of(client) == set(uids)
+        assert "Panic" not in d.log_text()
+        (rec,) = d.records(user, after, ["APPEND"])
+        assert list(rec.mail_dict) == uids
+
+
 def test_two_sessions_delete_one_mailbox(dovecot, user):
     clients = [dovecot.imap(user, "INBOX") for _ in range(4)]
     for n in range(10):

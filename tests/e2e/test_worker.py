@@ -978,7 +978,8 @@ def kill_at_each_step(dovecot, user, prepare, call):
         rounds += 1
         dovecot.kill_workers()
         wait_for("end of the workers", lambda: not dovecot.worker_pids())
-        with dovecot.tool(user) as t:
+        # More than Dovecot's two minutes for a lock file that was made and has no pid yet.
+        with dovecot.tool(user, timeout=200) as t:
             it = prepare(t, rounds)
             pid, = dovecot.worker_pids()
             with killed_at(pid, *step):

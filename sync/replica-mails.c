@@ -218,10 +218,10 @@ bool replica_mail_settled(struct replica *r, const struct crdt_mail_key *key)
 	bool shown = place_get(r, key, &p), settled, held = false;
 
 	if (!crdt_mail_get(rrows(r), key, NULL, &m) || !m.live) {
-		settled = !shown && mail_tried(r, key, NULL) == 0;
+		settled = !shown && mail_tried(r, key, NULL, NULL) == 0;
 	} else {
 		memset(&b, 0, sizeof(b));
-		settled = shown && mail_tried(r, key, NULL) == 0 &&
+		settled = shown && mail_tried(r, key, NULL, NULL) == 0 &&
 			  box_of(r, &key->folder, &b) && crdt_id_equal(&b.guid, &p.box) && shown_settled(r, &b, &m, p.uid, &held);
 		box_free(&b);
 	}
@@ -481,7 +481,7 @@ static void flags_cmd(struct slice *s, const struct crdt_mail_key *key, struct c
 	unsigned n = 0, added;
 
 	if (again)
-		(void)mail_tried(s->r, key, tried);
+		(void)mail_tried(s->r, key, NULL, tried);
 	c->flags_add = again ? want : want & (uint8_t)~sh->flags;
 	c->flags_remove = (again ? CRDT_FLAGS_ALL : sh->flags) & (uint8_t)~want;
 	m = slice_take(s, i, m);
@@ -509,7 +509,7 @@ static void flags_cmd(struct slice *s, const struct crdt_mail_key *key, struct c
 
 static void shown_cmd(struct slice *s, const struct crdt_mail_key *key, struct crdt_mail *m, uint32_t uid)
 {
-	unsigned tried = mail_tried(s->r, key, NULL);
+	unsigned tried = mail_tried(s->r, key, NULL, NULL);
 	enum crdt_uid_verdict v;
 	struct shadow sh;
 	uint32_t to;
@@ -534,21 +534,42 @@ static void shown_cmd(struct slice *s, const struct crdt_mail_key *key, struct c
 	shadow_free(&sh);
 }
 
-/* A mail that went while it was being added or moved may have a record that
- * nobody knows: uid 0 and `tried` say to look for it. */
+/* A mail that was being added or moved to where it does not belong any more (it
+ * went, its folder went or is shown by another mailbox) may have a record there
+ * that nobody knows: an EXPUNGE of uid 0 looks for it.  True: that comes first. */
+static bool tried_elsewhere(struct slice *s, const struct crdt_mail_key *key, bool live)
+{
+	struct replica *r = s->r;
+	struct crdt_id tried;
+	struct box b;
+	bool same = false;
+
+	if ((mail_tried(r, key, &tried, NULL) & TRIED_ADD) == 0)
+		return false;
+	if (live && box_of(r, &key->folder, &b)) {
+		same = crdt_id_equal(&b.guid, &tried);
+		box_free(&b);
+	}
+	if (same)
+		return false;
+	if (!box_get(r, &tried, &b)) {
+		/* It went with the mailbox. */
+		mail_tried_clear(r, key, TRIED_ADD);
+		return replica_mail_settled(r, key);
+	}
+	box_free(&b);
+	if (slice_box(s, &tried))
+		(void)slice_cmd(s, MS_EXPUNGE, key, 0);
+	return true;
+}
+
 static void expunge_cmd(struct slice *s, const struct crdt_mail_key *key, const struct place *p)
 {
-	struct box b;
-
-	if (p != NULL) {
-		if (slice_box(s, &p->box))
-			(void)slice_cmd(s, MS_EXPUNGE, key, p->uid);
-	} else if (!box_of(s->r, &key->folder, &b)) {
-		mail_tried_clear(s->r, key, TRIED_ADD | TRIED_FLAGS);
-	} else {
-		if (slice_box(s, &b.guid))
-			(void)slice_cmd(s, MS_EXPUNGE, key, 0);
-		box_free(&b);
+	if (p == NULL) {
+		mail_tried_clear(s->r, key, TRIED_FLAGS);
+		(void)replica_mail_settled(s->r, key);
+	} else if (slice_box(s, &p->box)) {
+		(void)slice_cmd(s, MS_EXPUNGE, key, p->uid);
 	}
 }
 
@@ -560,7 +581,7 @@ static void slice_mail(struct slice *s, const struct crdt_mail_key *key)
 	struct place p;
 	struct box b;
 	struct shadow sh;
-	bool shown = place_get(r, key, &p);
+	bool shown = place_get(r, key, &p), live;
 
 	if (shown && !shadow_get(r, &p.box, p.uid, &sh)) {
 		place_forget(r, key);
@@ -570,7 +591,10 @@ static void slice_mail(struct slice *s, const struct crdt_mail_key *key)
 	}
 	if (replica_mail_settled(r, key))
 		return;
-	if (!crdt_mail_get(rrows(r), key, NULL, &m) || !m.live) {
+	live = crdt_mail_get(rrows(r), key, NULL, &m) && m.live;
+	if (tried_elsewhere(s, key, live)) {
+		/* nothing else before that */
+	} else if (!live) {
 		if (s->expunges)
 			expunge_cmd(s, key, shown ? &p : NULL);
 	} else if (!s->expunges && box_of(r, &key->folder, &b)) {
@@ -838,14 +862,14 @@ static void slice_tried(struct slice *s, struct ms_apply *a)
 		if (c->kind == MS_FLAGS) {
 			keywords_note(&kw, c->kw_add, c->kw_add_n);
 			keywords_note(&kw, c->kw_remove, c->kw_remove_n);
-			mail_tried_set(s->r, &s->keys[i], TRIED_FLAGS, &kw);
+			mail_tried_flags(s->r, &s->keys[i], &kw);
 		} else if (c->kind != MS_EXPUNGE || c->uid == 0) {
-			c->tried = (mail_tried(s->r, &s->keys[i], NULL) & TRIED_ADD) != 0;
+			c->tried = (mail_tried(s->r, &s->keys[i], NULL, NULL) & TRIED_ADD) != 0;
 			if (c->tried) {
 				a->verify = true;
 				c->others_n = mail_others(s->r, &s->b, &s->keys[i], c->others, MS_OTHERS_MAX);
 			} else {
-				mail_tried_set(s->r, &s->keys[i], TRIED_ADD, NULL);
+				mail_tried_add(s->r, &s->keys[i], &s->b.guid);
 			}
 		}
 		crdt_buf_free(&kw);

@@ -173,14 +173,17 @@ void mail_hold(struct replica *r, const struct crdt_mail_key *key);
 /*
  * Before a command goes out it is noted, until its outcome is heard; if the
  * worker dies in between, the mail store is put right without relying on what
- * it holds.  keywords: those that FLAGS adds or removes, each a length byte and
- * the name.
+ * it holds.
  */
 enum tried { TRIED_ADD = 1, TRIED_FLAGS = 2 };
-void mail_tried_set(struct replica *r, const struct crdt_mail_key *key, enum tried what, const struct crdt_buf *keywords);
+void mail_tried_add(struct replica *r, const struct crdt_mail_key *key, const struct crdt_id *box);
+/* keywords: those that FLAGS adds or removes, each a length byte and the name. */
+void mail_tried_flags(struct replica *r, const struct crdt_mail_key *key, const struct crdt_buf *keywords);
 void mail_tried_clear(struct replica *r, const struct crdt_mail_key *key, unsigned what);	/* mask */
-/* Mask of enum tried; 0: nothing is in doubt. */
-unsigned mail_tried(struct replica *r, const struct crdt_mail_key *key, struct crdt_buf *keywords_r);
+/* Mask of enum tried; 0: nothing is in doubt.  box_r (of TRIED_ADD) and keywords_r
+ * (appended to) may be NULL. */
+unsigned mail_tried(struct replica *r, const struct crdt_mail_key *key, struct crdt_id *box_r,
+		    struct crdt_buf *keywords_r);
 /* Other mails of that GUID in mailbox b: their UIDs; how many. */
 unsigned mail_others(struct replica *r, const struct box *b, const struct crdt_mail_key *key,
 		     uint32_t *uids, unsigned max);

@@ -711,16 +711,44 @@ void mail_hold(struct replica *r, const struct crdt_mail_key *key)
 	crdt_buf_free(&v);
 }
 
-/* Value: u8 mask, then the keywords. */
-static void tried_put(struct replica *r, const struct crdt_mail_key *key, unsigned mask, const struct crdt_buf *keywords)
+/* What ROW_TRIED says: u8 mask, with TRIED_ADD the mailbox, with TRIED_FLAGS the
+ * keywords. */
+struct tried_row {
+	unsigned mask;
+	struct crdt_id box;
+	struct crdt_buf keywords;
+};
+
+static void tried_get(struct replica *r, const struct crdt_mail_key *key, struct tried_row *t)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	memset(t, 0, sizeof(*t));
+	mail_row_key(&k, ROW_TRIED, key);
+	if (get(r, &k, &v)) {
+		struct crdt_reader rd = crdt_reader(v.data, v.len);
+
+		t->mask = crdt_get_u8(&rd);
+		if ((t->mask & TRIED_ADD) != 0 && crdt_reader_left(&rd) >= 16)
+			memcpy(t->box.b, crdt_get_raw(&rd, 16), 16);
+		if (crdt_reader_left(&rd) > 0)
+			crdt_buf_raw(&t->keywords, rd.p, crdt_reader_left(&rd));
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+static void tried_put(struct replica *r, const struct crdt_mail_key *key, const struct tried_row *t)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
 
 	mail_row_key(&k, ROW_TRIED, key);
-	crdt_buf_u8(&v, (uint8_t)mask);
-	if (keywords != NULL && keywords->len > 0)
-		crdt_buf_raw(&v, keywords->data, keywords->len);
-	if (mask == 0)
+	crdt_buf_u8(&v, (uint8_t)t->mask);
+	if ((t->mask & TRIED_ADD) != 0)
+		crdt_buf_raw(&v, t->box.b, 16);
+	if ((t->mask & TRIED_FLAGS) != 0 && t->keywords.len > 0)
+		crdt_buf_raw(&v, t->keywords.data, t->keywords.len);
+	if (t->mask == 0)
 		del(r, &k);
 	else
 		put(r, &k, &v);
@@ -728,39 +756,54 @@ static void tried_put(struct replica *r, const struct crdt_mail_key *key, unsign
 	crdt_buf_free(&v);
 }
 
-unsigned mail_tried(struct replica *r, const struct crdt_mail_key *key, struct crdt_buf *keywords_r)
+unsigned mail_tried(struct replica *r, const struct crdt_mail_key *key, struct crdt_id *box_r,
+		    struct crdt_buf *keywords_r)
 {
-	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
-	unsigned mask = 0;
+	struct tried_row t;
 
-	mail_row_key(&k, ROW_TRIED, key);
-	if (get(r, &k, &v) && v.len > 0) {
-		mask = v.data[0];
-		if (keywords_r != NULL && v.len > 1)
-			crdt_buf_raw(keywords_r, v.data + 1, v.len - 1);
-	}
-	crdt_buf_free(&k);
-	crdt_buf_free(&v);
-	return mask;
+	tried_get(r, key, &t);
+	if (box_r != NULL)
+		*box_r = t.box;
+	if (keywords_r != NULL && t.keywords.len > 0)
+		crdt_buf_raw(keywords_r, t.keywords.data, t.keywords.len);
+	crdt_buf_free(&t.keywords);
+	return t.mask;
 }
 
-void mail_tried_set(struct replica *r, const struct crdt_mail_key *key, enum tried what, const struct crdt_buf *keywords)
+void mail_tried_add(struct replica *r, const struct crdt_mail_key *key, const struct crdt_id *box)
 {
-	struct crdt_buf kw = CRDT_BUF_INIT;
-	unsigned mask = mail_tried(r, key, &kw);
+	struct tried_row t;
 
-	tried_put(r, key, mask | what, what == TRIED_FLAGS ? keywords : &kw);
-	crdt_buf_free(&kw);
+	tried_get(r, key, &t);
+	t.mask |= TRIED_ADD;
+	t.box = *box;
+	tried_put(r, key, &t);
+	crdt_buf_free(&t.keywords);
+}
+
+void mail_tried_flags(struct replica *r, const struct crdt_mail_key *key, const struct crdt_buf *keywords)
+{
+	struct tried_row t;
+
+	tried_get(r, key, &t);
+	t.mask |= TRIED_FLAGS;
+	crdt_buf_clear(&t.keywords);
+	if (keywords->len > 0)
+		crdt_buf_raw(&t.keywords, keywords->data, keywords->len);
+	tried_put(r, key, &t);
+	crdt_buf_free(&t.keywords);
 }
 
 void mail_tried_clear(struct replica *r, const struct crdt_mail_key *key, unsigned what)
 {
-	struct crdt_buf kw = CRDT_BUF_INIT;
-	unsigned mask = mail_tried(r, key, &kw);
+	struct tried_row t;
 
-	if ((mask & what) != 0)
-		tried_put(r, key, mask & ~what, (what & TRIED_FLAGS) != 0 ? NULL : &kw);
-	crdt_buf_free(&kw);
+	tried_get(r, key, &t);
+	if ((t.mask & what) != 0) {
+		t.mask &= ~what;
+		tried_put(r, key, &t);
+	}
+	crdt_buf_free(&t.keywords);
 }
 
 unsigned mail_others(struct replica *r, const struct box *b, const struct crdt_mail_key *key,
@@ -771,11 +814,15 @@ unsigned mail_others(struct replica *r, const struct box *b, const struct crdt_m
 	struct crdt_buf k = CRDT_BUF_INIT;
 	unsigned n = 0;
 
-	for (unsigned i = 0; i < b->folders_n; i++) {
+	/* Its own folder too: it may have left the mailbox. */
+	for (unsigned i = 0; i <= b->folders_n; i++) {
 		struct crdt_mail_key other = *key;
 		size_t rows_n;
 
-		other.folder = b->folders[i];
+		if (i < b->folders_n)
+			other.folder = b->folders[i];
+		else if (box_has_folder(b, &key->folder))
+			break;
 		crdt_buf_clear(&k);
 		mail_row_key(&k, ROW_MAIL, &other);
 		/* All copy numbers: the key without its last 8 bytes. */

@@ -29,6 +29,7 @@ struct pipe { struct frame *first, *last; unsigned n; };
 /* Between a worker and a daemon. */
 struct link {
 	bool connected, wanted;		/* wanted: the worker has not given up on it */
+	bool slow;			/* takes no FEED for a while */
 	uint64_t conn;
 	struct pipe to_daemon, to_worker;
 };
@@ -170,8 +171,11 @@ static bool daemon_send(void *ctx, uint64_t conn, const void *p, size_t n)
 	for (unsigned i = 0; i < sim.workers_n; i++) {
 		struct link *l = &sim.workers[i].links[d->i];
 
-		if (l->connected && l->conn == conn)
-			return pipe_put(&l->to_worker, p, n);
+		if (!l->connected || l->conn != conn)
+			continue;
+		if (l->slow && ((const uint8_t *)p)[1] == CRDT_FRAME_FEED)
+			return false;
+		return pipe_put(&l->to_worker, p, n);
 	}
 	return false;
 }
@@ -562,7 +566,7 @@ static void trouble(void)
 	struct worker *w = &sim.workers[rnd(sim.workers_n)];
 	unsigned d = (unsigned)rnd(sim.daemons_n);
 
-	switch (rnd(12)) {
+	switch (rnd(14)) {
 	case 0:
 		if (w->node != NULL) {
 			worker_kill(w);
@@ -581,6 +585,9 @@ static void trouble(void)
 			w->links[d].wanted = false;	/* until it asks for a new connection */
 			node_link_refused(w->node, sim.now, d);
 		}
+		break;
+	case 3: case 4:
+		w->links[d].slow = true;
 		break;
 	default:
 		link_cut(w, d);
@@ -608,6 +615,8 @@ static void step(void)
 		move_worker(&sim.workers[i]);
 		if (sim.workers[i].node != NULL && rnd(100) == 0)
 			look(&sim.workers[i]);
+		for (unsigned d = 0; d < sim.daemons_n; d++)
+			sim.workers[i].links[d].slow = sim.workers[i].links[d].slow && rnd(100) != 0;
 	}
 }
 
@@ -620,6 +629,7 @@ static bool settle_round(void)
 		struct worker *w = &sim.workers[i];
 
 		for (unsigned d = 0; d < sim.daemons_n; d++) {
+			w->links[d].slow = false;
 			link_up(w, d);
 			while (w->links[d].to_daemon.n > 0) {
 				deliver_to_daemon(w, d);
@@ -770,8 +780,11 @@ static void compare(void)
 			free(text);
 		}
 		for (unsigned u = 0; u < USERS; u++) {
-			if (!vmail_equal(&sim.workers[0].engines[u].mail, &w->engines[u].mail, why))
+			if (!vmail_equal(&sim.workers[0].engines[u].mail, &w->engines[u].mail, why)) {
+				vmail_dump(&sim.workers[0].engines[u].mail, users[u]);
+				vmail_dump(&w->engines[u].mail, users[u]);
 				fail("mail stores differ (I1): %s", why);
+			}
 			if (w->engines[u].mail.journal_n > 0)
 				fail("%s: a journal is left over", users[u]);
 		}

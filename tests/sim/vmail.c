@@ -246,12 +246,16 @@ static void mail_add(struct vmail *v, struct vmail_box *b, const struct vmail_ma
 	}
 	b->mails[b->n++] = *m;
 	b->uidnext = m->uid + 1;
+	if (v->trace)
+		fprintf(stderr, "  w%u %s: %s at UID %u\n", v->slot, b->path, m->guid, m->uid);
 }
 
-static void mail_remove(struct vmail_box *b, struct vmail_mail *m)
+static void mail_remove(const struct vmail *v, struct vmail_box *b, struct vmail_mail *m)
 {
 	size_t i = (size_t)(m - b->mails);
 
+	if (v->trace)
+		fprintf(stderr, "  w%u %s: %s removed from UID %u\n", v->slot, b->path, m->guid, m->uid);
 	memmove(m, m + 1, (b->n - i - 1) * sizeof(*m));
 	b->n--;
 }
@@ -358,7 +362,7 @@ int vmail_expunge(struct vmail *v, const char *path, uint32_t uid)
 	if (m == NULL)
 		return -1;
 	journal_uid(v, b, CRDT_JREC_EXPUNGE, uid, false);
-	mail_remove(b, m);
+	mail_remove(v, b, m);
 	return 0;
 }
 
@@ -646,7 +650,7 @@ static int apply_move(struct vmail *v, struct vmail_box *b, struct ms_cmd *c, st
 	journal_append(v, b, tried, c->key);
 	if (killed(v, 4))
 		return MS_TEMP;
-	mail_remove(b, mail_by_uid(b, old));
+	mail_remove(v, b, mail_by_uid(b, old));
 	if (killed(v, 4))
 		return MS_TEMP;
 	journal_uid(v, b, CRDT_JREC_EXPUNGE, old, true);
@@ -689,7 +693,7 @@ static int apply_cmd(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
 		return MS_OK;
 	default:
 		uid = m->uid;
-		mail_remove(b, m);
+		mail_remove(v, b, m);
 		if (killed(v, 4))
 			return MS_TEMP;
 		journal_uid(v, b, CRDT_JREC_EXPUNGE, uid, true);

@@ -60,6 +60,31 @@ static void cursor_save(struct collect *c)
 	crdt_buf_free(&val);
 }
 
+/* An op that waits in a 'B' row takes effect later, and whatever it had not seen
+ * must still be here then: only what all of them had seen may go. */
+static void limit_to_seen(struct crdt_rows *rows, struct crdt_vv *stable)
+{
+	struct crdt_buf key = CRDT_BUF_INIT, val = CRDT_BUF_INIT;
+	bool after = false;
+
+	while (stable->n > 0 && !rows->failed && crdt_row_next(rows, "B", 1, &key, after, &key, &val)) {
+		const char *error;
+		struct crdt_op op;
+		struct crdt_vv seen;
+
+		if (crdt_op_decode(val.data, val.len, &op, &error) < 0) {
+			rows->failed = true;
+		} else {
+			(void)crdt_op_context(&op, &seen);	/* too full: without its own ops */
+			crdt_vv_meet(stable, &seen);
+		}
+		crdt_op_free(&op);
+		after = true;
+	}
+	crdt_buf_free(&key);
+	crdt_buf_free(&val);
+}
+
 static bool spend(struct collect *c)
 {
 	if (c->budget > 0)
@@ -353,6 +378,7 @@ static bool collect_step(struct collect *c)
 bool crdt_collect(struct crdt_rows *rows, const struct crdt_vv *stable, unsigned budget,
 		  struct crdt_sink *sink)
 {
+	struct crdt_vv now;
 	struct collect c;
 	bool more;
 
@@ -361,12 +387,16 @@ bool crdt_collect(struct crdt_rows *rows, const struct crdt_vv *stable, unsigned
 	c.budget = budget;
 	c.phase = PHASE_DELETES;
 	c.cursor = (struct crdt_buf)CRDT_BUF_INIT;
-	if (!cursor_load(&c))
+	if (!cursor_load(&c)) {
 		crdt_vv_copy(&c.stable, stable);
+		limit_to_seen(rows, &c.stable);
+	}
 	while (!rows->failed && collect_step(&c)) ;
 	if (c.phase == PHASE_END) {
 		rows->del(rows, "K", 1);
-		more = !crdt_vv_covers_all(&c.stable, stable);
+		crdt_vv_copy(&now, stable);
+		limit_to_seen(rows, &now);
+		more = !crdt_vv_covers_all(&c.stable, &now);
 	} else {
 		cursor_save(&c);
 		more = true;

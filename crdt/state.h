@@ -226,7 +226,8 @@ void crdt_merge_waiting(struct crdt_rows *rows, struct crdt_sink *sink);
 /*
  * Drops what removed things left behind.  stable: every member has durably
  * *applied* these ops and whatever a member issued before doing so has been
- * merged here.  Visits at most `budget` rows (more by a few) and returns true
+ * merged here, or waits here in a 'B' row (nothing that such an op had not seen
+ * goes).  Visits at most `budget` rows (more by a few) and returns true
  * when more is left: call again, also after a restart; a pass that was begun is
  * ended with the vector it began with.  What users see does not change.
  */

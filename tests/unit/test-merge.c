@@ -134,6 +134,30 @@ static void unknown_kind_waits(void **state)
 	assert_int_equal(rows_of(&w->a, 'B'), 2);
 }
 
+/* What a waiting op had not seen is not collected under it. */
+static void collect_spares_what_waiting_ops_need(void **state)
+{
+	struct world *w = *state;
+	struct kit_op *first, *store, *expunge;
+	struct crdt_vv all;
+
+	kit_create_id(&w->a, kit_id(1), "f", 65);
+	kit_add_id(&w->a, kit_id(1), "m", 0, NULL, 0);
+	kit_catch_up(&w->b);
+	expunge = kit_expunge_id(&w->a, kit_id(1), "m");
+	first = odd_op(&w->b, CRDT_OP_NOP);
+	deliver(&w->b, first);
+	store = kit_flags_id(&w->b, kit_id(1), "m", CRDT_FLAG_FLAGGED, 0, NULL, NULL);
+	deliver(&w->b, expunge);
+	assert_int_equal(deliver(&w->a, store), CRDT_MERGE_BUFFERED);
+	merged_vv(&w->a, &all);
+	while (crdt_collect(&w->a.m.rows, &all, 1, &w->a.effects.sink)) ;
+	assert_int_equal(deliver(&w->a, first), CRDT_MERGED);
+	assert_int_equal(kit_flags(&w->a, "f", "m"), CRDT_FLAG_FLAGGED);
+	assert_true(memrows_equal(&w->a.m, &w->b.m));
+	assert_sound(&w->a);
+}
+
 static void optional_kind_passes(void **state)
 {
 	struct world *w = *state;
@@ -655,7 +679,7 @@ int main(void)
 		test(too_many_waiting), test(too_many_deletes), test(paths),
 		test(validity_outlives_folder), test(hand_over), test(claims), test(bodies),
 		test(collect_in_steps), test(scan_mails), test(digest), test(golden_rows),
-		test(check_finds_damage), test(damage_is_no_remove), test(many_keywords),
+		test(collect_spares_what_waiting_ops_need), test(check_finds_damage), test(damage_is_no_remove), test(many_keywords),
 		test(many_removals),
 	};
 

@@ -626,6 +626,8 @@ int crdt_journal_append(struct crdt_journal *j, struct crdt_jrec *recs, size_t n
 	crdt_buf_clear(b);
 	for (size_t i = 0; i < n; i++) {
 		recs[i].seq = seq + i;
+		if (recs[i].before.origin != j->info.origin)
+			recs[i].before.seq = 0;
 		if (!journal_frame_encode(b, &recs[i], i + 1 == n)) {
 			return journal_fail(error_r, b->failed ? "%s: out of memory" :
 					    "%s: record is too large", j->path);

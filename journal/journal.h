@@ -92,6 +92,11 @@ struct crdt_jrec {
 	struct crdt_numberer numberer;
 	uint32_t uidnext;
 	uint64_t abort_seq;
+	/* The stamp that the mailbox's index had before this change (mailbox-ext.h), in
+	 * the first record of an index transaction; seq 0: none, or of another journal.
+	 * Not the mailbox's last record: its change did not happen.  After decoding only
+	 * seq is set. */
+	struct crdt_dot before;
 };
 bool crdt_jrec_kind_known(uint8_t kind);
 /* Asserts the limits of op.h: 1..CRDT_OP_MAILS_MAX mails, UIDs ascending. */

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define REC_BEFORE 2
 #define REC_APPLIER 0x01	/* bit of the flags byte */
 
 bool crdt_jrec_kind_known(uint8_t kind)
@@ -72,7 +73,7 @@ void crdt_jrec_encode(struct crdt_buf *b, const struct crdt_jrec *rec)
 {
 	assert(crdt_jrec_kind_known(rec->kind));
 	crdt_buf_u8(b, rec->kind);
-	crdt_buf_u8(b, rec->applier ? REC_APPLIER : 0);
+	crdt_buf_u8(b, (rec->applier ? REC_APPLIER : 0) | (rec->before.seq > 0 ? REC_BEFORE : 0));
 	crdt_buf_varint(b, rec->seq);
 	crdt_buf_raw(b, rec->mailbox.b, sizeof(rec->mailbox.b));
 	crdt_buf_varint(b, rec->uidvalidity);
@@ -117,6 +118,8 @@ void crdt_jrec_encode(struct crdt_buf *b, const struct crdt_jrec *rec)
 	case CRDT_JREC_REVALIDATE:
 		break;
 	}
+	if (rec->before.seq > 0)
+		crdt_buf_varint(b, rec->before.seq);
 }
 
 static struct crdt_str get_str(struct crdt_reader *r, size_t max)
@@ -215,10 +218,12 @@ int crdt_jrec_decode(const void *p, size_t n, struct crdt_jrec *rec_r, const cha
 {
 	struct crdt_reader r = crdt_reader(p, n);
 	const uint8_t *id;
+	uint8_t flags;
 
 	memset(rec_r, 0, sizeof(*rec_r));
 	rec_r->kind = crdt_get_u8(&r);
-	rec_r->applier = (crdt_get_u8(&r) & REC_APPLIER) != 0;
+	flags = crdt_get_u8(&r);
+	rec_r->applier = (flags & REC_APPLIER) != 0;
 	rec_r->seq = crdt_get_varint(&r);
 	if ((id = crdt_get_raw(&r, sizeof(rec_r->mailbox.b))) != NULL)
 		memcpy(rec_r->mailbox.b, id, sizeof(rec_r->mailbox.b));
@@ -269,8 +274,11 @@ int crdt_jrec_decode(const void *p, size_t n, struct crdt_jrec *rec_r, const cha
 		break;
 	default:
 		/* a newer minor version's: the caller sees kind and seq */
+		flags = 0;
 		break;
 	}
+	if ((flags & REC_BEFORE) != 0)
+		rec_r->before.seq = crdt_get_varint(&r);
 	if (r.bad || rec_r->seq == 0) {
 		*error_r = "malformed journal record";
 		return -1;

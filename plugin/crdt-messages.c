@@ -537,6 +537,7 @@ static int record_transaction(struct crdt_mailbox *cbox, struct mail_index_trans
 {
 	struct records r;
 	struct crdt_mailbox_ext ext;
+	struct crdt_jrec *first;
 	const char *path, *error;
 
 	if (!is_sync(t)) {
@@ -561,6 +562,8 @@ static int record_transaction(struct crdt_mailbox *cbox, struct mail_index_trans
 	*n_r = array_count(&r.recs);
 	if (*n_r == 0)
 		return 0;
+	first = array_front_modifiable(&r.recs);
+	first->before = ext.stamp;
 	if (crdt_record(cbox->cuser, array_front_modifiable(&r.recs), *n_r, last_r, &error) < 0) {
 		int old_errno = errno;
 
@@ -629,11 +632,16 @@ crdt_index_transaction_commit(struct mail_index_transaction *t,
 		return -1;
 	}
 	if (ret <= 0) {
+		int recorded = ret;
+
 		/* Flags and expunges go on, for a full disk has to be made room
-		   on; nothing finds them later yet, so it is in the log. */
+		   on; crdt-sync finds them by comparing. */
 		ret = super.commit(t, result_r);
 		if (unlock)
 			crdt_index_unlock(index);
+		if (recorded < 0) T_BEGIN {
+			crdt_record_survey(cuser);
+		} T_END;
 		return ret;
 	}
 	ret = super.commit(t, result_r);

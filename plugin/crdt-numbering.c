@@ -224,6 +224,7 @@ static int takeover_locked(struct crdt_mailbox *cbox)
 	rec.seen = ext.seen;
 	rec.numberer = taken.numberer;
 	rec.uidnext = taken.next;
+	rec.before = ext.stamp;
 	if (crdt_record(cuser, &rec, 1, &last, &error) < 0) {
 		e_error(box->event, "crdt: Can't take over: %s", error);
 		return -1;
@@ -274,6 +275,10 @@ void crdt_numbering_session_opened(struct crdt_mailbox *cbox)
 	struct crdt_uid_folder numbering;
 	int ret;
 
+	if (!cbox->cuser->survey_asked) T_BEGIN {
+		cbox->cuser->survey_asked = TRUE;
+		crdt_record_survey(cbox->cuser);
+	} T_END;
 	if (!cbox->ext_registered || MAIL_INDEX_IS_IN_MEMORY(box->index) ||
 	    !is_numbered_elsewhere(cbox, &numbering))
 		return;

@@ -35,6 +35,7 @@ struct crdt_user {
 	struct crdt_journal *journal;
 	/* A session of imap or pop3: what it opens, it takes over. */
 	bool session;
+	bool survey_asked;		/* by this session */
 	/* Mailboxes that this session opened for a STATUS: no need to look at their
 	 * numberers again while the journal's generation is this. */
 	uint64_t checked_generation;
@@ -126,6 +127,8 @@ int crdt_record(struct crdt_user *cuser, struct crdt_jrec *recs, unsigned int n,
 		struct crdt_dot *last_r, const char **error_r);
 /* The n records that end with last did not happen after all. */
 void crdt_record_abort(struct crdt_user *cuser, const struct crdt_dot *last, unsigned int n);
+/* Asks the sync service to look for changes without a record. */
+void crdt_record_survey(struct crdt_user *cuser);
 /* After the change: crdt_fsync, and wakes the sync service. */
 void crdt_record_finish(struct crdt_user *cuser);
 /* For CREATE, RENAME, SUBSCRIBE and choosing a UIDVALIDITY: the journal's header,

@@ -115,9 +115,9 @@ void crdt_record_abort(struct crdt_user *cuser, const struct crdt_dot *last, uns
 	crdt_record_finish(cuser);
 }
 
-static void notify(struct crdt_user *cuser)
+static void notify(struct crdt_user *cuser, bool survey)
 {
-	const char *line = t_strconcat(cuser->user->username, "\n", NULL);
+	const char *line = t_strconcat(survey ? "\t" : "", cuser->user->username, "\n", NULL);
 	const char *path;
 	unsigned int i;
 
@@ -136,6 +136,12 @@ static void notify(struct crdt_user *cuser)
 	}
 }
 
+void crdt_record_survey(struct crdt_user *cuser)
+{
+	if (cuser->set.mode == CRDT_MODE_ON)
+		notify(cuser, TRUE);
+}
+
 void crdt_record_finish(struct crdt_user *cuser)
 {
 	const char *error;
@@ -145,7 +151,7 @@ void crdt_record_finish(struct crdt_user *cuser)
 	if (cuser->set.fsync_always && crdt_journal_sync(cuser->journal, &error) < 0)
 		e_error(cuser->user->event, "crdt: %s", error);
 	T_BEGIN {
-		notify(cuser);
+		notify(cuser, FALSE);
 	} T_END;
 }
 

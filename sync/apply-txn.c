@@ -484,6 +484,9 @@ static int txn_commit_recorded(struct apply_txn *txn, struct mail_index_transact
 	changed = ext_raise(txn, &ext);
 	if (n > 0) {
 		info = crdt_journal_info(txn->user->journal);
+		struct crdt_jrec *first = array_front_modifiable(&txn->recs);
+
+		first->before = ext.stamp;
 		ext.stamp.origin = info->origin;
 		ext.stamp.seq = info->next_seq + n - 1;
 	}
@@ -632,6 +635,8 @@ static int sync_record(struct apply_txn *txn, struct mail_index_transaction *t, 
 		rec->applier = FALSE;
 		rec->seen = ext.seen;
 	}
+	rec = array_front_modifiable(&txn->recs);
+	rec->before = ext.stamp;
 	if ((ret = worker_journal_get(txn->user, TRUE, error_r)) != MS_OK)
 		return ret;
 	if (crdt_journal_lock(txn->user->journal, error_r) < 0)
@@ -645,6 +650,63 @@ static int sync_record(struct apply_txn *txn, struct mail_index_transaction *t, 
 	}
 	crdt_journal_unlock(txn->user->journal);
 	return ret;
+}
+
+void apply_note_begin(struct apply_txn *txn, struct worker_user *user, struct mailbox *box)
+{
+	i_zero(txn);
+	txn->user = user;
+	txn->box = box;
+	txn->guid = user->box.guid;
+	txn->pool = pool_alloconly_create("crdt note", 8 * 1024);
+	p_array_init(&txn->recs, txn->pool, 8);
+}
+
+/* The stamp after the records: a kill in between, and they are found to be
+ * there by the next compare. */
+static int note_stamp(struct mailbox *box, struct crdt_mailbox_ext *ext, const char **error_r)
+{
+	struct mail_index_view *view = mail_index_view_open(box->index);
+	struct mail_index_transaction *t =
+		mail_index_transaction_begin(view, MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL);
+	int ret = MS_OK;
+
+	ext_write(t, ext, TRUE);
+	if (mail_index_transaction_commit(&t) < 0) {
+		mailbox_set_index_error(box);
+		ret = worker_box_error(box, "stamp", error_r) == MS_GONE ? MS_GONE : MS_TEMP;
+	}
+	mail_index_view_close(&view);
+	return ret;
+}
+
+int apply_note_write(struct apply_txn *txn, const char **error_r)
+{
+	struct crdt_mailbox_ext ext;
+	struct crdt_jrec *rec;
+	unsigned n = array_count(&txn->recs);
+	int ret;
+
+	if (n == 0)
+		return MS_OK;
+	apply_ext_read(txn->box, &ext);
+	array_foreach_modifiable(&txn->recs, rec) {
+		rec->applier = FALSE;
+		rec->seen = ext.seen;
+	}
+	rec = array_front_modifiable(&txn->recs);
+	rec->before = ext.stamp;
+	if ((ret = worker_journal_add(txn->user, array_front_modifiable(&txn->recs), n, error_r)) != MS_OK)
+		return ret;
+	rec = array_idx_modifiable(&txn->recs, n - 1);
+	ext.stamp.origin = crdt_journal_info(txn->user->journal)->origin;
+	ext.stamp.seq = rec->seq;
+	return note_stamp(txn->box, &ext, error_r);
+}
+
+void apply_note_end(struct apply_txn *txn)
+{
+	pool_unref(&txn->pool);
 }
 
 static void sync_txn_rollback(struct mail_index_transaction *t)

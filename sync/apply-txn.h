@@ -93,6 +93,15 @@ bool apply_uids_choose(struct apply_uid *uids, unsigned n, unsigned slot, uint32
 struct crdt_uid_folder apply_numbering(struct mailbox *box, const struct crdt_numberer *numberer,
 				       uint32_t numberer_next);
 
+/*
+ * Native records of changes that were found to have none (worker-compare.c): the
+ * caller holds the index log's lock, begins, adds records to txn->recs and writes
+ * them, with the stamp in the index.  No mail is touched.
+ */
+void apply_note_begin(struct apply_txn *txn, struct worker_user *user, struct mailbox *box);
+int apply_note_write(struct apply_txn *txn, const char **error_r);
+void apply_note_end(struct apply_txn *txn);
+
 /* Locks that keep user->box where it is and UIDNEXT what it is until the next commit,
  * where the format has one that can be taken before (Maildir's uidlist).  MS_TEMP. */
 int apply_uids_lock(struct worker_user *user, const char **error_r);

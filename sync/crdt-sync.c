@@ -18,6 +18,7 @@
 #include "node.h"
 #include "pool.h"
 #include "status-socket.h"
+#include "sweep.h"
 #include "sync-settings.h"
 #include "worker-client.h"
 #include "../wire/link.h"
@@ -30,7 +31,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define WAKE_LINE_MAX 1024		/* a user name and "\n" */
+#define WAKE_LINE_MAX 1024		/* "\t", a user name and "\n" */
 #define LINK_FRAMES_MAX 64		/* taken from a link in one go */
 #define RUN_ROUNDS_MAX 8		/* before other events get their turn */
 #define SAFETY_MSECS 1000		/* a link is looked at so often at least */
@@ -71,6 +72,7 @@ static bool sent;			/* a frame, since the links were looked at */
 static unsigned int markers;
 
 static void sync_run(void);
+static bool user_name_valid(const char *name);
 static void wake_input(struct wake_fifo *fifo);
 
 static int64_t now_msecs(void)
@@ -159,6 +161,16 @@ static enum visit_mail mail_connect(void *ctx ATTR_UNUSED, struct mailstore *ms)
 	}
 }
 
+static int users_list(void *ctx, void (*cb)(void *cb_ctx, const char *user), void *cb_ctx, char **error_r)
+{
+	char error[256];
+
+	if (worker_client_users(ctx, 0, cb, cb_ctx, error, sizeof(error)) == 0)
+		return 0;
+	*error_r = strdup(error);
+	return -1;
+}
+
 static void mail_close(void *ctx ATTR_UNUSED, struct mailstore **ms)
 {
 	worker_client_free(ms);
@@ -231,6 +243,15 @@ static void pool_event(struct pool_event *e)
 		if (e->text != NULL)
 			die(e->text);
 		node_synced(node, now);
+		break;
+	case POOL_USER:
+		if (user_name_valid(e->text))
+			sweep_user(e->text);
+		free(e->text);
+		break;
+	case POOL_USERS_END:
+		sweep_users_end(e->text);
+		free(e->text);
 		break;
 	case POOL_LOG:
 		log_line(e->level, e->text);
@@ -335,7 +356,10 @@ static void wake_input(struct wake_fifo *fifo)
 	while ((line = i_stream_next_line(fifo->input)) != NULL) {
 		if (fifo->skip)
 			fifo->skip = FALSE;
-		else if (node != NULL && user_name_valid(line)) {
+		else if (node != NULL && line[0] == '\t' && user_name_valid(line + 1)) {
+			node_survey(node, now_msecs(), line + 1, TRUE);
+			any = TRUE;
+		} else if (node != NULL && user_name_valid(line)) {
 			node_changed(node, now_msecs(), line);
 			any = TRUE;
 		}
@@ -466,6 +490,7 @@ static void pool_init(void)
 		.store = store, .spool = spool, .sent = sent_texts,
 		.name = set.replica, .slot = set.slot, .threads = POOL_THREADS,
 		.open_mail = mail_open, .connect_mail = mail_connect, .close_mail = mail_close,
+		.list_users = users_list, .external_expunge_max = set.external_expunge_max,
 		.ctx = i_strconcat(set.base_dir, "/crdt-worker", NULL),
 	};
 	char *error;
@@ -523,6 +548,8 @@ static void sync_init(void)
 	to_pool = timeout_add(POOL_AGE_MSECS, pool_timeout, NULL);
 	to_spool = timeout_add(SPOOL_AGE_MSECS, spool_timeout, NULL);
 	to_markers = timeout_add_short(0, markers_timeout, NULL);
+	if (set.mode == SYNC_MODE_ON)
+		sweep_init(node, pool, set.survey_secs);
 }
 
 /* One process has the database at a time.  After a reload the old one may need
@@ -573,6 +600,7 @@ static void sync_deinit(void)
 	io_remove(&io_pool);
 	for (unsigned int i = 0; i < set.storages_n; i++)
 		io_remove(&io_links[i]);
+	sweep_deinit();
 	if (!pool_stop(&pool)) {
 		/* It waits for a mail store.  What it holds goes with the process;
 		 * the database needs no goodbye. */

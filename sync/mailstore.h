@@ -106,6 +106,52 @@ struct ms_apply {
 struct ms_reuid { uint32_t uid, new_uid; };
 struct ms_found { struct crdt_id mailbox; uint32_t uid; struct crdt_str guid; uint8_t flags; };
 
+/*
+ * Looking for changes that no record tells of (I8): made while the plugin was
+ * off, by another program, or by a process that was killed or could not write.
+ * They are found by comparing what a mailbox holds with what its records said,
+ * and get native records; the rest goes the way of all changes.
+ */
+
+/* A place in a mailbox's index log: up to here it was found in order. */
+struct ms_mark { uint32_t indexid, log_seq; uint64_t log_offset; };
+#define MS_RANGES_MAX 1024		/* ranges of UIDs in one list */
+#define MS_LOOKS_MAX 1024		/* mails that one look() tells of */
+#define MS_NOTE_MAX 256			/* mails of each kind in one note() */
+struct ms_checked {
+	struct ms_mailbox box;		/* what is there; its path points to what was asked */
+	uint64_t identity;		/* of index and device: another one, and missing mails prove nothing */
+	uint64_t mails;
+	struct crdt_dot stamp;		/* of the newest record of the mailbox, says its index */
+	struct ms_mark mark;		/* the end of its index log */
+	bool all;			/* the log does not reach back to the mark: any mail may have changed */
+	struct crdt_uid_range ranges[MS_RANGES_MAX]; uint16_t ranges_n;	/* else these, known or not */
+};
+struct ms_look {
+	uint32_t uid;
+	uint8_t flags;
+	uint16_t keywords_n;
+	const struct crdt_str *keywords;	/* ascending; valid in the callback */
+};
+/* What is to get records.  Each is looked at again, under the locks of the
+ * mailbox: what is not so (any more) gets none. */
+struct ms_note {
+	struct ms_mailbox box;		/* path: where it is */
+	bool made;			/* the mailbox itself, and who numbers it */
+	struct crdt_str renamed;	/* it was here before; empty: no */
+	const struct crdt_uid_range *added; uint16_t added_n;
+	/* Flags and keywords as they are now; keywords: what these mails may have lost. */
+	const struct crdt_uid_range *changed; uint16_t changed_n;
+	const struct crdt_str *keywords; uint16_t keywords_n;
+	/* An EXPUNGE only with proof: the index log tells that Dovecot was asked to,
+	 * or `proven`, and the identity is still this one. */
+	const struct crdt_uid_range *gone; uint16_t gone_n;
+	bool proven;
+	uint64_t identity;
+	/* out: of `gone`, those that are not there, without proof */
+	struct crdt_uid_range lost[MS_RANGES_MAX]; uint16_t lost_n;
+};
+
 struct mailstore {
 	/* Reads the set-aside journals and the current one from after pos[] (a
 	 * journal not in pos: from its start), oldest first; calls cb for each
@@ -153,6 +199,22 @@ struct mailstore {
 	/* All mails of a mailbox with their GUIDs (after an unknown outcome). */
 	int (*list)(struct mailstore *ms, const struct ms_mailbox *box,
 		    bool (*cb)(void *ctx, const struct ms_found *f), void *ctx);
+	/*
+	 * All mailboxes (subscription false) with a print of their files' times and
+	 * sizes: an equal print, and nothing was changed.  Then the subscriptions.
+	 */
+	int (*survey)(struct mailstore *ms, bool (*cb)(void *ctx, struct crdt_str path, bool subscription, uint64_t print),
+		      void *ctx);
+	/* Syncs the mailbox at path and says how it is.  MS_GONE: there is none.  MS_RETRY: the
+	 * journal has records beyond known that may be of it. */
+	int (*check)(struct mailstore *ms, struct crdt_str path, const struct ms_position *known,
+		     const struct ms_mark *mark, struct ms_checked *checked_r);
+	/* Mails of the ranges (ascending), ascending; at most MS_LOOKS_MAX. */
+	int (*look)(struct mailstore *ms, const struct ms_mailbox *box, const struct crdt_uid_range *ranges, size_t n,
+		    void (*cb)(void *ctx, const struct ms_look *look), void *ctx);
+	int (*note)(struct mailstore *ms, struct ms_note *note);
+	/* A SUBSCRIBE record, if that name is subscribed. */
+	int (*note_subscription)(struct mailstore *ms, struct crdt_str path);
 	char error[256];		/* of the last call that did not return MS_OK */
 };
 #endif

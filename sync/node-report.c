@@ -219,6 +219,8 @@ static void check_fill(struct node *n)
 
 	while (n->check.open < CHECK_USERS && (u = walk_next(n, &n->check)) != NULL) {
 		u->check = true;
+		/* What happened while nobody looked. */
+		u->survey = true;
 		n->check.open++;
 		node_wake(u, SCHED_LOW);
 	}

@@ -120,7 +120,7 @@ static bool user_forgettable(const struct user *u, int64_t now)
 	const struct node *n = u->n;
 
 	if (u->item.state != SCHED_IDLE || u->item.timer != 0 || now - u->touched < NODE_IDLE_MSECS ||
-	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->check || u->stable != NULL ||
+	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->survey || u->check || u->stable != NULL ||
 	    u->entries != NULL || u->ops_waiting > 0 || u->fetches != NULL || u->wanting || u->no_user ||
 	    u->serves > 0)
 		return false;
@@ -436,6 +436,23 @@ void node_changed(struct node *n, int64_t now, const char *user)
 		node_wake(u, SCHED_NOW);
 }
 
+void node_survey(struct node *n, int64_t now, const char *user, bool by_session)
+{
+	struct user *u;
+
+	n->now = now;
+	if (n->users_n >= NODE_USERS_MAX && node_user_find(n, user, 0) == NULL)
+		return;		/* another time */
+	u = node_user(n, user, 0);
+	if (by_session && u->surveyed != 0 && now - u->surveyed < NODE_SURVEY_MSECS)
+		return;
+	u->survey = true;
+	if (u->mail_due > now)
+		node_wake_at(u, u->mail_due);
+	else
+		node_wake(u, SCHED_LOW);
+}
+
 void node_marked(struct node *n, int64_t now, const char *user)
 {
 	struct user *u = node_user_find(n, user, 0);
@@ -510,9 +527,12 @@ static struct visit *order(struct user *u)
 		u->apply = true;
 	if (n->now >= u->mail_due) {
 		v->journal = u->journal;
-		v->apply = u->apply && n->cfg.apply;
+		v->survey = u->survey && n->cfg.apply;
+		if (v->survey)
+			u->surveyed = n->now;
+		v->apply = (u->apply || u->survey) && n->cfg.apply;
 		v->apply_news = n->cfg.apply;
-		u->journal = u->apply = false;
+		u->journal = u->apply = u->survey = false;
 		v->reads = u->reads;
 		u->reads = NULL;
 		if (u->trim_due != 0 && u->trim_due <= n->now) {
@@ -556,7 +576,7 @@ static void set_timers(struct user *u)
 {
 	struct node *n = u->n;
 
-	if (u->mail_due > n->now && (u->journal || u->apply || u->reads != NULL))
+	if (u->mail_due > n->now && (u->journal || u->apply || u->survey || u->reads != NULL))
 		node_wake_at(u, u->mail_due);
 	if (u->trim_due > 0)
 		node_wake_at(u, u->trim_due > u->mail_due ? u->trim_due : u->mail_due);
@@ -636,6 +656,10 @@ static void visited_mail(struct user *u, struct visit *v)
 	/* what was ordered and not done */
 	u->journal = u->journal || (v->journal && !v->read_journal);
 	u->apply = u->apply || v->apply || v->applied;
+	if (v->survey && !v->applied) {
+		u->survey = true;
+		u->surveyed = 0;
+	}
 	if (v->acknowledge)
 		trim_soon(u);
 }

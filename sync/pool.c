@@ -37,7 +37,7 @@ struct pool {
 	pthread_mutex_t lock;		/* of what follows */
 	pthread_cond_t work, sync_work;
 	struct visit *visits, *visits_tail;
-	bool sync_wanted, stopping;
+	bool sync_wanted, users_wanted, stopping;
 	struct engine engines[POOL_THREADS_MAX];
 
 	pthread_mutex_t events_lock;
@@ -262,24 +262,53 @@ static void carry_out(struct pool *p, struct visit *v)
 	post(p, &ev);
 }
 
+static void user_found(void *ctx, const char *user)
+{
+	struct pool_event e = { .type = POOL_USER, .text = xstrdup(user) };
+
+	post(ctx, &e);
+}
+
+static void list_users(struct pool *p)
+{
+	struct pool_event e = { .type = POOL_USERS_END };
+
+	if (p->cfg.list_users(p->cfg.ctx, user_found, p, &e.text) == 0) {
+		free(e.text);
+		e.text = NULL;
+	} else if (e.text == NULL) {
+		e.text = xstrdup("?");
+	}
+	post(p, &e);
+}
+
 static void *visit_thread(void *ctx)
 {
 	struct pool *p = ctx;
 	struct visit *v;
+	bool users;
 
 	for (;;) {
 		pthread_mutex_lock(&p->lock);
-		while (p->visits == NULL && !p->stopping)
+		while (p->visits == NULL && !p->users_wanted && !p->stopping)
 			pthread_cond_wait(&p->work, &p->lock);
 		if (p->stopping) {
 			pthread_mutex_unlock(&p->lock);
 			return NULL;
 		}
+		users = p->visits == NULL;
 		v = p->visits;
-		p->visits = v->next;
-		v->next = NULL;
+		if (users)
+			p->users_wanted = false;
+		else
+			p->visits = v->next;
 		pthread_mutex_unlock(&p->lock);
-		carry_out(p, v);
+		if (users) {
+			list_users(p);
+		} else {
+			v->next = NULL;
+			carry_out(p, v);
+		}
 	}
 }
 
@@ -326,6 +355,14 @@ void pool_sync(struct pool *p)
 	pthread_mutex_unlock(&p->lock);
 }
 
+void pool_users(struct pool *p)
+{
+	pthread_mutex_lock(&p->lock);
+	p->users_wanted = true;
+	pthread_cond_signal(&p->work);
+	pthread_mutex_unlock(&p->lock);
+}
+
 void pool_age(struct pool *p, bool all)
 {
 	time_t now = seconds();
@@ -366,6 +403,7 @@ struct pool *pool_new(const struct pool_config *cfg, char **error_r)
 	p->replica_cfg.log = on_log;
 	p->replica_cfg.text_seen = text_seen;
 	p->replica_cfg.ctx = p;
+	p->replica_cfg.external_expunge_max = cfg->external_expunge_max;
 	pthread_mutex_init(&p->lock, NULL);
 	pthread_mutex_init(&p->events_lock, NULL);
 	pthread_cond_init(&p->work, NULL);

@@ -31,10 +31,14 @@ struct pool_config {
 	/* Connects it, before anything else is asked of it. */
 	enum visit_mail (*connect_mail)(void *ctx, struct mailstore *ms);
 	void (*close_mail)(void *ctx, struct mailstore **ms);
+	/* Calls cb for all users that userdb can list; from a thread.  0; -1 with *error_r
+	 * (malloc'ed). */
+	int (*list_users)(void *ctx, void (*cb)(void *cb_ctx, const char *user), void *cb_ctx, char **error_r);
 	void *ctx;
+	unsigned external_expunge_max;	/* replica.h */
 };
 
-enum pool_event_type { POOL_MERGED, POOL_OPS, POOL_READ, POOL_VISITED, POOL_SYNCED, POOL_LOG };
+enum pool_event_type { POOL_MERGED, POOL_OPS, POOL_READ, POOL_VISITED, POOL_SYNCED, POOL_USER, POOL_USERS_END, POOL_LOG };
 struct pool_event {
 	enum pool_event_type type;
 	/* by type; the receiver owns them */
@@ -42,7 +46,7 @@ struct pool_event {
 	struct visit_ops *ops;
 	struct visit_read *reads;
 	struct visit *visit;
-	char *text;			/* LOG; SYNCED: error, or NULL */
+	char *text;			/* LOG; USER: name; SYNCED, USERS_END: error, or NULL */
 	int level;			/* LOG: 0 error, 1 warning, 2 info, 3 debug */
 };
 
@@ -55,6 +59,7 @@ void pool_event_free(struct pool_event *e);	/* of one that nobody wants */
 
 void pool_visit(struct pool *p, struct visit *v);	/* takes v; comes back as VISITED */
 void pool_sync(struct pool *p);			/* one at a time */
+void pool_users(struct pool *p);		/* one at a time; USER for each, then USERS_END */
 /* Closes what was not used for POOL_KEEP_SECS; all: everything idle. */
 void pool_age(struct pool *p, bool all);
 /* Ends the threads and frees all.  false: one is still busy after

@@ -28,6 +28,16 @@ static int call_begin(struct replica *r, char **error_r)
 	return replica_txn_commit(r, false, error_r);
 }
 
+/* The mail store is not as we think, and the journal does not tell why. */
+static enum step not_as_known(struct replica *r, const char *why, char **error_r)
+{
+	if (!r->survey_asked)
+		compare_survey_due(r);
+	r->survey_asked = true;
+	*error_r = strdup(why);
+	return STEP_LATER;
+}
+
 static enum step call_end(struct replica *r, const struct box *b, int res, char **error_r)
 {
 	int n = replica_outbound(r, error_r);
@@ -43,8 +53,9 @@ static enum step call_end(struct replica *r, const struct box *b, int res, char 
 			replica_box_lost(r, b);
 		return STEP_PROGRESS;
 	case MS_OK:
-	case MS_RETRY:
 		return STEP_PROGRESS;
+	case MS_RETRY:
+		return n > 0 ? STEP_PROGRESS : not_as_known(r, r->ms->error, error_r);
 	default:
 		*error_r = strdup(r->ms->error);
 		return STEP_LATER;
@@ -189,7 +200,9 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	if (step != STEP_PROGRESS || res != MS_OK)
 		return step;
 	if (box_get(r, &made.guid, &b)) {
-		if (b.uidnext < uidnext) {
+		if (b.path_len != f->path_len || memcmp(b.path, f->path, b.path_len) != 0)
+			step = not_as_known(r, "another mailbox was renamed to there without a record", error_r);
+		else if (b.uidnext < uidnext) {
 			b.uidnext = uidnext;
 			box_put(r, &b);
 		}

@@ -614,7 +614,7 @@ static int record_create(struct replica *r, const struct crdt_jrec *rec)
 	struct crdt_folder known;
 	struct crdt_op op;
 	struct crdt_vv ctx;
-	struct box b;
+	struct box b, elsewhere;
 
 	if (box_get(r, &rec->mailbox, &b)) {
 		box_free(&b);
@@ -631,7 +631,13 @@ static int record_create(struct replica *r, const struct crdt_jrec *rec)
 		folder.counter = known.path_counter + 1;
 	crdt_folder_free(&known);
 	b.pushed = folder.numberer;
-	box_attach(r, &b, &folder.id);
+	/* Its own mailbox may be back after it was restored as another one. */
+	if (box_of(r, &folder.id, &elsewhere)) {
+		box_free(&elsewhere);
+		box_take(r, &b, &folder.id);
+	} else {
+		box_attach(r, &b, &folder.id);
+	}
 	replica_context(r, &ctx);
 	replica_context_cap_folder(r, &ctx, &folder.id, false);
 	memset(&op, 0, sizeof(op));

@@ -21,6 +21,10 @@
 #define ROW_CREATING 'c'	/* folder id: its mailbox is being made, outcome not heard yet */
 #define ROW_SUBSCRIBED 'l'	/* name: subscribed in the mail store */
 #define ROW_TEXT 't'		/* content id, mailbox guid, uid(be32): size: a mail here with that text */
+#define ROW_SURVEY 'v'		/* whether the mail store is to be looked through */
+#define ROW_LOOK 'k'		/* kind, path: a mailbox that is to be compared with its shadow */
+#define ROW_CHECKED 'e'		/* mailbox guid: how it was when it was found in order */
+#define ROW_LAST_RECORD 'r'	/* mailbox guid: its last record of the journal */
 #define ROW_EXTRA 'x'		/* mailbox guid, uid(be32): a second record of a mail, to be removed */
 /* What differs from the mail store; values: the dots that are not applied. */
 #define ROW_DIRTY_FOLDER 'f'
@@ -71,6 +75,8 @@ struct replica {
 	} checkpoint;
 	struct ms_position pos[MS_JOURNALS_MAX]; size_t pos_n;	/* journals that exist, and how far they are translated */
 	bool retry_aside;
+	struct compare *compare;	/* that goes on */
+	bool survey_asked;		/* since what cannot be applied was tried last */
 	/* Claims and floors that are due: made into ops before the commit. */
 	struct claim {
 		enum { CLAIM_UID, CLAIM_FLOOR, CLAIM_VALIDITY } kind;
@@ -111,6 +117,7 @@ void replica_context_cap_folder(struct replica *r, struct crdt_vv *ctx, const st
 void replica_mark_mail(struct replica *r, const struct crdt_mail_key *key);
 void replica_mark_folder(struct replica *r, const struct crdt_id *folder);
 void replica_mark_folder_mails(struct replica *r, const struct crdt_id *folder);
+void replica_mark_subscription(struct replica *r, struct crdt_str name);
 /* How far the current journal was read. */
 struct ms_position replica_known(const struct replica *r);
 /* Notes how far the journal may be trimmed once all own ops are acknowledged. */
@@ -195,6 +202,21 @@ void row_keys_free(struct row_key *keys, size_t n);
 
 /* replica-journal.c */
 int replica_journal_record(struct replica *r, const struct ms_record *rec);
+
+/* replica-compare.c */
+/* One slice of looking for changes without a record; *more_r: there is more. */
+int replica_compare(struct replica *r, bool *more_r, char **error_r);
+bool compare_survey_is_due(struct replica *r);
+void compare_survey_due(struct replica *r);
+/* The last record that an index transaction of the mailbox brought. */
+void box_record_put(struct replica *r, const struct crdt_id *guid, crdt_origin journal, uint64_t seq);
+struct ms_position box_record_get(struct replica *r, const struct crdt_id *guid);
+/* A record says that the mailbox's index had the change of record `before` last,
+ * and `known` was the last one that we know: another one, and one has no change. */
+void compare_chain(struct replica *r, const struct crdt_id *guid, crdt_origin journal, uint64_t before,
+		   struct ms_position known);
+void compare_forget(struct replica *r, const struct crdt_id *guid);	/* the mailbox is gone */
+void compare_free(struct replica *r);
 
 /* replica-folders.c: 0, or an ms_result < 0; MS_RETRY: read the journal first. */
 int replica_apply_folders(struct replica *r, bool *more_r, char **error_r);

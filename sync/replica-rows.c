@@ -125,9 +125,26 @@ static void box_path_row(struct replica *r, const struct box *b, bool add)
 	crdt_buf_free(&v);
 }
 
+/* Two mailboxes cannot be at one path: the one that we thought to be there was
+ * removed or renamed without a record. */
+static void make_way(struct replica *r, const struct box *b, const void *path, size_t len)
+{
+	struct box there;
+
+	if (!box_at(r, path, len, &there))
+		return;
+	if (!crdt_id_equal(&there.guid, &b->guid)) {
+		replica_box_lost(r, &there);
+		compare_survey_due(r);
+	}
+	box_free(&there);
+}
+
 void box_set_path(struct replica *r, struct box *b, const void *path, size_t len)
 {
 	uint8_t *copy = malloc(len + 1);
+
+	make_way(r, b, path, len);
 
 	if (copy == NULL)
 		abort();
@@ -894,6 +911,7 @@ void box_delete(struct replica *r, const struct box *b)
 			}
 		}
 	}
+	compare_forget(r, &b->guid);
 	if (box_get(r, &b->guid, &copy)) {
 		while (copy.folders_n > 0) {
 			/* box_detach compacts the array: a copy of the id is passed. */

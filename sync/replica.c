@@ -125,6 +125,7 @@ void replica_close(struct replica **_r)
 	*_r = NULL;
 	if (r->txn != NULL)
 		store_abort(&r->txn);
+	compare_free(r);
 	free(r->claims);
 	free(r->user);
 	free(r);
@@ -214,6 +215,11 @@ static const struct crdt_vv *no_dots(void)
 	static const struct crdt_vv none;
 
 	return &none;
+}
+
+void replica_mark_subscription(struct replica *r, struct crdt_str name)
+{
+	mark_subscription(r, name, no_dots());
 }
 
 void replica_mark_mail(struct replica *r, const struct crdt_mail_key *key)
@@ -604,20 +610,36 @@ int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **e
 int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,
 		      struct crdt_buf *out, uint64_t *size_r)
 {
-	struct ms_mailbox m;
 	struct place p;
-	struct box b;
 	bool found;
 	int res;
 
-	(void)replica_txn_begin(r);
-	found = text_place_get(r, c, &p, size_r) && box_get(r, &p.box, &b);
-	store_abort(&r->txn);
-	if (!found || r->ms == NULL)
-		return MS_GONE;
-	m = box_ms(&b);
-	res = r->ms->body(r->ms, &m, p.uid, offset, len, out);
-	box_free(&b);
+	/* A place where it is not any more (the journal tells of that later, or a
+	 * compare does) is forgotten, and the next one tried. */
+	do {
+		struct ms_mailbox m;
+		struct box b;
+
+		(void)replica_txn_begin(r);
+		found = text_place_get(r, c, &p, size_r) && r->ms != NULL;
+		res = MS_GONE;
+		if (found && box_get(r, &p.box, &b)) {
+			store_abort(&r->txn);
+			m = box_ms(&b);
+			res = r->ms->body(r->ms, &m, p.uid, offset, len, out);
+			box_free(&b);
+			if (res != MS_GONE)
+				return res;
+			(void)replica_txn_begin(r);
+		}
+		if (found)
+			text_place_forget(r, c, &p);
+		char *error = NULL;
+		if (replica_txn_commit(r, false, &error) < 0) {
+			free(error);	/* seen by the next who uses the database */
+			return MS_TEMP;
+		}
+	} while (found);
 	return res;
 }
 
@@ -669,11 +691,26 @@ static bool position_row(void *vctx, const uint8_t *key, size_t klen, const uint
 	return true;
 }
 
+/* Kinds that leave a stamp in the index. */
+static bool is_stamped(uint8_t kind)
+{
+	return kind == CRDT_JREC_APPEND || kind == CRDT_JREC_FLAGS || kind == CRDT_JREC_EXPUNGE ||
+		kind == CRDT_JREC_TAKEOVER;
+}
+
 static bool outbound_record(void *vctx, const struct ms_record *rec)
 {
 	struct outbound *o = vctx;
+	struct ms_position known = { 0, 0 };
 
+	/* what was the last one before this */
+	if (rec->rec->before.seq > 0)
+		known = box_record_get(o->r, &rec->rec->mailbox);
 	o->ret = replica_journal_record(o->r, rec);
+	if (o->ret == 0 && rec->rec->before.seq > 0)
+		compare_chain(o->r, &rec->rec->mailbox, rec->journal, rec->rec->before.seq, known);
+	if (o->ret == 0 && is_stamped(rec->rec->kind))
+		box_record_put(o->r, &rec->rec->mailbox, rec->journal, rec->rec->seq);
 	if (o->ret == 0)
 		position_put(o->r, rec->journal, rec->rec->seq);
 	return o->ret == 0 && ++o->n < RECORDS_SLICE;
@@ -788,7 +825,7 @@ static int later_noted(int ret, char **error_r, char **later)
 
 enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r)
 {
-	bool more_folders = false, more_mails = false, wants;
+	bool more_folders = false, more_mails = false, more_looks = false, wants;
 	const char waiting = ROW_WAIT_BODY;
 	struct row_key key;
 	char *later = NULL;
@@ -803,7 +840,15 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 		ret = later_noted(replica_apply_subscriptions(r, error_r), error_r, &later);
 	if (ret == REPLICA_DONE)
 		ret = replica_apply_mails(r, body, ctx, &more_mails, error_r);
+	/* Also when something has to wait: it may be for a change that has no record. */
+	if (ret == REPLICA_DONE && !more_folders && !more_mails)
+		ret = later_noted(replica_compare(r, &more_looks, error_r), error_r, &later);
+	if (ret == REPLICA_DONE && more_looks) {
+		free(later);
+		return REPLICA_AGAIN;
+	}
 	if (ret != REPLICA_DONE || later != NULL) {
+		r->survey_asked = false;
 		if (ret == REPLICA_DONE)
 			*error_r = later;
 		else
@@ -847,7 +892,8 @@ void replica_status(struct replica *r, struct replica_status *st_r)
 	st_r->vv = *replica_vv(r);
 	st_r->held = count(r, ROW_HELD);
 	st_r->pending = count(r, ROW_DIRTY_FOLDER) + count(r, ROW_DIRTY_SUBSCRIPTION) + count(r, ROW_DIRTY_MAIL) +
-			count(r, ROW_WAIT_BODY) + count(r, ROW_ASIDE) + count(r, ROW_EXTRA);
+			count(r, ROW_WAIT_BODY) + count(r, ROW_ASIDE) + count(r, ROW_EXTRA) +
+			count(r, ROW_LOOK) + (r->ms != NULL && compare_survey_is_due(r) ? 1 : 0);
 	st_r->buffered = count(r, 'B');
 	st_r->last_seq = r->last_seq;
 	store_abort(&r->txn);

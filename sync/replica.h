@@ -29,6 +29,9 @@ struct replica_config {
 	 * sending soon.  May be NULL. */
 	void (*text_seen)(void *ctx, const char *user, const struct crdt_content *c, const void *p, size_t n);
 	void *ctx;
+	/* So many mails may vanish from a mailbox at once and count as removed
+	 * (by another program); of more, each has to be proven. */
+	unsigned external_expunge_max;
 };
 
 struct replica;
@@ -61,12 +64,15 @@ static inline enum replica_progress replica_outbound_progress(int n)
 	return n >= 0 ? REPLICA_DONE : n == REPLICA_OUTBOUND_LATER ? REPLICA_LATER : REPLICA_FAILED;
 }
 
-/* [9] One slice: outbound first, then up to 256 mails.  body(): where the text
+/* [9] One slice: outbound first, then up to 256 mails; then a slice of comparing.  body(): where the text
  * of a content id is (a file, or memory valid until the next call); false:
  * not here. */
 typedef bool replica_body_cb(void *ctx, const struct crdt_content *c, uint64_t size,
 			     const uint8_t **text_r, const char **file_r);
 enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r);
+/* The mail store is to be looked through for changes without a record, by
+ * replica_apply().  So it is once without being asked.  0 or -1. */
+int replica_survey(struct replica *r, char **error_r);
 /* Texts that apply waits for. */
 void replica_wants(struct replica *r, bool (*cb)(void *ctx, const struct crdt_content *c, uint64_t size), void *ctx);
 

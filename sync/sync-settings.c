@@ -104,6 +104,18 @@ static bool parse_state_dir(const char *value, struct sync_settings *set)
 	return *value == '/';
 }
 
+static bool parse_external_expunge_max(const char *value, struct sync_settings *set)
+{
+	return str_to_uint(value, &set->external_expunge_max) == 0;
+}
+
+static bool parse_survey_interval(const char *value, struct sync_settings *set)
+{
+	const char *error;
+
+	return settings_get_time(value, &set->survey_secs, &error) == 0 && set->survey_secs <= 31 * 24 * 3600;
+}
+
 static const struct sync_setting settings[] = {
 	/* first: off stops here */
 	{ "crdt_mode", "on", "on, observe or off", parse_mode },
@@ -115,6 +127,8 @@ static const struct sync_setting settings[] = {
 	{ "crdt_key_file", NULL, "the absolute path of this worker's secret key (NAME.key_secret, "
 		"made by crdt-keygen)", parse_key_file },
 	{ "crdt_state_dir", "/var/lib/dovecot-crdt", "an absolute path", parse_state_dir },
+	{ "crdt_external_expunge_max", "10", "a number of mails", parse_external_expunge_max },
+	{ "crdt_survey_interval", "1 hours", "a time such as 30 mins or 1 days, or 0", parse_survey_interval },
 };
 
 static int plugin_setting(const struct sync_plugin_settings *set, const char *name,

@@ -24,6 +24,8 @@ struct sync_settings {
 	const char *key_file;		/* our secret key */
 	const char *state_dir;
 	const char *base_dir;
+	unsigned int external_expunge_max;
+	unsigned int survey_secs;	/* 0: never */
 };
 
 struct master_service;

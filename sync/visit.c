@@ -276,6 +276,10 @@ static void apply(struct run *run)
 	char *error = NULL;
 	bool done;
 
+	if (v->survey && replica_survey(run->r, &error) < 0) {
+		failed(v, error);
+		return;
+	}
 	v->applied = true;
 	v->progress = replica_apply(run->r, find_text, run, &error);
 	done = v->progress == REPLICA_DONE || v->progress == REPLICA_WANTS_BODIES || v->progress == REPLICA_AGAIN;

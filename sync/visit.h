@@ -79,6 +79,7 @@ struct visit {
 	bool mail;			/* the mail store may be used: for the four below */
 	bool journal;			/* read the journal to its end */
 	bool apply;			/* one slice */
+	bool survey;			/* with apply: look for changes without a record, too */
 	bool acknowledge;		/* trim, forget own ops up to acked */
 	struct visit_read *reads;
 	bool apply_news;		/* apply also when the journal had something */

@@ -226,6 +226,35 @@ int worker_client_connect(struct mailstore *ms)
 	return ret;
 }
 
+int worker_client_users(const char *socket_path, unsigned timeout_s,
+			void (*cb)(void *ctx, const char *user), void *ctx, char *error_r, size_t n)
+{
+	struct mailstore *ms = worker_client_new(socket_path, "", timeout_s);
+	struct worker_msg m = { .type = WORKER_USERS };
+	struct worker_client *c;
+	int ret;
+
+	if (ms == NULL)
+		abort();
+	c = client(ms);
+	if ((ret = client_dial(c)) == MS_OK && (ret = send_msg(c, &m)) == MS_OK) {
+		while ((ret = recv_msg(c)) == MS_OK && c->msg.type == WORKER_NAME) {
+			char user[WORKER_USER_MAX + 1];
+
+			if (c->msg.path.n > WORKER_USER_MAX)
+				continue;
+			memcpy(user, c->msg.path.p, c->msg.path.n);
+			user[c->msg.path.n] = '\0';
+			cb(ctx, user);
+		}
+		if (ret == MS_OK)
+			ret = result(c);
+	}
+	snprintf(error_r, n, "%s", ms->error);
+	worker_client_free(&ms);
+	return ret == MS_OK ? 0 : -1;
+}
+
 bool worker_client_no_user(const struct mailstore *ms)
 {
 	return ((const struct worker_client *)ms)->no_user;
@@ -717,6 +746,112 @@ static int ms_subscribe(struct mailstore *ms, const char *path, bool on)
 	return request_result(client(ms), &m);
 }
 
+/*
+ * Comparing
+ */
+
+static int ms_survey(struct mailstore *ms, bool (*cb)(void *ctx, struct crdt_str path, bool subscription, uint64_t print),
+		     void *ctx)
+{
+	struct worker_client *c = client(ms);
+	struct worker_msg m = { .type = WORKER_SURVEY };
+	bool go = true;
+	int ret;
+
+	if ((ret = request(c, &m)) != MS_OK)
+		return ret;
+	while ((ret = recv_msg(c)) == MS_OK && c->msg.type == WORKER_NAME)
+		go = go && cb(ctx, c->msg.path, c->msg.flag, c->msg.print);
+	return ret != MS_OK ? ret : result(c);
+}
+
+static int ms_check(struct mailstore *ms, struct crdt_str path, const struct ms_position *known,
+		    const struct ms_mark *mark, struct ms_checked *checked_r)
+{
+	struct worker_client *c = client(ms);
+	struct worker_msg m = { .type = WORKER_CHECK, .path = path, .pos_n = 1, .mark = *mark };
+	int ret;
+
+	m.pos[0] = *known;
+	if ((ret = request(c, &m)) != MS_OK || (ret = recv_msg(c)) != MS_OK)
+		return ret;
+	if (c->msg.type == WORKER_RESULT && c->msg.code != MS_OK)
+		return result(c);
+	if (c->msg.type != WORKER_CHECKED)
+		return unexpected(c);
+	memset(checked_r, 0, sizeof(*checked_r));
+	checked_r->box = c->msg.box;
+	checked_r->box.path = path;
+	checked_r->identity = c->msg.identity;
+	checked_r->mails = c->msg.offset;
+	checked_r->stamp = c->msg.stamp;
+	checked_r->mark = c->msg.mark;
+	checked_r->all = c->msg.flag;
+	checked_r->ranges_n = c->msg.ranges_n[0];
+	if (checked_r->ranges_n > 0)
+		memcpy(checked_r->ranges, c->msg.ranges[0], checked_r->ranges_n * sizeof(*checked_r->ranges));
+	return (ret = recv_msg(c)) != MS_OK ? ret : result(c);
+}
+
+static int ms_look(struct mailstore *ms, const struct ms_mailbox *box, const struct crdt_uid_range *ranges, size_t n,
+		   void (*cb)(void *ctx, const struct ms_look *look), void *ctx)
+{
+	struct worker_client *c = client(ms);
+	struct worker_msg m = { .type = WORKER_LOOK };
+	size_t left = MS_LOOKS_MAX;
+	int ret;
+
+	m.box = *box;
+	m.ranges_n[0] = (uint16_t)(n < MS_RANGES_MAX ? n : MS_RANGES_MAX);
+	m.ranges[0] = (struct crdt_uid_range *)ranges;
+	if ((ret = request(c, &m)) != MS_OK)
+		return ret;
+	while ((ret = recv_msg(c)) == MS_OK && c->msg.type == WORKER_LOOKED) {
+		if (c->msg.looks_n > left)
+			return unexpected(c);
+		left -= c->msg.looks_n;
+		for (size_t i = 0; i < c->msg.looks_n; i++)
+			cb(ctx, &c->msg.looks[i]);
+	}
+	return ret != MS_OK ? ret : result(c);
+}
+
+static int ms_note(struct mailstore *ms, struct ms_note *note)
+{
+	struct worker_client *c = client(ms);
+	struct worker_msg m = { .type = WORKER_NOTE, .path = note->renamed, .identity = note->identity };
+	int ret;
+
+	m.box = note->box;
+	m.what = (uint8_t)((note->made ? WORKER_NOTE_MADE : 0) | (note->proven ? WORKER_NOTE_PROVEN : 0));
+	m.cmd.kw_remove = note->keywords;
+	m.cmd.kw_remove_n = note->keywords_n;
+	m.ranges[0] = (struct crdt_uid_range *)note->added;
+	m.ranges_n[0] = note->added_n;
+	m.ranges[1] = (struct crdt_uid_range *)note->changed;
+	m.ranges_n[1] = note->changed_n;
+	m.ranges[2] = (struct crdt_uid_range *)note->gone;
+	m.ranges_n[2] = note->gone_n;
+	note->lost_n = 0;
+	if ((ret = request(c, &m)) != MS_OK || (ret = recv_msg(c)) != MS_OK)
+		return ret;
+	if (c->msg.type == WORKER_RESULT && c->msg.code != MS_OK)
+		return result(c);
+	if (c->msg.type != WORKER_LOST)
+		return unexpected(c);
+	note->lost_n = c->msg.ranges_n[0];
+	if (note->lost_n > 0)
+		memcpy(note->lost, c->msg.ranges[0], note->lost_n * sizeof(*note->lost));
+	return (ret = recv_msg(c)) != MS_OK ? ret : result(c);
+}
+
+static int ms_note_subscription(struct mailstore *ms, struct crdt_str path)
+{
+	struct worker_msg m = { .type = WORKER_NOTE_SUBSCRIPTION, .path = path };
+
+	return request_result(client(ms), &m);
+}
+
 struct mailstore *worker_client_new(const char *socket_path, const char *user, unsigned timeout_s)
 {
 	struct worker_client *c = calloc(1, sizeof(*c));
@@ -740,6 +875,11 @@ struct mailstore *worker_client_new(const char *socket_path, const char *user, u
 	c->ms.subscribe = ms_subscribe;
 	c->ms.body = ms_body;
 	c->ms.list = ms_list;
+	c->ms.survey = ms_survey;
+	c->ms.check = ms_check;
+	c->ms.look = ms_look;
+	c->ms.note = ms_note;
+	c->ms.note_subscription = ms_note_subscription;
 	struct mailstore *ms = &c->ms;
 	if (c->socket_path == NULL || c->user == NULL)
 		worker_client_free(&ms);

@@ -20,6 +20,9 @@
  * least every few seconds while it works; 0: 120 s (a Maildir lock may take
  * that long).  Returns NULL only when out of memory. */
 struct mailstore *worker_client_new(const char *socket_path, const char *user, unsigned timeout_s);
+/* All users that userdb can list.  0; -1: error_r (size n) has a text. */
+int worker_client_users(const char *socket_path, unsigned timeout_s,
+			void (*cb)(void *ctx, const char *user), void *ctx, char *error_r, size_t n);
 void worker_client_free(struct mailstore **ms);
 
 /* Connects and says which user is meant, if that has not been done: MS_OK;

@@ -405,6 +405,16 @@ static int handle(struct worker_conn *conn, const struct worker_msg *msg,
 		return worker_body(conn, user, msg, error_r);
 	case WORKER_LIST:
 		return worker_list(conn, user, msg, error_r);
+	case WORKER_SURVEY:
+		return worker_survey(conn, user, error_r);
+	case WORKER_CHECK:
+		return worker_check(conn, user, msg, error_r);
+	case WORKER_LOOK:
+		return worker_look(conn, user, msg, error_r);
+	case WORKER_NOTE:
+		return worker_note(conn, user, msg, error_r);
+	case WORKER_NOTE_SUBSCRIPTION:
+		return worker_note_subscription(user, msg, error_r);
 	default:
 		conn_fail(conn, "a message out of turn");
 		*error_r = "not a request";
@@ -421,6 +431,8 @@ static void request_run(struct worker_conn *conn, const struct worker_msg *msg)
 	conn->last_sent = time(NULL);
 	if (msg->type == WORKER_HELLO)
 		ret = handle_hello(conn, msg, &error);
+	else if (msg->type == WORKER_USERS && conn->user == NULL)
+		ret = worker_users(conn, &error);
 	else if (conn->user == NULL) {
 		conn_fail(conn, "no HELLO");
 		return;

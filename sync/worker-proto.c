@@ -116,6 +116,55 @@ static void put_reuid(struct crdt_buf *b, const struct worker_msg *m)
 	}
 }
 
+static void put_ranges(struct crdt_buf *b, const struct worker_msg *m, unsigned i)
+{
+	crdt_buf_varint(b, m->ranges_n[i]);
+	for (unsigned k = 0; k < m->ranges_n[i]; k++) {
+		crdt_buf_varint(b, m->ranges[i][k].first);
+		crdt_buf_varint(b, m->ranges[i][k].last);
+	}
+}
+
+static void put_mark(struct crdt_buf *b, const struct ms_mark *mark)
+{
+	crdt_buf_varint(b, mark->indexid);
+	crdt_buf_varint(b, mark->log_seq);
+	crdt_buf_varint(b, mark->log_offset);
+}
+
+static void put_checked(struct crdt_buf *b, const struct worker_msg *m)
+{
+	put_box(b, &m->box);
+	crdt_buf_u64(b, m->identity);
+	crdt_buf_varint(b, m->offset);
+	crdt_buf_u64(b, m->stamp.origin);
+	crdt_buf_varint(b, m->stamp.seq);
+	put_mark(b, &m->mark);
+	crdt_buf_u8(b, m->flag ? 1 : 0);
+	put_ranges(b, m, 0);
+}
+
+static void put_note(struct crdt_buf *b, const struct worker_msg *m)
+{
+	put_box(b, &m->box);
+	crdt_buf_u8(b, m->what);
+	put_str(b, &m->path);
+	crdt_buf_u64(b, m->identity);
+	put_strs(b, m->cmd.kw_remove, m->cmd.kw_remove_n);
+	for (unsigned i = 0; i < WORKER_RANGES; i++)
+		put_ranges(b, m, i);
+}
+
+static void put_looks(struct crdt_buf *b, const struct worker_msg *m)
+{
+	crdt_buf_varint(b, m->looks_n);
+	for (size_t i = 0; i < m->looks_n; i++) {
+		crdt_buf_varint(b, m->looks[i].uid);
+		crdt_buf_u8(b, m->looks[i].flags);
+		put_strs(b, m->looks[i].keywords, m->looks[i].keywords_n);
+	}
+}
+
 static void put_fields(struct crdt_buf *b, const struct worker_msg *m)
 {
 	switch ((enum worker_msg_type)m->type) {
@@ -213,7 +262,38 @@ static void put_fields(struct crdt_buf *b, const struct worker_msg *m)
 	case WORKER_FOUND:
 		put_found(b, m);
 		break;
+	case WORKER_SURVEY:
+	case WORKER_USERS:
 	case WORKER_ALIVE:
+		break;
+	case WORKER_CHECK:
+		put_str(b, &m->path);
+		put_positions(b, m);
+		put_mark(b, &m->mark);
+		break;
+	case WORKER_LOOK:
+		put_box(b, &m->box);
+		put_ranges(b, m, 0);
+		break;
+	case WORKER_NOTE:
+		put_note(b, m);
+		break;
+	case WORKER_NOTE_SUBSCRIPTION:
+		put_str(b, &m->path);
+		break;
+	case WORKER_NAME:
+		put_str(b, &m->path);
+		crdt_buf_u8(b, m->flag ? 1 : 0);
+		crdt_buf_u64(b, m->print);
+		break;
+	case WORKER_CHECKED:
+		put_checked(b, m);
+		break;
+	case WORKER_LOOKED:
+		put_looks(b, m);
+		break;
+	case WORKER_LOST:
+		put_ranges(b, m, 0);
 		break;
 	}
 }
@@ -433,6 +513,70 @@ static void get_reuid(struct crdt_reader *r, struct worker_msg *m)
 	}
 }
 
+/* Ascending. */
+static void get_ranges(struct crdt_reader *r, struct worker_msg *m, unsigned i)
+{
+	size_t n = crdt_get_varint_max(r, MS_RANGES_MAX);
+	uint32_t last = 0;
+
+	m->ranges[i] = get_array(r, n, 2, sizeof(*m->ranges[i]));
+	m->ranges_n[i] = m->ranges[i] == NULL ? 0 : (uint16_t)n;
+	for (unsigned k = 0; k < m->ranges_n[i]; k++) {
+		struct crdt_uid_range *range = &m->ranges[i][k];
+
+		range->first = get_u32(r);
+		range->last = get_u32(r);
+		if (range->first <= last || range->last < range->first)
+			r->bad = true;
+		last = range->last;
+	}
+}
+
+static void get_mark(struct crdt_reader *r, struct ms_mark *mark)
+{
+	mark->indexid = get_u32(r);
+	mark->log_seq = get_u32(r);
+	mark->log_offset = crdt_get_varint(r);
+}
+
+static void get_checked(struct crdt_reader *r, struct worker_msg *m)
+{
+	get_box(r, &m->box);
+	m->identity = crdt_get_u64(r);
+	m->offset = crdt_get_varint(r);
+	m->stamp.origin = crdt_get_u64(r);
+	m->stamp.seq = crdt_get_varint(r);
+	get_mark(r, &m->mark);
+	m->flag = get_bool(r);
+	get_ranges(r, m, 0);
+}
+
+static void get_note(struct crdt_reader *r, struct worker_msg *m)
+{
+	get_box(r, &m->box);
+	m->what = crdt_get_u8(r);
+	if ((m->what & ~(WORKER_NOTE_MADE | WORKER_NOTE_PROVEN)) != 0)
+		r->bad = true;
+	m->path = get_str(r, CRDT_PATH_MAX);
+	m->identity = crdt_get_u64(r);
+	m->cmd.kw_remove = get_strs(r, &m->cmd.kw_remove_n);
+	for (unsigned i = 0; i < WORKER_RANGES; i++)
+		get_ranges(r, m, i);
+}
+
+static void get_looks(struct crdt_reader *r, struct worker_msg *m)
+{
+	size_t n = crdt_get_varint_max(r, WORKER_LOOKED_MAX);
+
+	m->looks = get_array(r, n, 3, sizeof(*m->looks));
+	m->looks_n = m->looks == NULL ? 0 : n;
+	for (size_t i = 0; i < m->looks_n; i++) {
+		m->looks[i].uid = get_u32(r);
+		m->looks[i].flags = get_flags(r);
+		m->looks[i].keywords = get_strs(r, &m->looks[i].keywords_n);
+	}
+}
+
 static void get_result(struct crdt_reader *r, struct worker_msg *m)
 {
 	m->code = (int8_t)crdt_get_u8(r);
@@ -545,7 +689,38 @@ static bool get_fields(struct crdt_reader *r, struct worker_msg *m)
 	case WORKER_FOUND:
 		get_found(r, m);
 		break;
+	case WORKER_SURVEY:
+	case WORKER_USERS:
 	case WORKER_ALIVE:
+		break;
+	case WORKER_CHECK:
+		m->path = get_str(r, CRDT_PATH_MAX);
+		get_positions(r, m, 1, 1);
+		get_mark(r, &m->mark);
+		break;
+	case WORKER_LOOK:
+		get_box(r, &m->box);
+		get_ranges(r, m, 0);
+		break;
+	case WORKER_NOTE:
+		get_note(r, m);
+		break;
+	case WORKER_NOTE_SUBSCRIPTION:
+		m->path = get_str(r, CRDT_PATH_MAX);
+		break;
+	case WORKER_NAME:
+		m->path = get_str(r, CRDT_PATH_MAX);
+		m->flag = get_bool(r);
+		m->print = crdt_get_u64(r);
+		break;
+	case WORKER_CHECKED:
+		get_checked(r, m);
+		break;
+	case WORKER_LOOKED:
+		get_looks(r, m);
+		break;
+	case WORKER_LOST:
+		get_ranges(r, m, 0);
 		break;
 	default:
 		return false;
@@ -580,6 +755,16 @@ void worker_msg_free(struct worker_msg *m)
 	free((void *)m->cmd.kw_remove);
 	free(m->found);
 	free(m->reuid);
+	for (unsigned i = 0; i < WORKER_RANGES; i++) {
+		free(m->ranges[i]);
+		m->ranges[i] = NULL;
+		m->ranges_n[i] = 0;
+	}
+	for (size_t i = 0; i < m->looks_n; i++)
+		free((void *)m->looks[i].keywords);
+	free(m->looks);
+	m->looks = NULL;
+	m->looks_n = 0;
 	m->cmd.kw_add = m->cmd.kw_remove = NULL;
 	m->found = NULL;
 	m->reuid = NULL;

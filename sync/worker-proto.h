@@ -9,7 +9,7 @@
  *
  * The client asks, the worker answers with any number of the messages named
  * here and one RESULT; then the client may ask again.  A connection begins with
- * HELLO.  ALIVE may come at any time while the worker works.
+ * HELLO (but for USERS).  ALIVE may come at any time while the worker works.
  *
  *  HELLO                RESULT (MS_GONE: no such user)
  *  READ                 for each record MAIL* RECORD; then JOURNALS RESULT.  A
@@ -22,6 +22,12 @@
  *  REVALIDATE REUID*    RESULT; REVALIDATE.n entries in all REUIDs
  *  BODY                 TEXT* RESULT
  *  LIST                 FOUND* RESULT
+ *  SURVEY               NAME* RESULT
+ *  CHECK                CHECKED RESULT
+ *  LOOK                 LOOKED* RESULT
+ *  NOTE                 LOST RESULT
+ *  NOTE_SUBSCRIPTION    RESULT
+ *  USERS                NAME* RESULT: all users that userdb can list
  */
 #include "mailstore.h"
 #include "../wire/frame.h"	/* CRDT_BODY_RIDE, CRDT_BODY_CHUNK */
@@ -41,6 +47,8 @@
 #define WORKER_READ_BYTES (2 * 1024 * 1024)
 /* Texts that ride along with the mails of one record; the rest has none. */
 #define WORKER_RECORD_TEXTS (4 * 1024 * 1024)
+#define WORKER_LOOKED_MAX 64			/* mails in one LOOKED, */
+#define WORKER_LOOKED_BYTES (256 * 1024)	/* or so many bytes of keywords */
 #define WORKER_ALIVE_SECS 5
 
 enum worker_msg_type {
@@ -50,7 +58,15 @@ enum worker_msg_type {
 	WORKER_TEXT, WORKER_TEXT_FAIL,				/* either way */
 	WORKER_RESULT, WORKER_MAIL, WORKER_RECORD, WORKER_JOURNALS, WORKER_WANT_TEXT,
 	WORKER_OUTCOME, WORKER_MADE, WORKER_FOUND, WORKER_ALIVE,
+	WORKER_SURVEY, WORKER_CHECK, WORKER_LOOK, WORKER_NOTE, WORKER_NOTE_SUBSCRIPTION,
+	WORKER_NAME, WORKER_CHECKED, WORKER_LOOKED, WORKER_LOST,
+	WORKER_USERS,
 };
+
+/* NOTE */
+#define WORKER_NOTE_MADE 1
+#define WORKER_NOTE_PROVEN 2
+enum { WORKER_RANGES = 3 };	/* NOTE: added, changed, gone; else the first only */
 
 /* Where a SAVE's text comes from. */
 enum worker_text_source { WORKER_TEXT_CLIENT = 1, WORKER_TEXT_MAILBOX };
@@ -68,11 +84,13 @@ struct worker_msg {
 	uint32_t numberer_next;			/* APPLY */
 	uint32_t uidnext;			/* CREATE; RESULT of APPLY */
 	uint32_t n;				/* APPLY: commands; REVALIDATE: entries; WANT_TEXT, OUTCOME: index */
-	bool flag;				/* APPLY: verify; SUBSCRIBE: on; MADE: existed; RESULT: more */
-	struct ms_cmd cmd;			/* CMD but text, file and outcome; OUTCOME: outcome, error */
+	bool flag;				/* APPLY: verify; SUBSCRIBE: on; MADE: existed; RESULT: more;
+						 * NAME: a subscription; CHECKED: all */
+	struct ms_cmd cmd;			/* CMD but text, file and outcome; OUTCOME: outcome, error;
+						 * NOTE: kw_remove */
 	uint8_t text_source;			/* CMD of kind MS_SAVE */
-	struct crdt_str path;			/* RENAME: new path; SUBSCRIBE */
-	uint32_t uid; uint64_t offset; uint32_t len;	/* BODY */
+	struct crdt_str path;			/* RENAME: new path; SUBSCRIBE; CHECK, NAME; NOTE: old path */
+	uint32_t uid; uint64_t offset; uint32_t len;	/* BODY; offset: CHECKED: mails */
 	struct crdt_bytes data;			/* TEXT; RECORD: encoded; MAIL: text (n == 0 and size > 0: none) */
 	struct crdt_str error;			/* RESULT, TEXT_FAIL */
 	int8_t code;				/* RESULT: enum ms_result */
@@ -80,6 +98,13 @@ struct worker_msg {
 	crdt_origin journal;			/* RECORD */
 	size_t reuid_n; struct ms_reuid *reuid;	/* REUID */
 	size_t found_n; struct ms_found *found;	/* FOUND */
+	uint64_t print;				/* NAME */
+	struct ms_mark mark;			/* CHECK, CHECKED */
+	struct crdt_dot stamp;			/* CHECKED */
+	uint64_t identity;			/* CHECKED, NOTE */
+	uint8_t what;				/* NOTE: WORKER_NOTE_ bits */
+	uint16_t ranges_n[WORKER_RANGES]; struct crdt_uid_range *ranges[WORKER_RANGES];
+	size_t looks_n; struct ms_look *looks;	/* LOOKED */
 };
 
 /* Appends length and message to b. The caller keeps the limits above. */

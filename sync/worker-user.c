@@ -105,10 +105,10 @@ static int user_open(struct worker_user *user, const char **error_r)
 	const char *dir;
 
 	if (crdt_settings_read(user->user, &set, error_r) < 0)
-		return -1;
+		return MS_FAIL;
 	if (set.mode == CRDT_MODE_OFF) {
 		*error_r = "crdt_mode is off for this user";
-		return -1;
+		return MS_GONE;
 	}
 	user->ident.slot = set.slot;
 	user->ident.replica = set.replica;
@@ -118,15 +118,15 @@ static int user_open(struct worker_user *user, const char **error_r)
 	user->ns = mail_namespace_find_inbox(user->user->namespaces);
 	if (user->ns == NULL) {
 		*error_r = "crdt: no namespace has INBOX";
-		return -1;
+		return MS_FAIL;
 	}
 	if (!mailbox_list_get_root_path(user->ns->list, MAILBOX_LIST_PATH_TYPE_CONTROL, &dir)) {
 		*error_r = "crdt: the mail location has no control directory";
-		return -1;
+		return MS_FAIL;
 	}
 	user->control_dir = p_strdup(user->pool, dir);
 	user->lock_path = p_strconcat(user->pool, dir, "/"LOCK_NAME, NULL);
-	return 0;
+	return MS_OK;
 }
 
 int worker_user_init(const char *name, struct worker_user **user_r, const char **error_r)
@@ -166,9 +166,9 @@ int worker_user_init(const char *name, struct worker_user **user_r, const char *
 	user->user = mail_user;
 	user->event = mail_user->event;
 	user->lock_fd = -1;
-	if (user_open(user, error_r) < 0) {
+	if ((ret = user_open(user, error_r)) != MS_OK) {
 		worker_user_deinit(&user);
-		return MS_FAIL;
+		return ret;
 	}
 	*user_r = user;
 	return MS_OK;
@@ -190,13 +190,36 @@ void worker_user_deinit(struct worker_user **_user)
 		i_fatal("seteuid(0) failed: %m");
 }
 
+int worker_users(struct worker_conn *conn, const char **error_r)
+{
+	const char *name;
+	int ret = 0;
+
+	mail_storage_service_all_init_mask(worker_storage_service, "");
+	while (!worker_conn_failed(conn) &&
+	       (ret = mail_storage_service_all_next(worker_storage_service, &name)) > 0) {
+		struct worker_msg msg = { .type = WORKER_NAME };
+
+		if (strlen(name) <= WORKER_USER_MAX) {
+			msg.path = worker_str(name);
+			worker_send(conn, &msg);
+		}
+		worker_alive(conn);
+	}
+	if (ret < 0) {
+		*error_r = "userdb cannot list its users";
+		return MS_FAIL;
+	}
+	return MS_OK;
+}
+
 /*
  * Names.  A path has '/' between levels and "INBOX" for the INBOX; mailboxes of
  * INBOX's namespace are without its prefix, those of a further private one have
  * theirs.
  */
 
-static bool ns_is_recorded(struct worker_user *user, const struct mail_namespace *ns)
+bool worker_ns_is_recorded(struct worker_user *user, const struct mail_namespace *ns)
 {
 	return ns == user->ns || (ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
 				  ns->alias_for == NULL && ns->prefix_len > 0);
@@ -222,7 +245,7 @@ path_namespace(struct worker_user *user, const char *path, const char **vname_r)
 	for (ns = user->user->namespaces; ns != NULL; ns = ns->next) {
 		const char *name = with_sep(path, mail_namespace_get_sep(ns));
 
-		if (ns != user->ns && ns_is_recorded(user, ns) && str_begins(name, ns->prefix)) {
+		if (ns != user->ns && worker_ns_is_recorded(user, ns) && str_begins(name, ns->prefix)) {
 			*vname_r = name;
 			return ns;
 		}
@@ -446,8 +469,8 @@ int worker_box_exists(struct mailbox *box, const char **error_r)
 	return existence == MAILBOX_EXISTENCE_SELECT && !is_unborn_inbox(box) ? MS_OK : MS_GONE;
 }
 
-/* Opens box, which is freed otherwise, if it has this GUID.  1; 0: it has not, or
- * does not exist; -1. */
+/* Opens box, which is freed otherwise, if it has this GUID (NULL: any).  1; 0: it
+ * has not, or does not exist; -1. */
 static int box_try(struct worker_user *user, struct worker_box *wbox, struct mailbox *box,
 		   const struct crdt_id *guid, const char **error_r)
 {
@@ -466,13 +489,14 @@ static int box_try(struct worker_user *user, struct worker_box *wbox, struct mai
 		mailbox_free(&box);
 		return ret;
 	}
-	if (memcmp(metadata.guid, guid->b, sizeof(guid->b)) != 0 || box_stat(box, &wbox->st) < 0) {
+	if ((guid != NULL && memcmp(metadata.guid, guid->b, sizeof(guid->b)) != 0) ||
+	    box_stat(box, &wbox->st) < 0) {
 		mailbox_free(&box);
 		return 0;
 	}
 	wbox->box = box;
-	wbox->guid = *guid;
-	apply_watch(user, box, guid);
+	memcpy(wbox->guid.b, metadata.guid, sizeof(wbox->guid.b));
+	apply_watch(user, box, &wbox->guid);
 	return 1;
 }
 
@@ -527,7 +551,7 @@ static int box_open(struct worker_user *user, struct worker_box *wbox,
 
 	worker_box_close(user, wbox);
 	for (ns = user->user->namespaces; ret == 0 && ns != NULL; ns = ns->next) {
-		if (!ns_is_recorded(user, ns))
+		if (!worker_ns_is_recorded(user, ns))
 			continue;
 		if (list_lock(ns->list, error_r) != MS_OK)
 			return MS_TEMP;
@@ -566,6 +590,29 @@ int worker_box_open(struct worker_user *user, struct worker_box *wbox, const str
 	}
 	*box_r = wbox->box;
 	return MS_OK;
+}
+
+int worker_box_open_at(struct worker_user *user, struct worker_box *wbox, const struct crdt_str *path,
+		       struct mailbox **box_r, const char **error_r)
+{
+	struct mailbox *box;
+	int ret;
+
+	worker_box_close(user, wbox);
+	if ((ret = worker_box_alloc(user, path, &box, error_r)) != MS_OK)
+		return ret;
+	struct mailbox_list *list = box->list;
+	if (list_lock(list, error_r) != MS_OK) {
+		mailbox_free(&box);
+		return MS_TEMP;
+	}
+	ret = box_try(user, wbox, box, NULL, error_r);
+	mailbox_list_unlock(list);
+	if (ret > 0)
+		*box_r = wbox->box;
+	else if (ret == 0)
+		*error_r = "no such mailbox";
+	return ret > 0 ? MS_OK : ret == 0 ? MS_GONE : MS_TEMP;
 }
 
 /* Journal and lock */

@@ -11,6 +11,7 @@
  *  worker-user.c        user, settings, names of mailboxes, opening them
  *  worker-mail.c        reading mails: GUIDs, texts, digests
  *  worker-journal.c     read, trim
+ *  worker-compare.c     finding changes that have no record
  *  apply-intent.c       what a killed applier leaves
  *  apply-txn.c          transactions: index header, UIDs, journal records, locks
  *  apply-mails.c        SAVE, MOVE, FLAGS, EXPUNGE
@@ -64,9 +65,13 @@ struct worker_user {
 
 void worker_users_init(void);
 
-/* MS_GONE: no such user. */
+/* Sends the NAMEs of all users. */
+int worker_users(struct worker_conn *conn, const char **error_r);
+/* MS_GONE: no such user, or not one of ours (crdt_mode = off). */
 int worker_user_init(const char *name, struct worker_user **user_r, const char **error_r);
 void worker_user_deinit(struct worker_user **user);
+/* Whether its mailboxes are replicated. */
+bool worker_ns_is_recorded(struct worker_user *user, const struct mail_namespace *ns);
 /* The mailbox that has this path in records (plugin/crdt-path.c). */
 int worker_box_alloc(struct worker_user *user, const struct crdt_str *path,
 		     struct mailbox **box_r, const char **error_r);
@@ -77,6 +82,9 @@ int worker_box_exists(struct mailbox *box, const char **error_r);
  * box: any). */
 int worker_box_open(struct worker_user *user, struct worker_box *wbox, const struct ms_mailbox *box,
 		    struct mailbox **box_r, const char **error_r);
+/* The same for whatever mailbox is at path.  MS_GONE: none. */
+int worker_box_open_at(struct worker_user *user, struct worker_box *wbox, const struct crdt_str *path,
+		       struct mailbox **box_r, const char **error_r);
 /*
  * While its list is locked no session renames or removes the mailbox.  Whatever may
  * lock Maildir's uidlist needs that, reading a mail too (Dovecot syncs when a session
@@ -159,6 +167,17 @@ int worker_journal_add(struct worker_user *user, struct crdt_jrec *recs, size_t 
 /* MS_RETRY: the journal has records of others about this mailbox beyond known. */
 int worker_journal_unchanged(struct worker_user *user, const struct crdt_id *mailbox,
 			     const struct ms_position *known, const char **error_r);
+
+/* worker-compare.c: looking for what has no record (mailstore.h) */
+
+int worker_survey(struct worker_conn *conn, struct worker_user *user, const char **error_r);
+int worker_check(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
+		 const char **error_r);
+int worker_look(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
+		const char **error_r);
+int worker_note(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
+		const char **error_r);
+int worker_note_subscription(struct worker_user *user, const struct worker_msg *req, const char **error_r);
 
 /* worker-connection.c */
 

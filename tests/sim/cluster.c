@@ -67,12 +67,12 @@ struct daemon {
 
 static struct sim {
 	uint64_t rng, mails, seed, conns;
-	int64_t now;
+	int64_t now, rest;		/* rest: nobody asks for anything any more */
 	bool verbose, calm;		/* calm: nothing goes wrong any more */
 	unsigned workers_n, daemons_n;
 	struct worker workers[WORKERS_MAX];
 	struct daemon daemons[DAEMONS_MAX];
-	uint64_t commands, kills, cuts, frames, rides;
+	uint64_t commands, kills, cuts, frames, rides, odd;
 	/* Texts that no daemon had when asked: they may be gone for good, when the
 	 * only one who had the mail removed it before it was sent, and somebody
 	 * else's rename of its folder keeps the mail itself. */
@@ -462,6 +462,15 @@ static uint32_t any_uid(struct vmail *v, const char *path)
 	return b == NULL || b->n == 0 ? 0 : b->mails[rnd(b->n)].uid;
 }
 
+/* A change that leaves no record, or only one. */
+static bool odd(struct vmail *v)
+{
+	if (sim.calm || rnd(12) != 0)
+		return false;
+	v->mode = 1 + (enum vmail_mode)rnd(3);
+	return true;
+}
+
 static void act(struct vmail *v)
 {
 	uint64_t mails = sim.mails;
@@ -469,6 +478,7 @@ static void act(struct vmail *v)
 	static const uint8_t flags[] = { CRDT_FLAG_SEEN, CRDT_FLAG_DELETED, CRDT_FLAG_FLAGGED, CRDT_FLAG_ANSWERED };
 	uint32_t uid = any_uid(v, p);
 
+	sim.odd += odd(v) ? 1 : 0;
 	switch (rnd(16)) {
 	case 0: (void)vmail_create(v, paths[1 + rnd(PATHS - 1)]); break;
 	case 1: (void)(rnd(3) == 0 ? vmail_delete(v, p) : 0); break;
@@ -482,6 +492,7 @@ static void act(struct vmail *v)
 	case 10: (void)vmail_store(v, p, uid, 0, flags[rnd(4)], (uint32_t)1 << rnd(3), 0); break;
 	default: (void)vmail_append(v, p, sim.mails++, 0, NULL); break;
 	}
+	v->mode = VMAIL_RECORDED;
 	sim.commands++;
 	if (sim.verbose && sim.mails > mails)
 		fprintf(stderr, "  text %llu into %s\n", (unsigned long long)mails, p);
@@ -502,6 +513,8 @@ static void step_user(void)
 		act(&e->mail);
 	if (w->node != NULL && rnd(10) != 0)
 		node_changed(w->node, sim.now, users[u]);
+	if (w->node != NULL && rnd(20) == 0)
+		node_survey(w->node, sim.now, users[u], rnd(2) == 0);
 }
 
 /* The regular look at the markers: who has a journal. */
@@ -510,6 +523,8 @@ static void look(struct worker *w)
 	for (unsigned u = 0; u < USERS; u++) {
 		if (w->engines[u].mail.journal_n > 0)
 			node_marked(w->node, sim.now, users[u]);
+		if (sim.calm && sim.now < sim.rest)
+			node_survey(w->node, sim.now, users[u], false);
 	}
 }
 
@@ -659,6 +674,7 @@ static void settle(void)
 	int64_t until = sim.now + SETTLE_MSECS, looked = 0;
 
 	sim.calm = true;
+	sim.rest = until - SETTLE_MSECS / 2;
 	for (unsigned d = 0; d < sim.daemons_n; d++) {
 		if (sim.daemons[d].hub == NULL)
 			daemon_start(&sim.daemons[d]);
@@ -740,6 +756,8 @@ static bool text_exists(const char *user, const char *hex)
 /* A line of a user for whom something is left to do, though nothing can be done. */
 static bool only_missing(const char *line)
 {
+	bool found = false;
+
 	for (unsigned i = 0; i < sim.missing_n; i++) {
 		char name[32];
 
@@ -748,9 +766,9 @@ static bool only_missing(const char *line)
 			continue;
 		if (text_exists(sim.missing[i].user, sim.missing[i].hex))
 			fail("a text is not found that somebody has: %s", sim.missing[i].hex);
-		return true;
+		found = true;
 	}
-	return false;
+	return found;
 }
 
 static void compare(void)
@@ -799,7 +817,7 @@ static void run(uint64_t seed, unsigned steps)
 	struct store_options opts = { .create = true, .in_memory = true };
 	char *error = NULL;
 	bool verbose = sim.verbose;
-	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides };
+	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd };
 
 	memset(&sim, 0, sizeof(sim));
 	sim.verbose = verbose;
@@ -808,6 +826,7 @@ static void run(uint64_t seed, unsigned steps)
 	sim.cuts = totals[2];
 	sim.frames = totals[3];
 	sim.rides = totals[4];
+	sim.odd = totals[5];
 	sim.seed = seed;
 	sim.rng = seed * 7919 + 17;
 	sim.now = 1000;
@@ -822,7 +841,8 @@ static void run(uint64_t seed, unsigned steps)
 		if (w->store == NULL)
 			fail("%s", error);
 		w->cfg = (struct replica_config){ .slot = i, .name = w->name, .random = worker_random,
-						  .log = worker_log, .text_seen = worker_text_seen, .ctx = w };
+						  .log = worker_log, .text_seen = worker_text_seen, .ctx = w,
+						  .external_expunge_max = 2 };
 		for (unsigned u = 0; u < USERS; u++) {
 			struct engine *e = &w->engines[u];
 
@@ -888,8 +908,8 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	for (uint64_t i = 0; i < runs; i++)
 		run(seed + i, steps > 0 ? steps : schedule_length(seed + i));
-	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts: all converged\n",
+	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record: all converged\n",
 	       (unsigned long long)runs, (unsigned long long)sim.commands, (unsigned long long)sim.frames,
-	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts);
+	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts, (unsigned long long)sim.odd);
 	return 0;
 }

@@ -28,7 +28,7 @@ static uint32_t kw_mask(const struct crdt_str *kw, unsigned n)
 	return mask;
 }
 
-static uint16_t kw_list(uint32_t mask, struct crdt_str out[VMAIL_KEYWORDS])
+uint16_t vmail_keywords(uint32_t mask, struct crdt_str out[VMAIL_KEYWORDS])
 {
 	uint16_t n = 0;
 
@@ -62,11 +62,19 @@ static uint64_t journal_next(const struct vmail *v)
 	return v->journal_base + v->journal_n;
 }
 
-static void journal(struct vmail *v, struct crdt_jrec *rec)
+void vmail_journal(struct vmail *v, struct crdt_jrec *rec)
 {
 	struct crdt_buf b = CRDT_BUF_INIT;
+	struct vmail_box *box = vmail_box_by_guid(v, &rec->mailbox);
 
+	if (!rec->applier && (v->mode == VMAIL_UNRECORDED || v->mode == VMAIL_EXTERNAL))
+		return;
 	rec->seq = journal_next(v);
+	if (box != NULL)
+		rec->before = box->stamp;
+	if (box != NULL && (rec->kind == CRDT_JREC_APPEND || rec->kind == CRDT_JREC_FLAGS ||
+			    rec->kind == CRDT_JREC_EXPUNGE || rec->kind == CRDT_JREC_TAKEOVER) && v->mode != VMAIL_KILLED)
+		box->stamp = (struct crdt_dot){ v->journal_id, rec->seq };
 	if (v->trace)
 		fprintf(stderr, "  w%u journal %llu: kind %u%s uid %u mailbox %02x%02x flags +%x -%x kw +%x -%x\n", v->slot,
 			(unsigned long long)rec->seq, rec->kind, rec->applier ? " applier" : "",
@@ -105,13 +113,13 @@ static void journal_append(struct vmail *v, struct vmail_box *b, const struct vm
 	struct crdt_jrec_mail jm = { .uid = m->uid, .flags = m->flags, .key = key };
 	struct crdt_jrec rec;
 
-	jm.keywords_n = kw_list(m->keywords, kw);
+	jm.keywords_n = vmail_keywords(m->keywords, kw);
 	jm.keywords = kw;
 	box_record(v, b, &rec, CRDT_JREC_APPEND, key.n > 0);
 	rec.path = str(b->path);
 	rec.mails = &jm;
 	rec.mails_n = 1;
-	journal(v, &rec);
+	vmail_journal(v, &rec);
 }
 
 static void journal_uid(struct vmail *v, struct vmail_box *b, uint8_t kind, uint32_t uid, bool applier)
@@ -122,7 +130,7 @@ static void journal_uid(struct vmail *v, struct vmail_box *b, uint8_t kind, uint
 	box_record(v, b, &rec, kind, applier);
 	rec.uids = &range;
 	rec.uids_n = 1;
-	journal(v, &rec);
+	vmail_journal(v, &rec);
 }
 
 static void journal_flags(struct vmail *v, struct vmail_box *b, uint32_t uid, uint8_t add, uint8_t remove,
@@ -137,11 +145,11 @@ static void journal_flags(struct vmail *v, struct vmail_box *b, uint32_t uid, ui
 	rec.uids_n = 1;
 	rec.flags_add = add;
 	rec.flags_remove = remove;
-	rec.kw_add_n = kw_list(kw_add, adds);
+	rec.kw_add_n = vmail_keywords(kw_add, adds);
 	rec.kw_add = adds;
-	rec.kw_remove_n = kw_list(kw_remove, removes);
+	rec.kw_remove_n = vmail_keywords(kw_remove, removes);
 	rec.kw_remove = removes;
-	journal(v, &rec);
+	vmail_journal(v, &rec);
 }
 
 static void journal_path(struct vmail *v, uint8_t kind, const char *path, const char *new_path,
@@ -161,7 +169,7 @@ static void journal_path(struct vmail *v, uint8_t kind, const char *path, const 
 	rec.path = str(path);
 	if (new_path != NULL)
 		rec.new_path = str(new_path);
-	journal(v, &rec);
+	vmail_journal(v, &rec);
 }
 
 /* ---- mailboxes ---- */
@@ -175,7 +183,7 @@ struct vmail_box *vmail_box(struct vmail *v, const char *path)
 	return NULL;
 }
 
-static struct vmail_box *box_by_guid(struct vmail *v, const struct crdt_id *guid)
+struct vmail_box *vmail_box_by_guid(struct vmail *v, const struct crdt_id *guid)
 {
 	for (size_t i = 0; i < v->boxes_n; i++) {
 		if (crdt_id_equal(&v->boxes[i].guid, guid))
@@ -195,6 +203,7 @@ static struct vmail_box *box_add(struct vmail *v, const char *path, const struct
 	(void)snprintf(b->path, sizeof(b->path), "%s", path);
 	b->uidvalidity = validity;
 	b->uidnext = 1;
+	b->indexid = 1;
 	if (validity > v->uidvalidity_high)
 		v->uidvalidity_high = validity;
 	return b;
@@ -220,14 +229,21 @@ static void box_shown(struct vmail *v, const struct vmail_box *b)
 	v->shown[i].next = b->uidnext;
 }
 
+static void box_free(struct vmail_box *b)
+{
+	free(b->mails);
+	free(b->log.uids);
+	free(b->asked.uids);
+}
+
 static void box_remove(struct vmail *v, struct vmail_box *b)
 {
 	box_shown(v, b);
-	free(b->mails);
+	box_free(b);
 	*b = v->boxes[--v->boxes_n];
 }
 
-static struct vmail_mail *mail_by_uid(struct vmail_box *b, uint32_t uid)
+struct vmail_mail *vmail_mail_by_uid(struct vmail_box *b, uint32_t uid)
 {
 	for (size_t i = 0; i < b->n; i++) {
 		if (b->mails[i].uid == uid)
@@ -246,6 +262,7 @@ static void mail_add(struct vmail *v, struct vmail_box *b, const struct vmail_ma
 	}
 	b->mails[b->n++] = *m;
 	b->uidnext = m->uid + 1;
+	vmail_uids_add(&b->log, m->uid);
 	if (v->trace)
 		fprintf(stderr, "  w%u %s: %s at UID %u\n", v->slot, b->path, m->guid, m->uid);
 }
@@ -254,6 +271,7 @@ static void mail_remove(const struct vmail *v, struct vmail_box *b, struct vmail
 {
 	size_t i = (size_t)(m - b->mails);
 
+	vmail_uids_add(&b->log, m->uid);
 	if (v->trace)
 		fprintf(stderr, "  w%u %s: %s removed from UID %u\n", v->slot, b->path, m->guid, m->uid);
 	memmove(m, m + 1, (b->n - i - 1) * sizeof(*m));
@@ -346,7 +364,7 @@ int vmail_append(struct vmail *v, const char *path, uint64_t content, uint8_t fl
 int vmail_copy(struct vmail *v, const char *from, uint32_t uid, const char *to)
 {
 	struct vmail_box *src = vmail_box(v, from), *dst = vmail_box(v, to);
-	struct vmail_mail *m = src == NULL ? NULL : mail_by_uid(src, uid), copy;
+	struct vmail_mail *m = src == NULL ? NULL : vmail_mail_by_uid(src, uid), copy;
 
 	if (m == NULL || dst == NULL)
 		return -1;
@@ -357,11 +375,15 @@ int vmail_copy(struct vmail *v, const char *from, uint32_t uid, const char *to)
 int vmail_expunge(struct vmail *v, const char *path, uint32_t uid)
 {
 	struct vmail_box *b = vmail_box(v, path);
-	struct vmail_mail *m = b == NULL ? NULL : mail_by_uid(b, uid);
+	struct vmail_mail *m = b == NULL ? NULL : vmail_mail_by_uid(b, uid);
 
 	if (m == NULL)
 		return -1;
 	journal_uid(v, b, CRDT_JREC_EXPUNGE, uid, false);
+	if (v->mode == VMAIL_KILLED)
+		return -1;
+	if (v->mode != VMAIL_EXTERNAL)
+		vmail_uids_add(&b->asked, uid);
 	mail_remove(v, b, m);
 	return 0;
 }
@@ -377,11 +399,14 @@ int vmail_store(struct vmail *v, const char *path, uint32_t uid, uint8_t add, ui
 		uint32_t kw_add, uint32_t kw_remove)
 {
 	struct vmail_box *b = vmail_box(v, path);
-	struct vmail_mail *m = b == NULL ? NULL : mail_by_uid(b, uid);
+	struct vmail_mail *m = b == NULL ? NULL : vmail_mail_by_uid(b, uid);
 
 	if (m == NULL)
 		return -1;
 	journal_flags(v, b, uid, add, remove, kw_add, kw_remove, false);
+	if (v->mode == VMAIL_KILLED)
+		return -1;
+	vmail_uids_add(&b->log, uid);
 	m->flags = (uint8_t)((m->flags & ~remove) | add);
 	m->keywords = (m->keywords & ~kw_remove) | kw_add;
 	return 0;
@@ -426,7 +451,7 @@ int vmail_open(struct vmail *v, const char *path)
 	box_record(v, b, &rec, CRDT_JREC_TAKEOVER, false);
 	rec.numberer = b->numbering.numberer;
 	rec.uidnext = b->uidnext;
-	journal(v, &rec);
+	vmail_journal(v, &rec);
 	return 0;
 }
 
@@ -438,7 +463,7 @@ static struct vmail *vm(struct mailstore *ms)
 }
 
 /* One of `places` places to be killed at, when armed. */
-static bool killed(struct vmail *v, unsigned places)
+bool vmail_killed(struct vmail *v, unsigned places)
 {
 	if (!v->kill_armed || vmail_random(v->rng) % places != 0)
 		return false;
@@ -474,9 +499,9 @@ static int ms_read(struct mailstore *ms, const struct ms_position *pos, size_t p
 			abort();
 		rec.seq = v->journal_base + i;
 		memset(mails, 0, sizeof(mails));
-		b = box_by_guid(v, &rec.mailbox);
+		b = vmail_box_by_guid(v, &rec.mailbox);
 		for (unsigned k = 0; k < rec.mails_n; k++) {
-			struct vmail_mail *m = b == NULL ? NULL : mail_by_uid(b, rec.mails[k].uid);
+			struct vmail_mail *m = b == NULL ? NULL : vmail_mail_by_uid(b, rec.mails[k].uid);
 
 			mails[k].gone = m == NULL;
 			if (m == NULL)
@@ -538,9 +563,9 @@ static uint32_t choose_uid(struct vmail *v, const struct vmail_box *b, const str
 
 static struct vmail_mail *source_mail(struct vmail *v, const struct ms_cmd *c)
 {
-	struct vmail_box *b = box_by_guid(v, &c->source.guid);
+	struct vmail_box *b = vmail_box_by_guid(v, &c->source.guid);
 
-	return b == NULL ? NULL : mail_by_uid(b, c->source_uid);
+	return b == NULL ? NULL : vmail_mail_by_uid(b, c->source_uid);
 }
 
 /* The result of an interrupted SAVE or MOVE, if there is one. */
@@ -624,7 +649,7 @@ static int apply_save(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
 		return MS_OK;
 	}
 	mail_add(v, b, &m);
-	if (killed(v, 4))
+	if (vmail_killed(v, 4))
 		return MS_TEMP;
 	journal_append(v, b, &m, c->key);
 	c->outcome = MS_DONE;
@@ -643,15 +668,15 @@ static int apply_move(struct vmail *v, struct vmail_box *b, struct ms_cmd *c, st
 			return MS_OK;
 		}
 		mail_add(v, b, &m);
-		if (killed(v, 4))
+		if (vmail_killed(v, 4))
 			return MS_TEMP;
 		tried = &m;
 	}
 	journal_append(v, b, tried, c->key);
-	if (killed(v, 4))
+	if (vmail_killed(v, 4))
 		return MS_TEMP;
-	mail_remove(v, b, mail_by_uid(b, old));
-	if (killed(v, 4))
+	mail_remove(v, b, vmail_mail_by_uid(b, old));
+	if (vmail_killed(v, 4))
 		return MS_TEMP;
 	journal_uid(v, b, CRDT_JREC_EXPUNGE, old, true);
 	c->outcome = MS_DONE;
@@ -663,7 +688,7 @@ static int apply_cmd(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
 	struct vmail_mail *m;
 	uint32_t uid;
 
-	if (killed(v, 4))
+	if (vmail_killed(v, 4))
 		return MS_TEMP;
 	if (c->kind == MS_SAVE)
 		return apply_save(v, b, c);
@@ -673,7 +698,7 @@ static int apply_cmd(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
 		(void)snprintf(guid, sizeof(guid), "%.*s", (int)c->guid.n, (const char *)c->guid.p);
 		m = tried_mail(v, b, c, guid);
 	} else {
-		m = mail_by_uid(b, c->uid);
+		m = vmail_mail_by_uid(b, c->uid);
 	}
 	c->outcome = m == NULL ? MS_CMD_GONE : MS_DONE;
 	if (m == NULL)
@@ -686,15 +711,16 @@ static int apply_cmd(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
 		 * change always finds it there. */
 		journal_flags(v, b, c->uid, c->flags_add, c->flags_remove, kw_mask(c->kw_add, c->kw_add_n),
 			      kw_mask(c->kw_remove, c->kw_remove_n), true);
-		if (killed(v, 2))
+		if (vmail_killed(v, 2))
 			return MS_TEMP;
+		vmail_uids_add(&b->log, c->uid);
 		m->flags = (uint8_t)((m->flags & ~c->flags_remove) | c->flags_add);
 		m->keywords = (m->keywords & ~kw_mask(c->kw_remove, c->kw_remove_n)) | kw_mask(c->kw_add, c->kw_add_n);
 		return MS_OK;
 	default:
 		uid = m->uid;
 		mail_remove(v, b, m);
-		if (killed(v, 4))
+		if (vmail_killed(v, 4))
 			return MS_TEMP;
 		journal_uid(v, b, CRDT_JREC_EXPUNGE, uid, true);
 		return MS_OK;
@@ -704,7 +730,7 @@ static int apply_cmd(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
 static int ms_do_apply(struct mailstore *ms, struct ms_apply *a)
 {
 	struct vmail *v = vm(ms);
-	struct vmail_box *b = box_by_guid(v, &a->box.guid);
+	struct vmail_box *b = vmail_box_by_guid(v, &a->box.guid);
 	int res = MS_OK;
 
 	if (b == NULL)
@@ -734,16 +760,16 @@ static int ms_create(struct mailstore *ms, const struct ms_mailbox *box, uint32_
 	if (b == NULL) {
 		struct crdt_id guid = box->guid;
 
-		if (killed(v, 3))
+		if (vmail_killed(v, 3))
 			return MS_TEMP;
-		if (box_by_guid(v, &guid) != NULL || crdt_id_equal(&guid, &crdt_inbox_id))
+		if (vmail_box_by_guid(v, &guid) != NULL || crdt_id_equal(&guid, &crdt_inbox_id))
 			box_id(v, &guid);
 		/* The record goes first: users may act on the mailbox at once. */
 		{
 			struct vmail_box plan = { .guid = guid, .uidvalidity = box->uidvalidity };
 			journal_path(v, CRDT_JREC_CREATE, path, NULL, &plan, true);
 		}
-		if (killed(v, 3))
+		if (vmail_killed(v, 3))
 			return MS_TEMP;
 		b = box_add(v, path, &guid, box->uidvalidity);
 		b->uidnext = uidnext;
@@ -755,7 +781,7 @@ static int ms_create(struct mailstore *ms, const struct ms_mailbox *box, uint32_
 	return MS_OK;
 }
 
-static bool news(struct vmail *v, const struct crdt_id *guid, const struct ms_position *known)
+bool vmail_news(struct vmail *v, const struct crdt_id *guid, const struct ms_position *known)
 {
 	for (size_t i = 0; i < v->journal_n; i++) {
 		struct crdt_jrec rec;
@@ -777,15 +803,15 @@ static bool news(struct vmail *v, const struct crdt_id *guid, const struct ms_po
 static int ms_remove(struct mailstore *ms, const struct ms_mailbox *box, const struct ms_position *known)
 {
 	struct vmail *v = vm(ms);
-	struct vmail_box *b = box_by_guid(v, &box->guid);
+	struct vmail_box *b = vmail_box_by_guid(v, &box->guid);
 
 	if (b == NULL)
 		return MS_GONE;
 	if (strcmp(b->path, "INBOX") == 0)
 		v->fault = "INBOX was removed";
-	if (news(v, &box->guid, known))
+	if (vmail_news(v, &box->guid, known))
 		return MS_RETRY;
-	if (killed(v, 3))
+	if (vmail_killed(v, 3))
 		return MS_TEMP;
 	journal_path(v, CRDT_JREC_DELETE, b->path, NULL, b, true);
 	box_remove(v, b);
@@ -795,14 +821,14 @@ static int ms_remove(struct mailstore *ms, const struct ms_mailbox *box, const s
 static int ms_rename(struct mailstore *ms, const struct ms_mailbox *box, const char *new_path)
 {
 	struct vmail *v = vm(ms);
-	struct vmail_box *b = box_by_guid(v, &box->guid);
+	struct vmail_box *b = vmail_box_by_guid(v, &box->guid);
 	char old[256];
 
 	if (b == NULL)
 		return MS_GONE;
 	if (vmail_box(v, new_path) != NULL)
 		return MS_RETRY;
-	if (killed(v, 3))
+	if (vmail_killed(v, 3))
 		return MS_TEMP;
 	memcpy(old, b->path, sizeof(old));
 	(void)snprintf(b->path, sizeof(b->path), "%s", new_path);
@@ -815,7 +841,7 @@ static int ms_revalidate(struct mailstore *ms, const struct ms_mailbox *box, uin
 			 const struct ms_position *known)
 {
 	struct vmail *v = vm(ms);
-	struct vmail_box *b = box_by_guid(v, &box->guid);
+	struct vmail_box *b = vmail_box_by_guid(v, &box->guid);
 	struct crdt_jrec rec;
 	uint32_t next = 1;
 
@@ -823,14 +849,17 @@ static int ms_revalidate(struct mailstore *ms, const struct ms_mailbox *box, uin
 	(void)map_n;
 	if (b == NULL)
 		return MS_GONE;
-	if (news(v, &box->guid, known))
+	if (vmail_news(v, &box->guid, known))
 		return MS_RETRY;
-	if (killed(v, 3))
+	if (vmail_killed(v, 3))
 		return MS_TEMP;
 	b->uidvalidity = uidvalidity;
+	b->indexid++;
+	b->log.n = b->asked.n = 0;
+	b->stamp = (struct crdt_dot){ 0, 0 };
 	numbering_join(b, numberer, 0);
 	box_record(v, b, &rec, CRDT_JREC_REVALIDATE, true);
-	journal(v, &rec);
+	vmail_journal(v, &rec);
 	for (size_t i = 0; i < b->n; i++) {
 		uint8_t key[64];
 		uint32_t old = b->mails[i].uid;
@@ -860,8 +889,8 @@ static int ms_body(struct mailstore *ms, const struct ms_mailbox *box, uint32_t 
 		   struct crdt_buf *buf)
 {
 	struct vmail *v = vm(ms);
-	struct vmail_box *b = box_by_guid(v, &box->guid);
-	struct vmail_mail *m = b == NULL ? NULL : mail_by_uid(b, uid);
+	struct vmail_box *b = vmail_box_by_guid(v, &box->guid);
+	struct vmail_mail *m = b == NULL ? NULL : vmail_mail_by_uid(b, uid);
 	char text[64];
 	struct crdt_content c;
 
@@ -877,7 +906,7 @@ static int ms_body(struct mailstore *ms, const struct ms_mailbox *box, uint32_t 
 static int ms_list(struct mailstore *ms, const struct ms_mailbox *box,
 		   bool (*cb)(void *ctx, const struct ms_found *f), void *ctx)
 {
-	struct vmail_box *b = box_by_guid(vm(ms), &box->guid);
+	struct vmail_box *b = vmail_box_by_guid(vm(ms), &box->guid);
 
 	if (b == NULL)
 		return MS_GONE;
@@ -908,12 +937,13 @@ void vmail_init(struct vmail *v, unsigned slot, uint64_t *rng)
 	v->ms.subscribe = ms_subscribe;
 	v->ms.body = ms_body;
 	v->ms.list = ms_list;
+	vmail_compare_init(v);
 }
 
 void vmail_deinit(struct vmail *v)
 {
 	for (size_t i = 0; i < v->boxes_n; i++)
-		free(v->boxes[i].mails);
+		box_free(&v->boxes[i]);
 	free(v->boxes);
 	for (size_t i = 0; i < v->journal_n; i++)
 		free(v->journal[i].p);

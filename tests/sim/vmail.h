@@ -25,6 +25,19 @@ struct vmail_box {
 	uint32_t uidvalidity, uidnext;
 	struct crdt_uid_folder numbering;
 	struct vmail_mail *mails; size_t n, cap;	/* ascending by uid */
+	/* The index: UIDs that changes were made to, those that users had expunged,
+	 * and the last record that came with a change. */
+	struct vmail_uids { uint32_t *uids; size_t n; } log, asked;
+	struct crdt_dot stamp;
+	uint32_t indexid;		/* of this index; log and asked begin anew with a new one */
+};
+
+/* What becomes of the record of a user's change. */
+enum vmail_mode {
+	VMAIL_RECORDED,
+	VMAIL_UNRECORDED,		/* the plugin is off, or cannot write */
+	VMAIL_EXTERNAL,			/* another program; an expunge is a file that is gone */
+	VMAIL_KILLED,			/* only the record is written (STORE, EXPUNGE) */
 };
 
 struct vmail {
@@ -41,6 +54,8 @@ struct vmail {
 	/* Kill the "process" at a random place inside the next call: the call stops
 	 * half-way and returns MS_TEMP. */
 	bool kill_armed, trace;
+	enum vmail_mode mode;
+	unsigned lost;			/* mails that vanished without proof */
 	/* UIDNEXT shown under each name and UIDVALIDITY, of removed mailboxes too. */
 	struct { char path[256]; uint32_t validity, next; } shown[256]; size_t shown_n;
 	uint32_t tried_uid;		/* found as the result of an interrupted command */
@@ -73,5 +88,16 @@ int vmail_open(struct vmail *v, const char *path);
 void vmail_text(uint64_t n, char text_r[64], struct crdt_content *c_r);
 /* Same mailboxes, mails, UIDs, flags, subscriptions?  false: why_r says what differs. */
 bool vmail_equal(const struct vmail *a, const struct vmail *b, char why_r[300]);
+/* vmail-compare.c: survey() to note_subscription() */
+void vmail_compare_init(struct vmail *v);
+void vmail_uids_add(struct vmail_uids *u, uint32_t uid);
+/* ---- of vmail.c, for it ---- */
+void vmail_journal(struct vmail *v, struct crdt_jrec *rec);
+struct vmail_box *vmail_box_by_guid(struct vmail *v, const struct crdt_id *guid);
+struct vmail_mail *vmail_mail_by_uid(struct vmail_box *b, uint32_t uid);
+uint16_t vmail_keywords(uint32_t mask, struct crdt_str out[VMAIL_KEYWORDS]);
+bool vmail_killed(struct vmail *v, unsigned places);
+bool vmail_news(struct vmail *v, const struct crdt_id *guid, const struct ms_position *known);
+
 void vmail_dump(const struct vmail *v, const char *name);
 #endif

@@ -232,7 +232,9 @@ static void test_record_roundtrip(void **state)
 		rec.numberer = (struct crdt_numberer){ 5, 63 };
 		rec.uidnext = 262144;
 		rec.abort_seq = 299;
+		rec.before.seq = kind % 2 == 0 ? 0 : 200 + kind;
 		roundtrip(&rec, &out, &b);
+		assert_int_equal(out.before.seq, rec.before.seq);
 		switch (kind) {
 		case CRDT_JREC_RENAME:
 			assert_memory_equal(out.new_path.p, "c", 1);

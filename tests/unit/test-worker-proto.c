@@ -31,6 +31,11 @@ static struct ms_found found[] = {
 	{ .uid = 1, .flags = 8, .guid = { (const uint8_t *)"g1", 2 } },
 	{ .uid = UINT32_MAX, .flags = 0, .guid = { (const uint8_t *)"", 0 } },
 };
+static struct crdt_uid_range ranges[] = { { 1, 1 }, { 3, 70000 }, { UINT32_MAX, UINT32_MAX } };
+static struct ms_look looks[] = {
+	{ .uid = 7, .flags = 0x1f, .keywords_n = 2, .keywords = keywords },
+	{ .uid = UINT32_MAX },
+};
 static struct ms_reuid reuids[] = { { 1, 2 }, { 300, UINT32_MAX } };
 
 static void sample_common(struct worker_msg *m, uint8_t type)
@@ -63,6 +68,17 @@ static void sample_common(struct worker_msg *m, uint8_t type)
 	m->reuid_n = 2;
 	m->found = found;
 	m->found_n = 2;
+	for (unsigned i = 0; i < WORKER_RANGES; i++) {
+		m->ranges[i] = ranges + i;
+		m->ranges_n[i] = (uint16_t)(3 - i);
+	}
+	m->looks = looks;
+	m->looks_n = 2;
+	m->what = WORKER_NOTE_MADE | WORKER_NOTE_PROVEN;
+	m->print = UINT64_MAX;
+	m->identity = 5;
+	m->stamp = (struct crdt_dot){ 6, 7 };
+	m->mark = (struct ms_mark){ 8, UINT32_MAX, UINT64_C(1) << 33 };
 }
 
 static void sample(struct worker_msg *m, uint8_t type)
@@ -92,7 +108,7 @@ static void test_each_type(void **state)
 	const char *error;
 
 	(void)state;
-	for (uint8_t type = WORKER_HELLO; type <= WORKER_ALIVE; type++) {
+	for (uint8_t type = WORKER_HELLO; type <= WORKER_USERS; type++) {
 		sample(&m, type);
 		crdt_buf_clear(&once);
 		crdt_buf_clear(&twice);
@@ -141,6 +157,9 @@ static void test_fields_of_a_command(void **state)
 	crdt_buf_free(&b);
 }
 
+static struct crdt_uid_range backwards[] = { { 5, 6 }, { 6, 7 } };
+static struct ms_look bad_look[] = { { .uid = 7, .flags = 0x20 } };
+
 /* Each breaks one rule of an otherwise good message. */
 static void break_guid(struct worker_msg *m) { m->cmd.guid.n = 0; }
 static void break_dot(struct worker_msg *m) { m->cmd.dots[1].seq = 0; }
@@ -156,7 +175,10 @@ static void break_user(struct worker_msg *m) { m->user = (struct crdt_str){ (con
 static void break_empty_user(struct worker_msg *m) { m->user.n = 0; }
 static void break_position(struct worker_msg *m) { m->pos_n = 2; }
 static void break_size(struct worker_msg *m) { m->mail.size = 5; }
-static void break_type(struct worker_msg *m) { m->type = WORKER_ALIVE + 1; }
+static void break_type(struct worker_msg *m) { m->type = WORKER_USERS + 1; }
+static void break_what(struct worker_msg *m) { m->what = 4; }
+static void break_ranges(struct worker_msg *m) { m->ranges[0] = ranges + 1; m->ranges[1] = backwards; m->ranges_n[1] = 2; }
+static void break_look(struct worker_msg *m) { m->looks = bad_look; m->looks_n = 1; }
 
 static void test_values_that_cannot_be(void **state)
 {
@@ -167,6 +189,7 @@ static void test_values_that_cannot_be(void **state)
 		{ WORKER_RESULT, break_code }, { WORKER_OUTCOME, break_outcome }, { WORKER_HELLO, break_user },
 		{ WORKER_HELLO, break_empty_user }, { WORKER_TRIM, break_position },
 		{ WORKER_REMOVE, break_position }, { WORKER_MAIL, break_size }, { WORKER_ALIVE, break_type },
+		{ WORKER_NOTE, break_what }, { WORKER_NOTE, break_ranges }, { WORKER_LOOKED, break_look },
 	};
 	struct crdt_buf b = CRDT_BUF_INIT;
 	struct worker_msg m, got;

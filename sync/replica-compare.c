@@ -1,0 +1,994 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Comparing the mail store with its shadow (I8, I9).  What the journal tells is
+ * in the shadow; what is in the mail store and not in the shadow was done
+ * without a record: before the plugin was there, while it was off, by another
+ * program, by a process that was killed or could not write.  It gets records now,
+ * written by crdt-worker under the mailbox's locks (mailstore.h, note()), and
+ * goes the way of all changes from there.  So a compare that is cut short, or is
+ * wrong about what it saw, changes nothing.
+ *
+ * A survey says which mailboxes may have changed (rows 'k'); these are checked one
+ * by one, in slices.  The index log tells which mails a check has to look at; all
+ * of them only the first time, when the log does not reach back, and when the
+ * index lacks a record's change (its stamp is not the last record of the mailbox).
+ *
+ * What is missing is no removal, unless that can be proven: it is restored.
+ */
+#include <stdlib.h>
+#include <string.h>
+#include "replica-private.h"
+
+/* 'k' rows: u8 of these, path: in this order. */
+enum look_kind { LOOK_AT = 0, LOOK_MISSING = 1, LOOK_SUBSCRIPTION = 2 };
+
+/* ROW_SURVEY: u8 */
+enum { SURVEY_DONE = 1, SURVEY_DUE = 2 };
+
+/* The compare of one mailbox that goes on: kept in memory only, since what it
+ * has noted need not be noted again. */
+struct compare {
+	struct ms_checked checked;
+	uint64_t print;
+	struct ms_position last;	/* last record of the mailbox when it was checked */
+	bool ranges;			/* only those of checked; else all mails, from `from` on */
+	uint32_t from;
+	bool proven;			/* what is missing was removed */
+	bool gone_pass;			/* second pass: what is missing */
+	uint64_t gone;
+};
+
+/* ---- rows ---- */
+
+struct checked_row {
+	uint64_t print, identity;
+	struct ms_mark mark;
+	struct crdt_dot stamp;
+	struct ms_position last;
+};
+
+static void guid_key(struct crdt_buf *k, char row, const struct crdt_id *guid)
+{
+	crdt_buf_u8(k, (uint8_t)row);
+	crdt_buf_raw(k, guid->b, sizeof(guid->b));
+}
+
+static bool checked_get(struct replica *r, const struct crdt_id *guid, struct checked_row *c)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	bool found;
+
+	memset(c, 0, sizeof(*c));
+	guid_key(&k, ROW_CHECKED, guid);
+	found = rrows(r)->get(rrows(r), k.data, k.len, &v);
+	if (found) {
+		struct crdt_reader rd = crdt_reader(v.data, v.len);
+
+		c->print = crdt_get_u64(&rd);
+		c->identity = crdt_get_u64(&rd);
+		c->mark.indexid = (uint32_t)crdt_get_varint_max(&rd, UINT32_MAX);
+		c->mark.log_seq = (uint32_t)crdt_get_varint_max(&rd, UINT32_MAX);
+		c->mark.log_offset = crdt_get_varint(&rd);
+		c->stamp.origin = crdt_get_u64(&rd);
+		c->stamp.seq = crdt_get_varint(&rd);
+		c->last.journal = crdt_get_u64(&rd);
+		c->last.seq = crdt_get_varint(&rd);
+		found = !rd.bad;
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return found;
+}
+
+static void checked_put(struct replica *r, const struct compare *c)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	guid_key(&k, ROW_CHECKED, &c->checked.box.guid);
+	crdt_buf_u64(&v, c->print);
+	crdt_buf_u64(&v, c->checked.identity);
+	crdt_buf_varint(&v, c->checked.mark.indexid);
+	crdt_buf_varint(&v, c->checked.mark.log_seq);
+	crdt_buf_varint(&v, c->checked.mark.log_offset);
+	crdt_buf_u64(&v, c->checked.stamp.origin);
+	crdt_buf_varint(&v, c->checked.stamp.seq);
+	crdt_buf_u64(&v, c->last.journal);
+	crdt_buf_varint(&v, c->last.seq);
+	rrows(r)->put(rrows(r), k.data, k.len, v.data, v.len);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+void box_record_put(struct replica *r, const struct crdt_id *guid, crdt_origin journal, uint64_t seq)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	guid_key(&k, ROW_LAST_RECORD, guid);
+	crdt_buf_u64(&v, journal);
+	crdt_buf_varint(&v, seq);
+	rrows(r)->put(rrows(r), k.data, k.len, v.data, v.len);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+struct ms_position box_record_get(struct replica *r, const struct crdt_id *guid)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	struct ms_position pos = { 0, 0 };
+
+	guid_key(&k, ROW_LAST_RECORD, guid);
+	if (rrows(r)->get(rrows(r), k.data, k.len, &v)) {
+		struct crdt_reader rd = crdt_reader(v.data, v.len);
+
+		pos.journal = crdt_get_u64(&rd);
+		pos.seq = crdt_get_varint(&rd);
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return pos;
+}
+
+void compare_forget(struct replica *r, const struct crdt_id *guid)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+
+	guid_key(&k, ROW_CHECKED, guid);
+	rrows(r)->del(rrows(r), k.data, k.len);
+	k.data[0] = ROW_LAST_RECORD;
+	rrows(r)->del(rrows(r), k.data, k.len);
+	crdt_buf_free(&k);
+}
+
+static void look_put(struct replica *r, enum look_kind kind, const void *path, size_t n, uint64_t print)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	crdt_buf_u8(&k, ROW_LOOK);
+	crdt_buf_u8(&k, (uint8_t)kind);
+	crdt_buf_raw(&k, path, n);
+	crdt_buf_u64(&v, print);
+	rrows(r)->put(rrows(r), k.data, k.len, v.data, v.len);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+void compare_chain(struct replica *r, const struct crdt_id *guid, crdt_origin journal, uint64_t before,
+		   struct ms_position known)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+	struct box b;
+
+	if (known.journal != journal || known.seq == before || !box_get(r, guid, &b))
+		return;
+	replica_log(r, 2, "mailbox %s: its index lacks the change of journal record %llu: it is compared", b.path,
+		    (unsigned long long)known.seq);
+	/* whole: the index log does not tell of what did not happen */
+	guid_key(&k, ROW_CHECKED, guid);
+	rrows(r)->del(rrows(r), k.data, k.len);
+	look_put(r, LOOK_AT, b.path, b.path_len, 0);
+	crdt_buf_free(&k);
+	box_free(&b);
+}
+
+static unsigned survey_get(struct replica *r)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+	const char key = ROW_SURVEY;
+	unsigned state = SURVEY_DUE;	/* never done */
+
+	if (rrows(r)->get(rrows(r), &key, 1, &v) && v.len > 0)
+		state = v.data[0];
+	crdt_buf_free(&v);
+	return state;
+}
+
+static void survey_put(struct replica *r, uint8_t state)
+{
+	const char key = ROW_SURVEY;
+
+	rrows(r)->put(rrows(r), &key, 1, &state, 1);
+}
+
+bool compare_survey_is_due(struct replica *r)
+{
+	return survey_get(r) == SURVEY_DUE;
+}
+
+void compare_survey_due(struct replica *r)
+{
+	survey_put(r, SURVEY_DUE);
+}
+
+int replica_survey(struct replica *r, char **error_r)
+{
+	(void)replica_txn_begin(r);
+	survey_put(r, SURVEY_DUE);
+	return replica_txn_commit(r, false, error_r);
+}
+
+void compare_free(struct replica *r)
+{
+	free(r->compare);
+	r->compare = NULL;
+}
+
+/* ---- survey ---- */
+
+struct name { uint8_t *p; size_t n; bool subscription; uint64_t print; };
+struct survey { struct replica *r; struct name *names; size_t n, cap; };
+
+static bool survey_name(void *ctx, struct crdt_str path, bool subscription, uint64_t print)
+{
+	struct survey *s = ctx;
+	struct name *name;
+
+	if (s->n == s->cap) {
+		s->cap = s->cap == 0 ? 64 : s->cap * 2;
+		s->names = realloc(s->names, s->cap * sizeof(*s->names));
+		if (s->names == NULL)
+			abort();
+	}
+	name = &s->names[s->n++];
+	name->p = malloc(path.n + 1u);
+	if (name->p == NULL)
+		abort();
+	memcpy(name->p, path.p, path.n);
+	name->n = path.n;
+	name->subscription = subscription;
+	name->print = print;
+	return true;
+}
+
+static int name_cmp(const void *va, const void *vb)
+{
+	const struct name *a = va, *b = vb;
+	size_t n = a->n < b->n ? a->n : b->n;
+	int c = n == 0 ? 0 : memcmp(a->p, b->p, n);
+
+	if (a->subscription != b->subscription)
+		return a->subscription ? 1 : -1;
+	return c != 0 ? c : a->n < b->n ? -1 : a->n > b->n;
+}
+
+static bool survey_has(const struct survey *s, const void *p, size_t n, bool subscription)
+{
+	struct name key = { (uint8_t *)(uintptr_t)p, n, subscription, 0 };
+
+	return s->n > 0 && bsearch(&key, s->names, s->n, sizeof(*s->names), name_cmp) != NULL;
+}
+
+static void survey_mailbox(struct replica *r, const struct name *name)
+{
+	struct checked_row c;
+	struct box b;
+	bool same = false;
+
+	if (box_at(r, name->p, name->n, &b)) {
+		/* A record since then without a change of the index: its process was
+		 * killed in between. */
+		struct ms_position last = box_record_get(r, &b.guid);
+
+		same = checked_get(r, &b.guid, &c) && c.print == name->print &&
+			c.last.journal == last.journal && c.last.seq == last.seq;
+		box_free(&b);
+	}
+	if (!same)
+		look_put(r, LOOK_AT, name->p, name->n, name->print);
+}
+
+/* Mailboxes and names that we know of, and that were not listed. */
+struct unlisted { const struct survey *listed; struct survey found; bool subscription; };
+
+static void unlisted_name(struct unlisted *u, const uint8_t *name, size_t n)
+{
+	if (!survey_has(u->listed, name, n, u->subscription))
+		(void)survey_name(&u->found, (struct crdt_str){ name, (uint16_t)n }, u->subscription, 0);
+}
+
+static bool unlisted_box(void *ctx, const struct crdt_id *guid, const uint8_t *path, size_t len)
+{
+	(void)guid;
+	unlisted_name(ctx, path, len);
+	return true;
+}
+
+static bool unlisted_subscription(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)val;
+	(void)vlen;
+	unlisted_name(ctx, key + 1, klen - 1);
+	return true;
+}
+
+static bool subscription_row(struct replica *r, char row, const uint8_t *name, size_t n, bool delete)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	bool found;
+
+	crdt_buf_u8(&k, (uint8_t)row);
+	crdt_buf_raw(&k, name, n);
+	found = rrows(r)->get(rrows(r), k.data, k.len, &v);
+	if (found && delete)
+		rrows(r)->del(rrows(r), k.data, k.len);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return found;
+}
+
+static void names_free(struct survey *s)
+{
+	for (size_t i = 0; i < s->n; i++)
+		free(s->names[i].p);
+	free(s->names);
+}
+
+static void survey_listed(struct replica *r, const struct survey *s)
+{
+	for (size_t i = 0; i < s->n; i++) {
+		const struct name *name = &s->names[i];
+
+		if (!name->subscription)
+			survey_mailbox(r, name);
+		else if (!subscription_row(r, ROW_SUBSCRIBED, name->p, name->n, false) &&
+			 !subscription_row(r, ROW_DIRTY_SUBSCRIPTION, name->p, name->n, false))
+			look_put(r, LOOK_SUBSCRIPTION, name->p, name->n, 0);
+	}
+}
+
+static void survey_unlisted(struct replica *r, const struct survey *s)
+{
+	struct unlisted u = { .listed = s };
+	const char subscribed = ROW_SUBSCRIBED;
+
+	box_scan(r, unlisted_box, &u);
+	u.subscription = true;
+	rrows(r)->scan(rrows(r), &subscribed, 1, NULL, 0, unlisted_subscription, &u);
+	for (size_t i = 0; i < u.found.n; i++) {
+		const struct name *name = &u.found.names[i];
+
+		if (!name->subscription) {
+			look_put(r, LOOK_MISSING, name->p, name->n, 0);
+		} else if (!subscription_row(r, ROW_DIRTY_SUBSCRIPTION, name->p, name->n, false)) {
+			/* The file is gone, or was written by somebody else: no proof
+			 * that the user wanted it. */
+			replica_log(r, 1, "the subscription of %.*s is gone without a record: it is restored",
+				    (int)name->n, (const char *)name->p);
+			(void)subscription_row(r, ROW_SUBSCRIBED, name->p, name->n, true);
+			replica_mark_subscription(r, (struct crdt_str){ name->p, (uint16_t)name->n });
+		}
+	}
+	names_free(&u.found);
+}
+
+static int take_survey(struct replica *r, char **error_r)
+{
+	struct survey s = { .r = r };
+	int ret;
+
+	if (r->ms->survey(r->ms, survey_name, &s) != MS_OK) {
+		*error_r = strdup(r->ms->error);
+		names_free(&s);
+		return REPLICA_LATER;
+	}
+	/* What was made, renamed and removed before it has been read then. */
+	ret = replica_outbound_progress(replica_outbound(r, error_r));
+	if (ret == REPLICA_DONE) {
+		if (s.n > 0)
+			qsort(s.names, s.n, sizeof(*s.names), name_cmp);
+		(void)replica_txn_begin(r);
+		survey_listed(r, &s);
+		survey_unlisted(r, &s);
+		survey_put(r, SURVEY_DONE);
+		if (replica_txn_commit(r, false, error_r) < 0)
+			ret = REPLICA_FAILED;
+	}
+	names_free(&s);
+	return ret;
+}
+
+/* ---- one mailbox ---- */
+
+/* The first 'k' row. */
+struct look {
+	struct row_key row;
+	enum look_kind kind;
+	struct crdt_str path;
+	uint64_t print;
+};
+
+static bool look_first(struct replica *r, struct look *look)
+{
+	const char first = ROW_LOOK;
+	struct crdt_buf v = CRDT_BUF_INIT;
+
+	memset(look, 0, sizeof(*look));
+	if (row_keys(r, &first, 1, NULL, 0, &look->row, 1) == 0)
+		return false;
+	if (look->row.n >= 2) {
+		look->kind = look->row.p[1];
+		look->path = (struct crdt_str){ look->row.p + 2, (uint16_t)(look->row.n - 2) };
+	}
+	if (rrows(r)->get(rrows(r), look->row.p, look->row.n, &v)) {
+		struct crdt_reader rd = crdt_reader(v.data, v.len);
+
+		look->print = crdt_get_u64(&rd);
+	}
+	crdt_buf_free(&v);
+	return true;
+}
+
+static int look_done(struct replica *r, const struct look *look, char **error_r)
+{
+	compare_free(r);
+	(void)replica_txn_begin(r);
+	rrows(r)->del(rrows(r), look->row.p, look->row.n);
+	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+}
+
+static int look_later(struct replica *r, char **error_r)
+{
+	compare_free(r);
+	*error_r = strdup(r->ms->error);
+	return REPLICA_LATER;
+}
+
+/* What a note brought is read; the look goes on in the next slice. */
+static int noted(struct replica *r, int res, char **error_r)
+{
+	if (res == MS_TEMP)
+		return look_later(r, error_r);
+	if (res != MS_OK)
+		compare_free(r);	/* not what it was when it was checked: once more */
+	return replica_outbound_progress(replica_outbound(r, error_r));
+}
+
+/* No mailbox is there. */
+static int look_nothing(struct replica *r, const struct look *look, char **error_r)
+{
+	struct box b;
+
+	compare_free(r);
+	(void)replica_txn_begin(r);
+	if (box_at(r, look->path.p, look->path.n, &b)) {
+		/* Perhaps it was renamed: what is listed is looked at before what is not. */
+		if (look->kind == LOOK_AT)
+			survey_put(r, SURVEY_DUE);
+		else
+			replica_box_lost(r, &b);
+		box_free(&b);
+	}
+	rrows(r)->del(rrows(r), look->row.p, look->row.n);
+	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+}
+
+/* A mailbox that no record tells of. */
+static int look_new(struct replica *r, const struct look *look, const struct ms_checked *checked, char **error_r)
+{
+	struct ms_note *note = calloc(1, sizeof(*note));
+	bool known;
+	struct box b;
+	int ret;
+
+	if (note == NULL)
+		abort();
+	note->box = checked->box;
+	note->made = true;
+	ret = noted(r, r->ms->note(r->ms, note), error_r);
+	free(note);
+	if (ret != REPLICA_DONE)
+		return ret;
+	(void)replica_txn_begin(r);
+	known = box_get(r, &checked->box.guid, &b);
+	if (known)
+		box_free(&b);
+	store_abort(&r->txn);
+	if (known)
+		return REPLICA_DONE;	/* goes on with its mails */
+	replica_log(r, 1, "mailbox %.*s cannot be recorded now", (int)look->path.n, (const char *)look->path.p);
+	return look_done(r, look, error_r);
+}
+
+/* It has another path than the records say. */
+static int look_renamed(struct replica *r, const struct look *look, const struct ms_checked *checked,
+			const struct box *b, char **error_r)
+{
+	const struct ms_mark none = { 0, 0, 0 };
+	struct ms_position known = replica_known(r);
+	struct ms_checked *there = calloc(1, sizeof(*there));
+	struct ms_note *note = calloc(1, sizeof(*note));
+	struct crdt_str old = { b->path, (uint16_t)b->path_len };
+	int res, ret;
+
+	if (note == NULL || there == NULL)
+		abort();
+	res = r->ms->check(r->ms, old, &known, &none, there);
+	if (res == MS_OK && crdt_id_equal(&there->box.guid, &b->guid)) {
+		replica_log(r, 0, "mailbox %.*s has the GUID of %s, as a copied directory has: it is not replicated. "
+			    "Give it one of its own (doveadm mailbox update --mailbox-guid)",
+			    (int)look->path.n, (const char *)look->path.p, b->path);
+		ret = look_done(r, look, error_r);
+	} else if (res == MS_TEMP) {
+		ret = look_later(r, error_r);
+	} else if (res == MS_RETRY) {
+		ret = replica_outbound_progress(replica_outbound(r, error_r));
+	} else {
+		note->box = checked->box;
+		note->renamed = old;
+		ret = noted(r, r->ms->note(r->ms, note), error_r);
+	}
+	free(there);
+	free(note);
+	return ret;
+}
+
+/* Another UIDVALIDITY than the records say: crdt-worker tells it when it is told
+ * the old one. */
+static int look_revalidated(struct replica *r, const struct box *b, char **error_r)
+{
+	struct ms_apply a;
+	int res;
+
+	memset(&a, 0, sizeof(a));
+	a.box = box_ms(b);
+	res = r->ms->apply(r->ms, &a);
+	if (res == MS_TEMP)
+		return look_later(r, error_r);
+	return replica_outbound_progress(replica_outbound(r, error_r));
+}
+
+static void compare_begin(struct replica *r, const struct look *look, const struct ms_checked *checked)
+{
+	struct compare *c = calloc(1, sizeof(*c));
+	struct checked_row before;
+	bool stamped;
+
+	if (c == NULL)
+		abort();
+	r->compare = c;
+	c->checked = *checked;
+	c->print = look->print;
+	c->last = box_record_get(r, &checked->box.guid);
+	c->from = 1;
+	(void)checked_get(r, &checked->box.guid, &before);
+	/* The index has the change of the last record.  (Or it had not when it was
+	 * found in order all the same.) */
+	stamped = (checked->stamp.origin == c->last.journal && checked->stamp.seq == c->last.seq) ||
+		(checked->stamp.origin == before.stamp.origin && checked->stamp.seq == before.stamp.seq &&
+		 before.last.journal == c->last.journal && before.last.seq == c->last.seq);
+	c->ranges = stamped && !checked->all;
+	c->proven = before.identity != 0 && before.identity == checked->identity;
+}
+
+/* ---- differences ---- */
+
+struct diff {
+	struct replica *r;
+	const struct box *b;
+	struct ms_look *looks; size_t n;	/* with copied keywords */
+	uint32_t uids[MS_NOTE_MAX];		/* shadows, one chunk */
+	/* ranges of what differs */
+	struct crdt_uid_range added[MS_NOTE_MAX], changed[MS_NOTE_MAX], gone[MS_NOTE_MAX];
+	uint16_t added_n, changed_n, gone_n;
+	struct crdt_str *keywords; size_t keywords_n, keywords_cap;
+	unsigned mails;				/* in the ranges */
+};
+
+static struct crdt_str str_copy(struct crdt_str s)
+{
+	uint8_t *p = malloc(s.n + 1u);
+
+	if (p == NULL)
+		abort();
+	memcpy(p, s.p, s.n);
+	return (struct crdt_str){ p, s.n };
+}
+
+static void diff_look(void *ctx, const struct ms_look *look)
+{
+	struct diff *d = ctx;
+	struct ms_look *copy;
+	struct crdt_str *kw = calloc(look->keywords_n + 1u, sizeof(*kw));
+
+	if (d->looks == NULL)
+		d->looks = calloc(MS_LOOKS_MAX, sizeof(*d->looks));
+	if (d->looks == NULL || kw == NULL || d->n == MS_LOOKS_MAX)
+		abort();
+	copy = &d->looks[d->n++];
+	*copy = *look;
+	for (unsigned i = 0; i < look->keywords_n; i++)
+		kw[i] = str_copy(look->keywords[i]);
+	copy->keywords = kw;
+}
+
+static void diff_free(struct diff *d)
+{
+	for (size_t i = 0; i < d->n; i++) {
+		for (unsigned k = 0; k < d->looks[i].keywords_n; k++)
+			free((void *)d->looks[i].keywords[k].p);
+		free((void *)d->looks[i].keywords);
+	}
+	free(d->looks);
+	for (size_t i = 0; i < d->keywords_n; i++)
+		free((void *)d->keywords[i].p);
+	free(d->keywords);
+}
+
+static void range_add(struct diff *d, struct crdt_uid_range *ranges, uint16_t *n, uint32_t uid)
+{
+	if (*n > 0 && ranges[*n - 1].last + 1 == uid)
+		ranges[*n - 1].last = uid;
+	else
+		ranges[(*n)++] = (struct crdt_uid_range){ uid, uid };
+	d->mails++;
+}
+
+static bool str_same(struct crdt_str a, struct crdt_str b)
+{
+	return a.n == b.n && memcmp(a.p, b.p, a.n) == 0;
+}
+
+static bool look_differs(const struct ms_look *l, const struct shadow *s)
+{
+	bool differs = l->flags != s->flags || l->keywords_n != s->keywords_n;
+
+	for (unsigned i = 0; i < s->keywords_n && !differs; i++)
+		differs = !str_same(l->keywords[i], s->keywords[i]);
+	return differs;
+}
+
+/* What the mail may have lost.  false: no room for more. */
+static bool keywords_note(struct diff *d, const struct shadow *s)
+{
+	for (unsigned i = 0; i < s->keywords_n; i++) {
+		bool listed = false;
+
+		for (size_t k = 0; k < d->keywords_n && !listed; k++)
+			listed = str_same(d->keywords[k], s->keywords[i]);
+		if (listed)
+			continue;
+		if (d->keywords_n == CRDT_KEYWORDS_MAX)
+			return false;
+		if (d->keywords_n == d->keywords_cap) {
+			d->keywords_cap = d->keywords_cap == 0 ? 16 : d->keywords_cap * 2;
+			d->keywords = realloc(d->keywords, d->keywords_cap * sizeof(*d->keywords));
+			if (d->keywords == NULL)
+				abort();
+		}
+		d->keywords[d->keywords_n++] = str_copy(s->keywords[i]);
+	}
+	return true;
+}
+
+static bool diff_mail(struct diff *d, const struct ms_look *l)
+{
+	struct shadow s;
+	bool room = true;
+
+	if (!shadow_get(d->r, &d->b->guid, l->uid, &s)) {
+		range_add(d, d->added, &d->added_n, l->uid);
+		return true;
+	}
+	if (look_differs(l, &s)) {
+		room = keywords_note(d, &s);
+		if (room)
+			range_add(d, d->changed, &d->changed_n, l->uid);
+	}
+	shadow_free(&s);
+	return room;
+}
+
+/* Mails that are there, up to where there is room; returns the UID to go on from,
+ * 0: all done. */
+static uint32_t diff_present(struct diff *d)
+{
+	for (size_t i = 0; i < d->n; i++) {
+		if (d->mails == MS_NOTE_MAX || !diff_mail(d, &d->looks[i]))
+			return d->looks[i].uid;
+	}
+	return 0;
+}
+
+static bool is_there(const struct diff *d, uint32_t uid)
+{
+	size_t low = 0, high = d->n;
+
+	while (low < high) {
+		size_t mid = (low + high) / 2;
+
+		if (d->looks[mid].uid == uid)
+			return true;
+		if (d->looks[mid].uid < uid)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	return false;
+}
+
+/* Shadows in [first, last] whose mails are not there; as diff_present().  count:
+ * only how many. */
+static uint32_t diff_gone(struct diff *d, uint32_t first, uint32_t last, uint64_t *count)
+{
+	size_t n;
+
+	do {
+		n = shadow_uids(d->r, &d->b->guid, first, last, d->uids, MS_NOTE_MAX);
+		for (size_t i = 0; i < n; i++) {
+			if (is_there(d, d->uids[i]))
+				continue;
+			if (count != NULL)
+				++*count;
+			else if (d->mails == MS_NOTE_MAX)
+				return d->uids[i];
+			else
+				range_add(d, d->gone, &d->gone_n, d->uids[i]);
+		}
+		if (n > 0)
+			first = d->uids[n - 1] + 1;
+	} while (n == MS_NOTE_MAX && first != 0 && first <= last);
+	return 0;
+}
+
+/* Mails that are missing, and nobody removed them: they are restored. */
+static int mails_lost(struct replica *r, const struct box *b, const struct ms_note *note, char **error_r)
+{
+	uint64_t lost = 0;
+
+	(void)replica_txn_begin(r);
+	for (unsigned i = 0; i < note->lost_n; i++) {
+		for (uint32_t uid = note->lost[i].first; ; uid++) {
+			struct shadow s;
+
+			if (shadow_get(r, &b->guid, uid, &s)) {
+				shadow_delete(r, &b->guid, uid, &s.key);
+				if (!replica_mail_settled(r, &s.key))
+					replica_mark_mail(r, &s.key);
+				shadow_free(&s);
+				lost++;
+			}
+			if (uid == note->lost[i].last)
+				break;
+		}
+	}
+	if (lost > 0)
+		replica_log(r, 1, "mailbox %s: %llu mails are gone, and nothing shows that somebody removed them: "
+			    "they are restored", b->path, (unsigned long long)lost);
+	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+}
+
+static int diff_note(struct diff *d, const struct compare *c, char **error_r)
+{
+	struct replica *r = d->r;
+	struct ms_note *note;
+	bool gone = d->gone_n > 0;
+	int ret;
+
+	if (d->added_n + d->changed_n + d->gone_n == 0)
+		return REPLICA_DONE;
+	note = calloc(1, sizeof(*note));
+	if (note == NULL)
+		abort();
+	note->box = box_ms(d->b);
+	note->added = d->added;
+	note->added_n = d->added_n;
+	note->changed = d->changed;
+	note->changed_n = d->changed_n;
+	note->keywords = d->keywords;
+	note->keywords_n = (uint16_t)d->keywords_n;
+	note->gone = d->gone;
+	note->gone_n = d->gone_n;
+	note->proven = c->proven && c->gone <= r->cfg->external_expunge_max;
+	note->identity = c->checked.identity;
+	ret = noted(r, r->ms->note(r->ms, note), error_r);
+	if (ret == REPLICA_DONE && gone && r->compare != NULL)
+		ret = mails_lost(r, d->b, note, error_r);
+	free(note);
+	return ret;
+}
+
+/* One slice.  The first pass notes what is there and counts what is missing; the
+ * second, which knows how many, notes what is missing. */
+static int compare_slice(struct replica *r, const struct look *look, const struct box *b, char **error_r)
+{
+	struct compare *c = r->compare;
+	struct diff *d = calloc(1, sizeof(*d));
+	struct crdt_uid_range all = { c->from, UINT32_MAX };
+	struct ms_mailbox box = box_ms(b);
+	uint32_t last, next = 0;
+	int res, ret;
+
+	if (d == NULL)
+		abort();
+	d->r = r;
+	d->b = b;
+	res = r->ms->look(r->ms, &box, c->ranges ? c->checked.ranges : &all, c->ranges ? c->checked.ranges_n : 1,
+			  diff_look, d);
+	if (res != MS_OK) {
+		diff_free(d);
+		free(d);
+		return noted(r, res, error_r);
+	}
+	if (c->ranges && d->n == MS_LOOKS_MAX) {
+		/* too many for one slice */
+		c->ranges = false;
+		diff_free(d);
+		free(d);
+		return REPLICA_DONE;
+	}
+	last = d->n < MS_LOOKS_MAX ? UINT32_MAX : d->looks[d->n - 1].uid;
+	(void)replica_txn_begin(r);
+	if (!c->gone_pass)
+		next = diff_present(d);
+	if (next != 0)
+		last = next - 1;
+	if (c->ranges && next == 0) {
+		/* few: both passes in one slice */
+		for (unsigned i = 0; i < c->checked.ranges_n; i++)
+			(void)diff_gone(d, c->checked.ranges[i].first, c->checked.ranges[i].last, &c->gone);
+		for (unsigned i = 0; i < c->checked.ranges_n && next == 0; i++)
+			next = diff_gone(d, c->checked.ranges[i].first, c->checked.ranges[i].last, NULL);
+	} else if (!c->ranges && last >= c->from) {
+		uint32_t stop = diff_gone(d, c->from, last, c->gone_pass ? NULL : &c->gone);
+
+		if (stop != 0)
+			last = stop - 1;
+	}
+	store_abort(&r->txn);
+	ret = diff_note(d, c, error_r);
+	diff_free(d);
+	free(d);
+	if (ret != REPLICA_DONE || r->compare == NULL)
+		return ret;
+	if (c->ranges && next != 0) {
+		c->ranges = false;	/* more than one note: all of it */
+		c->gone = 0;
+		return REPLICA_DONE;
+	}
+	if (!c->ranges && last != UINT32_MAX) {
+		c->from = last + 1;
+		return REPLICA_DONE;
+	}
+	if (!c->ranges && !c->gone_pass && c->gone > 0) {
+		c->gone_pass = true;
+		c->from = 1;
+		return REPLICA_DONE;
+	}
+	(void)replica_txn_begin(r);
+	checked_put(r, c);
+	if (replica_txn_commit(r, false, error_r) < 0)
+		return REPLICA_FAILED;
+	return look_done(r, look, error_r);
+}
+
+/* ---- one step ---- */
+
+static int look_checked(struct replica *r, const struct look *look, const struct ms_checked *checked, char **error_r)
+{
+	struct box b;
+	int ret;
+	bool known;
+
+	(void)replica_txn_begin(r);
+	known = box_get(r, &checked->box.guid, &b);
+	store_abort(&r->txn);
+	if (!known)
+		return look_new(r, look, checked, error_r);
+	if (b.path_len != look->path.n || memcmp(b.path, look->path.p, look->path.n) != 0) {
+		ret = look_renamed(r, look, checked, &b, error_r);
+	} else if (b.uidvalidity != checked->box.uidvalidity) {
+		ret = look_revalidated(r, &b, error_r);
+	} else {
+		(void)replica_txn_begin(r);
+		compare_begin(r, look, checked);
+		store_abort(&r->txn);
+		ret = compare_slice(r, look, &b, error_r);
+	}
+	box_free(&b);
+	return ret;
+}
+
+static int look_check(struct replica *r, const struct look *look, char **error_r)
+{
+	struct ms_checked *checked = calloc(1, sizeof(*checked));
+	struct ms_position known = replica_known(r);
+	struct checked_row before;
+	struct box b;
+	int res, ret;
+
+	if (checked == NULL)
+		abort();
+	memset(&before, 0, sizeof(before));
+	(void)replica_txn_begin(r);
+	if (box_at(r, look->path.p, look->path.n, &b)) {
+		(void)checked_get(r, &b.guid, &before);
+		box_free(&b);
+	}
+	store_abort(&r->txn);
+	res = r->ms->check(r->ms, look->path, &known, &before.mark, checked);
+	switch (res) {
+	case MS_OK:
+		ret = look_checked(r, look, checked, error_r);
+		break;
+	case MS_RETRY:
+		ret = replica_outbound_progress(replica_outbound(r, error_r));
+		break;
+	case MS_GONE:
+		ret = look_nothing(r, look, error_r);
+		break;
+	case MS_FAIL:
+		replica_log(r, 1, "mailbox %.*s cannot be compared: %s", (int)look->path.n,
+			    (const char *)look->path.p, r->ms->error);
+		ret = look_done(r, look, error_r);
+		break;
+	default:
+		ret = look_later(r, error_r);
+		break;
+	}
+	free(checked);
+	return ret;
+}
+
+/* A mailbox whose compare has begun. */
+static int look_go_on(struct replica *r, const struct look *look, char **error_r)
+{
+	struct box b;
+	bool known;
+	int ret;
+
+	(void)replica_txn_begin(r);
+	known = box_get(r, &r->compare->checked.box.guid, &b);
+	store_abort(&r->txn);
+	if (!known || b.path_len != look->path.n || memcmp(b.path, look->path.p, look->path.n) != 0 ||
+	    b.uidvalidity != r->compare->checked.box.uidvalidity) {
+		/* it changed meanwhile: from the start */
+		compare_free(r);
+		ret = REPLICA_DONE;
+	} else {
+		ret = compare_slice(r, look, &b, error_r);
+	}
+	if (known)
+		box_free(&b);
+	return ret;
+}
+
+int replica_compare(struct replica *r, bool *more_r, char **error_r)
+{
+	const char tried = ROW_TRIED;
+	struct row_key key;
+	struct look look;
+	bool due, any;
+	int ret;
+
+	(void)replica_txn_begin(r);
+	/* What the applier may have done without a record is for it to find out. */
+	if (row_keys(r, &tried, 1, NULL, 0, &key, 1) > 0) {
+		row_keys_free(&key, 1);
+		store_abort(&r->txn);
+		return REPLICA_DONE;
+	}
+	due = compare_survey_is_due(r);
+	any = look_first(r, &look);
+	store_abort(&r->txn);
+	if (!any && !due)
+		return REPLICA_DONE;
+	*more_r = true;
+	if (!any)
+		return take_survey(r, error_r);
+	if (look.kind == LOOK_SUBSCRIPTION) {
+		int res = r->ms->note_subscription(r->ms, look.path);
+
+		ret = REPLICA_LATER;
+		if (res == MS_TEMP)
+			(void)look_later(r, error_r);
+		else
+			ret = replica_outbound_progress(replica_outbound(r, error_r));
+		if (ret == REPLICA_DONE)
+			ret = look_done(r, &look, error_r);
+	} else if (r->compare != NULL) {
+		ret = look_go_on(r, &look, error_r);
+	} else {
+		ret = look_check(r, &look, error_r);
+	}
+	row_keys_free(&look.row, 1);
+	return ret;
+}

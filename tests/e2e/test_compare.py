@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Changes that no record tells of: from before the plugin, from while it was
+off, and of other programs. They are found by comparing.
+
+Needs root and what was built; see conftest.py.
+"""
+
+import glob
+import imaplib
+import itertools
+import os
+import re
+import time
+
+import pytest
+
+from imap_lib import Client, look, message
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+WORKERS = ("w1", "w2")
+NUMBERS = itertools.count(1)
+MANY = 12       # more than crdt_external_expunge_max
+
+
+@pytest.fixture(scope="module", name="cluster")
+def fixture_cluster(new_cluster):
+    """Looks through all mail every second."""
+    cluster = new_cluster(users=20)
+    for worker in WORKERS:
+        configure(cluster, worker, "crdt_survey_interval", "1 s")
+    return cluster
+
+
+@pytest.fixture(name="user")
+def fixture_user():
+    return f"u{next(NUMBERS)}"
+
+
+def configure(cluster, worker, name, value):
+    """Sets a plugin setting and reloads Dovecot."""
+    path = os.path.join(cluster.directory, "nodes", worker, "90-crdt.conf")
+    with open(path, encoding="ascii") as file:
+        text = file.read()
+    text = re.sub(rf"  {name} = .*\n", "", text)
+    text = text.replace("plugin {\n", f"plugin {{\n  {name} = {value}\n", 1)
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+    reload(cluster, worker)
+
+
+def reload(cluster, worker):
+    """Returns when new sessions have the new configuration."""
+    cluster.doveadm(worker, "reload")
+
+    def answers():
+        try:
+            cluster.imap(worker).logout()
+        except imaplib.IMAP4.error:     # a login process that is about to end
+            return False
+        return True
+
+    until(answers)
+    until(answers)
+
+
+def plugin(cluster, worker, on):
+    """Whether mail processes load the plugin."""
+    path = os.path.join(cluster.directory, "nodes", worker, "90-crdt.conf")
+    with open(path, encoding="ascii") as file:
+        text = file.read()
+    text = re.sub(r"(?m)^#?(mail_plugins = .*)$", r"\1" if on else r"#\1", text)
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+    reload(cluster, worker)
+
+
+def until(condition, timeout=90):
+    """Waits for a condition; what it gave."""
+    deadline = time.monotonic() + timeout
+    while True:
+        result = condition()
+        if result:
+            return result
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.2)
+
+
+def views(cluster, user):
+    return [look(cluster, worker, user) for worker in WORKERS]
+
+
+def both_show(cluster, user, mails):
+    """Waits until both workers show these mails; the views, which are equal then."""
+    def shown():
+        seen = views(cluster, user)
+        return seen if all(view.mails() == mails for view in seen) and seen[0] == seen[1] else None
+
+    try:
+        return until(shown)
+    except AssertionError:
+        first, second = views(cluster, user)
+        raise AssertionError(f"w1:\n{first}\nw2:\n{second}\nexpected: {mails}") from None
+
+
+def maildir(cluster, worker, user):
+    return next(path for path in glob.glob(cluster.home(worker, user) + "/*")
+                if os.path.isdir(path + "/cur"))
+
+
+def test_mail_from_before_the_plugin(cluster, user):
+    """It keeps its UIDs where it was."""
+    plugin(cluster, "w1", False)
+    with Client.login(cluster, "w1", user) as client:
+        client.do("create f", "create f/g", "subscribe f", r"append INBOX a \Seen", "append INBOX b",
+                  "append f c", "append f/g d", r"store f c +\Flagged +$Work", "expunge INBOX a")
+    before = look(cluster, "w1", user)
+    plugin(cluster, "w1", True)
+    seen = both_show(cluster, user, {"INBOX": ["b"], "f": [r"c $Work \Flagged"], "f/g": ["d"]})
+    assert seen[0].named_uids() == before.named_uids()
+    assert "f" in str(seen[1])
+
+
+def test_nothing_is_recorded_twice(cluster, user):
+    with Client.login(cluster, "w1", user) as client:
+        client.do("create f", "append f m", r"store f m +\Answered", "append INBOX n")
+    both_show(cluster, user, {"INBOX": ["n"], "f": [r"m \Answered"]})
+    cluster.wait()
+    ops = cluster.status("s1").user((user, 0)).vv
+    log = {worker: cluster.log(worker) for worker in WORKERS}
+    for worker in WORKERS:      # some surveys later
+        until(lambda w=worker: cluster.log(w).count("reading users") or True)
+        time.sleep(3)
+    cluster.wait()
+    assert cluster.status("s1").user((user, 0)).vv == ops
+    for worker in WORKERS:
+        new = cluster.log(worker)[len(log[worker]):]
+        assert "is compared" not in new and "restored" not in new
+
+
+def test_changed_while_the_plugin_was_off(cluster, user):
+    with Client.login(cluster, "w1", user) as client:
+        client.do("create f", "create old", "append INBOX a", "append INBOX b", "append INBOX c",
+                  "append f d", "append old e")
+    both_show(cluster, user, {"INBOX": ["a", "b", "c"], "f": ["d"], "old": ["e"]})
+    cluster.wait()
+    plugin(cluster, "w1", False)
+    with Client.login(cluster, "w1", user) as client:
+        client.do("append INBOX n", r"store INBOX a +\Flagged +$X", "expunge INBOX b",
+                  "rename old new", "move INBOX c f", "create made", "append made o")
+    with Client.login(cluster, "w2", user) as client:
+        client.do(r"store INBOX a +\Answered", "append f p")
+    plugin(cluster, "w1", True)
+    both_show(cluster, user, {"INBOX": [r"a $X \Answered \Flagged", "n"], "f": ["c", "d", "p"],
+                              "new": ["e"], "made": ["o"]})
+
+
+def test_many_expunged_while_the_plugin_was_off(cluster, user):
+    """More than crdt_external_expunge_max: the index log is the proof."""
+    names = [f"m{i:02}" for i in range(MANY)]
+    with Client.login(cluster, "w1", user) as client:
+        client.do(*(f"append INBOX {name}" for name in names), "append INBOX z")
+    both_show(cluster, user, {"INBOX": [*names, "z"]})
+    cluster.wait()
+    plugin(cluster, "w1", False)
+    with Client.login(cluster, "w1", user) as client:
+        client.do(*(f"expunge INBOX {name}" for name in names))
+    plugin(cluster, "w1", True)
+    both_show(cluster, user, {"INBOX": ["z"]})
+
+
+def drop(cluster, worker, user, subject):
+    """Puts a mail into new/ as a delivery agent does."""
+    directory = maildir(cluster, worker, user)
+    owner = os.stat(directory)
+    name = f"{int(time.time())}.P{os.getpid()}{subject}.host"
+    path = f"{directory}/tmp/{name}"
+    with open(path, "wb") as file:
+        file.write(message(subject).replace(b"\r\n", b"\n"))
+    os.chown(path, owner.st_uid, owner.st_gid)
+    os.rename(path, f"{directory}/new/{name}")
+
+
+def test_files_of_another_program(cluster, user):
+    """They come, change flags and go, while nobody is logged in."""
+    with Client.login(cluster, "w1", user) as client:
+        client.do("append INBOX a", "append INBOX b")
+    both_show(cluster, user, {"INBOX": ["a", "b"]})
+    cluster.wait()
+    drop(cluster, "w1", user, "dropped")
+    both_show(cluster, user, {"INBOX": ["a", "b", "dropped"]})
+    directory = maildir(cluster, "w1", user)
+    path = next(path for path in glob.glob(directory + "/*/*") if b"Subject: a" in open(path, "rb").read())
+    os.rename(path, f"{directory}/cur/{os.path.basename(path).split(':')[0]}:2,F")
+    both_show(cluster, user, {"INBOX": [r"a \Flagged", "b", "dropped"]})
+    cluster.wait()
+    time.sleep(2)       # a survey that found it in order
+    path = next(path for path in glob.glob(directory + "/*/*") if b"Subject: b" in open(path, "rb").read())
+    os.unlink(path)
+    both_show(cluster, user, {"INBOX": [r"a \Flagged", "dropped"]})
+
+
+def test_an_empty_directory_removes_nothing(cluster, user):
+    names = [f"m{i:02}" for i in range(MANY)]
+    with Client.login(cluster, "w1", user) as client:
+        client.do(*(f"append INBOX {name}" for name in names))
+    both_show(cluster, user, {"INBOX": names})
+    cluster.wait()
+    time.sleep(2)
+    for path in glob.glob(maildir(cluster, "w1", user) + "/cur/*") + glob.glob(
+            maildir(cluster, "w1", user) + "/new/*"):
+        os.unlink(path)
+    until(lambda: "mails are gone, and nothing shows that somebody removed them" in cluster.log("w1"))
+    both_show(cluster, user, {"INBOX": names})
+
+
+def test_a_removed_mailbox_comes_back(cluster, user):
+    with Client.login(cluster, "w1", user) as client:
+        client.do("create f", "append f m", "append INBOX n")
+    both_show(cluster, user, {"INBOX": ["n"], "f": ["m"]})
+    cluster.wait()
+    directory = maildir(cluster, "w1", user) + "/.f"
+    os.rename(directory, os.path.join(cluster.directory, f"gone-{user}"))
+    until(lambda: "is gone without having been deleted" in cluster.log("w1"))
+    both_show(cluster, user, {"INBOX": ["n"], "f": ["m"]})

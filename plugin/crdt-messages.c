@@ -610,8 +610,13 @@ crdt_index_transaction_commit(struct mail_index_transaction *t,
 	/* The mailbox object is looked up now: several share an index, and the
 	 * one that was found when the transaction began may be gone. */
 	cbox = mt != NULL ? crdt_mailbox_get(mt->box) : crdt_mailbox_find_index(index);
-	if (cbox == NULL || !cbox->ext_registered || !may_have_records(t) ||
-	    MAIL_INDEX_IS_IN_MEMORY(index))
+	if (cbox != NULL && may_have_records(t) && MAIL_INDEX_IS_IN_MEMORY(index)) {
+		/* lazy_expunge: the mailbox's own index hears of it later */
+		ret = super.commit(t, result_r);
+		crdt_record_survey(cbox->cuser, TRUE);
+		return ret;
+	}
+	if (cbox == NULL || !cbox->ext_registered || !may_have_records(t))
 		return super.commit(t, result_r);
 
 	if (crdt_index_lock(index, &unlock) < 0) {
@@ -639,9 +644,8 @@ crdt_index_transaction_commit(struct mail_index_transaction *t,
 		ret = super.commit(t, result_r);
 		if (unlock)
 			crdt_index_unlock(index);
-		if (recorded < 0) T_BEGIN {
-			crdt_record_survey(cuser);
-		} T_END;
+		if (recorded < 0)
+			crdt_record_survey(cuser, TRUE);
 		return ret;
 	}
 	ret = super.commit(t, result_r);

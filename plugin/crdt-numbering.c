@@ -275,10 +275,10 @@ void crdt_numbering_session_opened(struct crdt_mailbox *cbox)
 	struct crdt_uid_folder numbering;
 	int ret;
 
-	if (!cbox->cuser->survey_asked) T_BEGIN {
+	if (!cbox->cuser->survey_asked) {
 		cbox->cuser->survey_asked = TRUE;
-		crdt_record_survey(cbox->cuser);
-	} T_END;
+		crdt_record_survey(cbox->cuser, FALSE);
+	}
 	if (!cbox->ext_registered || MAIL_INDEX_IS_IN_MEMORY(box->index) ||
 	    !is_numbered_elsewhere(cbox, &numbering))
 		return;

@@ -127,8 +127,9 @@ int crdt_record(struct crdt_user *cuser, struct crdt_jrec *recs, unsigned int n,
 		struct crdt_dot *last_r, const char **error_r);
 /* The n records that end with last did not happen after all. */
 void crdt_record_abort(struct crdt_user *cuser, const struct crdt_dot *last, unsigned int n);
-/* Asks the sync service to look for changes without a record. */
-void crdt_record_survey(struct crdt_user *cuser);
+/* Asks the sync service to look for changes without a record; changed: there is
+ * one. */
+void crdt_record_survey(struct crdt_user *cuser, bool changed);
 /* After the change: crdt_fsync, and wakes the sync service. */
 void crdt_record_finish(struct crdt_user *cuser);
 /* For CREATE, RENAME, SUBSCRIBE and choosing a UIDVALIDITY: the journal's header,

@@ -115,9 +115,9 @@ void crdt_record_abort(struct crdt_user *cuser, const struct crdt_dot *last, uns
 	crdt_record_finish(cuser);
 }
 
-static void notify(struct crdt_user *cuser, bool survey)
+static void notify(struct crdt_user *cuser, const char *prefix)
 {
-	const char *line = t_strconcat(survey ? "\t" : "", cuser->user->username, "\n", NULL);
+	const char *line = t_strconcat(prefix, cuser->user->username, "\n", NULL);
 	const char *path;
 	unsigned int i;
 
@@ -136,10 +136,11 @@ static void notify(struct crdt_user *cuser, bool survey)
 	}
 }
 
-void crdt_record_survey(struct crdt_user *cuser)
+void crdt_record_survey(struct crdt_user *cuser, bool changed)
 {
-	if (cuser->set.mode == CRDT_MODE_ON)
-		notify(cuser, TRUE);
+	if (cuser->set.mode == CRDT_MODE_ON) T_BEGIN {
+		notify(cuser, changed ? "!\t" : "\t");
+	} T_END;
 }
 
 void crdt_record_finish(struct crdt_user *cuser)
@@ -151,7 +152,7 @@ void crdt_record_finish(struct crdt_user *cuser)
 	if (cuser->set.fsync_always && crdt_journal_sync(cuser->journal, &error) < 0)
 		e_error(cuser->user->event, "crdt: %s", error);
 	T_BEGIN {
-		notify(cuser, FALSE);
+		notify(cuser, "");
 	} T_END;
 }
 

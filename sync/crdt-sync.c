@@ -31,7 +31,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define WAKE_LINE_MAX 1024		/* "\t", a user name and "\n" */
+#define WAKE_LINE_MAX 1024		/* "!\t", a user name and "\n" */
 #define LINK_FRAMES_MAX 64		/* taken from a link in one go */
 #define RUN_ROUNDS_MAX 8		/* before other events get their turn */
 #define SAFETY_MSECS 1000		/* a link is looked at so often at least */
@@ -357,7 +357,10 @@ static void wake_input(struct wake_fifo *fifo)
 		if (fifo->skip)
 			fifo->skip = FALSE;
 		else if (node != NULL && line[0] == '\t' && user_name_valid(line + 1)) {
-			node_survey(node, now_msecs(), line + 1, TRUE);
+			node_survey(node, now_msecs(), line + 1, NODE_SURVEY_LOGIN);
+			any = TRUE;
+		} else if (node != NULL && line[0] == '!' && line[1] == '\t' && user_name_valid(line + 2)) {
+			node_survey(node, now_msecs(), line + 2, NODE_SURVEY_CHANGED);
 			any = TRUE;
 		} else if (node != NULL && user_name_valid(line)) {
 			node_changed(node, now_msecs(), line);

@@ -26,6 +26,7 @@ struct user {
 	struct visit_read *reads;
 	bool journal, apply, check;
 	bool survey;			/* look for changes without a record */
+	int64_t survey_due;		/* not before */
 	int64_t surveyed;		/* when that was ordered last; 0: never */
 	unsigned ops_wanted;		/* bit per storage that has room */
 	int64_t trim_due, applied_due;	/* 0: no reason to */

@@ -83,7 +83,7 @@ static void put_user(struct node_report *r, const struct user *u, const struct r
 	if (st == NULL)
 		st = &busy;
 	line.vv = &st->vv;
-	line.pending = st->pending;
+	line.pending = st->pending + (u->survey ? 1 : 0);
 	line.held = st->held;
 	line.buffered = st->buffered;
 	line.digest = r->digest ? digest : NULL;

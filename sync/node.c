@@ -436,19 +436,25 @@ void node_changed(struct node *n, int64_t now, const char *user)
 		node_wake(u, SCHED_NOW);
 }
 
-void node_survey(struct node *n, int64_t now, const char *user, bool by_session)
+void node_survey(struct node *n, int64_t now, const char *user, enum node_survey_why why)
 {
 	struct user *u;
+	int64_t due = now;
 
 	n->now = now;
 	if (n->users_n >= NODE_USERS_MAX && node_user_find(n, user, 0) == NULL)
 		return;		/* another time */
 	u = node_user(n, user, 0);
-	if (by_session && u->surveyed != 0 && now - u->surveyed < NODE_SURVEY_MSECS)
+	if (why == NODE_SURVEY_LOGIN && u->surveyed != 0 && now - u->surveyed < NODE_SURVEY_LOGIN_MSECS)
 		return;
+	if (why == NODE_SURVEY_CHANGED && u->surveyed != 0)
+		due = u->surveyed + NODE_SURVEY_CHANGED_MSECS;
+	if (!u->survey || due < u->survey_due)
+		u->survey_due = due;
 	u->survey = true;
-	if (u->mail_due > now)
-		node_wake_at(u, u->mail_due);
+	due = u->survey_due > u->mail_due ? u->survey_due : u->mail_due;
+	if (due > now)
+		node_wake_at(u, due);
 	else
 		node_wake(u, SCHED_LOW);
 }
@@ -527,12 +533,13 @@ static struct visit *order(struct user *u)
 		u->apply = true;
 	if (n->now >= u->mail_due) {
 		v->journal = u->journal;
-		v->survey = u->survey && n->cfg.apply;
+		v->survey = u->survey && n->cfg.apply && n->now >= u->survey_due;
 		if (v->survey)
 			u->surveyed = n->now;
-		v->apply = (u->apply || u->survey) && n->cfg.apply;
+		v->apply = (u->apply || v->survey) && n->cfg.apply;
 		v->apply_news = n->cfg.apply;
-		u->journal = u->apply = u->survey = false;
+		u->survey = u->survey && !v->survey && n->cfg.apply;
+		u->journal = u->apply = false;
 		v->reads = u->reads;
 		u->reads = NULL;
 		if (u->trim_due != 0 && u->trim_due <= n->now) {
@@ -578,6 +585,8 @@ static void set_timers(struct user *u)
 
 	if (u->mail_due > n->now && (u->journal || u->apply || u->survey || u->reads != NULL))
 		node_wake_at(u, u->mail_due);
+	if (u->survey && u->survey_due > n->now)
+		node_wake_at(u, u->survey_due > u->mail_due ? u->survey_due : u->mail_due);
 	if (u->trim_due > 0)
 		node_wake_at(u, u->trim_due > u->mail_due ? u->trim_due : u->mail_due);
 	if (u->applied_due > 0)

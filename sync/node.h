@@ -30,7 +30,8 @@
 #define NODE_SERVES_MAX 256		/* texts that are being sent, of each daemon */
 #define NODE_REPORT_MSECS 5000		/* a user who is busy that long is reported as such */
 #define NODE_REPORT_USERS 8		/* looked at at a time */
-#define NODE_SURVEY_MSECS 60000		/* a user who logs in again and again */
+#define NODE_SURVEY_LOGIN_MSECS 60000
+#define NODE_SURVEY_CHANGED_MSECS 2000
 #define NODE_IDLE_MSECS 60000		/* forget a user who is settled */
 
 struct node_config {
@@ -68,10 +69,13 @@ void node_link_refused(struct node *n, int64_t now, unsigned storage);
 void node_frame(struct node *n, int64_t now, unsigned storage, const void *p, size_t len);
 /* The user's journal has news (wake-up from a mail process). */
 void node_changed(struct node *n, int64_t now, const char *user);
-/* His mail store is to be looked through for changes without a record.  by_session:
- * he has logged in; nothing is done if it was looked through within
- * NODE_SURVEY_MSECS. */
-void node_survey(struct node *n, int64_t now, const char *user, bool by_session);
+/* His mail store is to be looked through for changes without a record. */
+enum node_survey_why {
+	NODE_SURVEY_SWEEP,	/* it is time to */
+	NODE_SURVEY_LOGIN,	/* not if it was done within NODE_SURVEY_LOGIN_MSECS */
+	NODE_SURVEY_CHANGED,	/* there is one; at most every NODE_SURVEY_CHANGED_MSECS */
+};
+void node_survey(struct node *n, int64_t now, const char *user, enum node_survey_why why);
 /* There is a "has records" marker: as node_changed(), unless he is known to
  * wait for a daemon only. */
 void node_marked(struct node *n, int64_t now, const char *user);

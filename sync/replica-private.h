@@ -154,6 +154,8 @@ void shadow_free(struct shadow *s);
 /* A mailbox lost its UIDVALIDITY: its shadows are put by, and taken up again
  * one by one as the journal tells their new UIDs. */
 void shadows_put_by(struct replica *r, const struct crdt_id *box);
+/* What was not taken up: the mails are gone, and are to be restored; how many. */
+unsigned shadows_left(struct replica *r, const struct crdt_id *box);
 bool shadow_take_up(struct replica *r, const struct crdt_id *box, uint32_t old_uid, uint32_t uid);
 /* Drops what place says of a mail (its record is not there). */
 void place_forget(struct replica *r, const struct crdt_mail_key *key);

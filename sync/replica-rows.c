@@ -582,6 +582,37 @@ void place_forget(struct replica *r, const struct crdt_mail_key *key)
 	crdt_buf_free(&k);
 }
 
+unsigned shadows_left(struct replica *r, const struct crdt_id *box)
+{
+	enum { SLICE = 512 };
+	uint8_t prefix[17] = { ROW_OLD_UID };
+	struct row_key keys[SLICE];
+	unsigned total = 0;
+	size_t n;
+
+	memcpy(prefix + 1, box->b, 16);
+	while ((n = row_keys(r, prefix, sizeof(prefix), NULL, 0, keys, SLICE)) > 0) {
+		for (size_t i = 0; i < n; i++) {
+			struct crdt_reader rd = crdt_reader(keys[i].p + 17, keys[i].n - 17);
+			uint32_t uid = crdt_get_be32(&rd);
+			struct shadow s;
+			struct place p;
+
+			if (shadow_get_row(r, ROW_OLD_UID, box, uid, &s)) {
+				if (place_get(r, &s.key, &p) && p.uid == uid && crdt_id_equal(&p.box, box))
+					place_forget(r, &s.key);
+				if (!replica_mail_settled(r, &s.key))
+					replica_mark_mail(r, &s.key);
+				shadow_free(&s);
+			}
+			rrows(r)->del(rrows(r), keys[i].p, keys[i].n);
+			total++;
+		}
+		row_keys_free(keys, n);
+	}
+	return total;
+}
+
 void shadows_put_by(struct replica *r, const struct crdt_id *box)
 {
 	enum { SLICE = 512 };
@@ -590,6 +621,7 @@ void shadows_put_by(struct replica *r, const struct crdt_id *box)
 	struct shadow s;
 	size_t n;
 
+	(void)shadows_left(r, box);	/* of the time before */
 	while ((n = shadow_uids(r, box, 1, UINT32_MAX, uids, SLICE)) > 0) {
 		for (size_t i = 0; i < n; i++) {
 			crdt_buf_clear(&k);

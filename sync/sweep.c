@@ -46,7 +46,7 @@ static void sweep_some(void *ctx ATTR_UNUSED)
 	for (unsigned int i = 0; i < SWEEP_USERS && sweep.next < array_count(&sweep.users); i++) {
 		const char *user = array_idx_elem(&sweep.users, sweep.next++);
 
-		node_survey(sweep.node, now_msecs(), user, FALSE);
+		node_survey(sweep.node, now_msecs(), user, NODE_SURVEY_SWEEP);
 	}
 	if (sweep.next == array_count(&sweep.users)) {
 		timeout_remove(&sweep.to);

@@ -19,6 +19,8 @@ from imap_lib import Client, look, message
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 WORKERS = ("w1", "w2")
 NUMBERS = itertools.count(1)
+CANARIES = itertools.count(1)
+CANARY = "u20"  # no test's user
 MANY = 12       # more than crdt_external_expunge_max
 
 
@@ -127,9 +129,9 @@ def test_nothing_is_recorded_twice(cluster, user):
     cluster.wait()
     ops = cluster.status("s1").user((user, 0)).vv
     log = {worker: cluster.log(worker) for worker in WORKERS}
-    for worker in WORKERS:      # some surveys later
-        until(lambda w=worker: cluster.log(w).count("reading users") or True)
-        time.sleep(3)
+    for worker in WORKERS:
+        surveyed(cluster, worker)
+        surveyed(cluster, worker)
     cluster.wait()
     assert cluster.status("s1").user((user, 0)).vv == ops
     for worker in WORKERS:
@@ -180,6 +182,14 @@ def drop(cluster, worker, user, subject):
     os.rename(path, f"{directory}/new/{name}")
 
 
+def surveyed(cluster, worker):
+    """Waits until all users have been looked through once more: the last one's
+    new file was found."""
+    subject = f"canary{next(CANARIES)}"
+    drop(cluster, worker, CANARY, subject)
+    until(lambda: subject in look(cluster, worker, CANARY).mails()["INBOX"])
+
+
 def test_files_of_another_program(cluster, user):
     """They come, change flags and go, while nobody is logged in."""
     with Client.login(cluster, "w1", user) as client:
@@ -193,7 +203,8 @@ def test_files_of_another_program(cluster, user):
     os.rename(path, f"{directory}/cur/{os.path.basename(path).split(':')[0]}:2,F")
     both_show(cluster, user, {"INBOX": [r"a \Flagged", "b", "dropped"]})
     cluster.wait()
-    time.sleep(2)       # a survey that found it in order
+    surveyed(cluster, "w1")     # it is in order
+    surveyed(cluster, "w1")
     path = next(path for path in glob.glob(directory + "/*/*") if b"Subject: b" in open(path, "rb").read())
     os.unlink(path)
     both_show(cluster, user, {"INBOX": [r"a \Flagged", "dropped"]})
@@ -205,7 +216,8 @@ def test_an_empty_directory_removes_nothing(cluster, user):
         client.do(*(f"append INBOX {name}" for name in names))
     both_show(cluster, user, {"INBOX": names})
     cluster.wait()
-    time.sleep(2)
+    surveyed(cluster, "w1")
+    surveyed(cluster, "w1")
     for path in glob.glob(maildir(cluster, "w1", user) + "/cur/*") + glob.glob(
             maildir(cluster, "w1", user) + "/new/*"):
         os.unlink(path)

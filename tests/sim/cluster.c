@@ -514,7 +514,7 @@ static void step_user(void)
 	if (w->node != NULL && rnd(10) != 0)
 		node_changed(w->node, sim.now, users[u]);
 	if (w->node != NULL && rnd(20) == 0)
-		node_survey(w->node, sim.now, users[u], rnd(2) == 0);
+		node_survey(w->node, sim.now, users[u], (enum node_survey_why)rnd(3));
 }
 
 /* The regular look at the markers: who has a journal. */
@@ -524,7 +524,7 @@ static void look(struct worker *w)
 		if (w->engines[u].mail.journal_n > 0)
 			node_marked(w->node, sim.now, users[u]);
 		if (sim.calm && sim.now < sim.rest)
-			node_survey(w->node, sim.now, users[u], false);
+			node_survey(w->node, sim.now, users[u], NODE_SURVEY_SWEEP);
 	}
 }
 

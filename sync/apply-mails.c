@@ -232,10 +232,24 @@ static bool is_change(const struct apply_cmd *c)
 	return is_open(c) && (c->cmd->kind == MS_FLAGS || c->cmd->kind == MS_EXPUNGE || c->found_uid != 0);
 }
 
+/* Nothing is removed on the word of a UID alone. */
+static bool is_that_mail(struct mail *mail, const struct ms_cmd *cmd)
+{
+	const char *guid;
+
+	if (cmd->guid.n == 0 || worker_mail_guid(mail, &guid) < 0)
+		return TRUE;
+	if (strlen(guid) == cmd->guid.n && memcmp(guid, cmd->guid.p, cmd->guid.n) == 0)
+		return TRUE;
+	e_error(mail->box->event, "crdt: UID %u is another mail than the one to be removed: it stays", mail->uid);
+	return FALSE;
+}
+
 static void change_one(struct apply_cmd *c, struct mail *mail)
 {
 	uint32_t uid = c->cmd->kind == MS_FLAGS ? c->cmd->uid : expunge_uid(c);
-	bool there = uid != 0 && worker_mail_find(mail, uid) && !mail->expunged;
+	bool there = uid != 0 && worker_mail_find(mail, uid) && !mail->expunged &&
+		(c->cmd->kind == MS_FLAGS || is_that_mail(mail, c->cmd));
 
 	if (there && c->cmd->kind == MS_FLAGS)
 		change_flags(mail, c->cmd);

@@ -536,15 +536,7 @@ static int look_revalidated(struct replica *r, const struct box *b, char **error
 	return replica_outbound_progress(replica_outbound(r, error_r));
 }
 
-static void log_lost(struct replica *r, const struct box *b, uint64_t lost)
-{
-	if (lost > 0)
-		replica_log(r, 1, "mailbox %s: %llu mails are gone, and nothing shows that somebody removed them: "
-			    "they are restored", b->path, (unsigned long long)lost);
-}
-
-static int compare_begin(struct replica *r, const struct look *look, const struct ms_checked *checked,
-			 const struct box *b, char **error_r)
+static void compare_begin(struct replica *r, const struct look *look, const struct ms_checked *checked)
 {
 	struct compare *c = calloc(1, sizeof(*c));
 	struct checked_row before;
@@ -566,10 +558,7 @@ static int compare_begin(struct replica *r, const struct look *look, const struc
 		 before.last.journal == c->last.journal && before.last.seq == c->last.seq);
 	c->ranges = stamped && !checked->all;
 	c->proven = before.identity != 0 && before.identity == checked->identity;
-	/* Mails that were gone when the UIDVALIDITY changed. */
-	if (!c->ranges)
-		log_lost(r, b, shadows_left(r, &b->guid));
-	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+	store_abort(&r->txn);
 }
 
 /* ---- differences ---- */
@@ -763,7 +752,9 @@ static int mails_lost(struct replica *r, const struct box *b, const struct ms_no
 				break;
 		}
 	}
-	log_lost(r, b, lost);
+	if (lost > 0)
+		replica_log(r, 1, "mailbox %s: %llu mails are gone, and nothing shows that somebody removed them: "
+			    "they are restored", b->path, (unsigned long long)lost);
 	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
 }
 
@@ -889,9 +880,8 @@ static int look_checked(struct replica *r, const struct look *look, const struct
 	} else if (b.uidvalidity != checked->box.uidvalidity) {
 		ret = look_revalidated(r, &b, error_r);
 	} else {
-		ret = compare_begin(r, look, checked, &b, error_r);
-		if (ret == REPLICA_DONE)
-			ret = compare_slice(r, look, &b, error_r);
+		compare_begin(r, look, checked);
+		ret = compare_slice(r, look, &b, error_r);
 	}
 	box_free(&b);
 	return ret;

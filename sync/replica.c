@@ -795,6 +795,30 @@ struct ms_position replica_known(const struct replica *r)
 	return r->pos_n == 0 ? none : r->pos[r->pos_n - 1];
 }
 
+/* With the journal read to its end the renumbering of a mailbox is complete: a mail
+ * of before that was not told of is gone. */
+static int drop_left_shadows(struct replica *r, char **error_r)
+{
+	const char first = ROW_OLD_UID;
+	struct row_key key;
+
+	(void)replica_txn_begin(r);
+	while (row_keys(r, &first, 1, NULL, 0, &key, 1) > 0) {
+		struct crdt_id guid;
+		bool whole = key.n >= 17;
+
+		if (whole) {
+			memcpy(guid.b, key.p + 1, sizeof(guid.b));
+			replica_log(r, 1, "%u mails were gone when a mailbox was renumbered, and nothing shows that "
+				    "somebody removed them: they are restored", shadows_left(r, &guid));
+		} else {
+			rrows(r)->del(rrows(r), key.p, key.n);
+		}
+		row_keys_free(&key, 1);
+	}
+	return replica_txn_commit(r, false, error_r);
+}
+
 int replica_outbound(struct replica *r, char **error_r)
 {
 	int n, total = 0;
@@ -807,6 +831,8 @@ int replica_outbound(struct replica *r, char **error_r)
 			return n;
 		total += n;
 	} while (n == RECORDS_SLICE);
+	if (total > 0 && drop_left_shadows(r, error_r) < 0)
+		return REPLICA_OUTBOUND_FAILED;
 	replica_checkpoint(r);
 	return total;
 }

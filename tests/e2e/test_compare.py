@@ -14,7 +14,8 @@ import time
 
 import pytest
 
-from imap_lib import Client, look, message
+from crdtlib import CommandFailed
+from imap_lib import Client, message
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 WORKERS = ("w1", "w2")
@@ -30,6 +31,8 @@ def fixture_cluster(new_cluster):
     cluster = new_cluster(users=20)
     for worker in WORKERS:
         configure(cluster, worker, "crdt_survey_interval", "1 s")
+        with login(cluster, worker, CANARY) as client:
+            client.select("INBOX")
     return cluster
 
 
@@ -54,15 +57,18 @@ def reload(cluster, worker):
     """Returns when new sessions have the new configuration."""
     cluster.doveadm(worker, "reload")
 
-    def answers():
-        try:
-            cluster.imap(worker).logout()
-        except imaplib.IMAP4.error:     # a login process that is about to end
-            return False
-        return True
+    login(cluster, worker, CANARY).imap.logout()
 
-    until(answers)
-    until(answers)
+
+def login(cluster, worker, user):
+    """Tried again when a login process that is about to end answers."""
+    def session():
+        try:
+            return Client.login(cluster, worker, user)
+        except (imaplib.IMAP4.error, OSError):
+            return None
+
+    return until(session)
 
 
 def plugin(cluster, worker, on):
@@ -87,8 +93,13 @@ def until(condition, timeout=90):
         time.sleep(0.2)
 
 
+def see(cluster, worker, user):
+    with login(cluster, worker, user) as client:
+        return client.look()
+
+
 def views(cluster, user):
-    return [look(cluster, worker, user) for worker in WORKERS]
+    return [see(cluster, worker, user) for worker in WORKERS]
 
 
 def both_show(cluster, user, mails):
@@ -109,21 +120,32 @@ def maildir(cluster, worker, user):
                 if os.path.isdir(path + "/cur"))
 
 
+def counted(cluster, worker, user, folder):
+    """The number of mails, without a session; None: no such folder."""
+    try:
+        status = cluster.doveadm(worker, "-f", "flow", "mailbox", "status", "-u", user, "messages", folder)
+    except CommandFailed:
+        return None
+    return int(status.split(b"messages=")[1].split()[0]) if b"messages=" in status else None
+
+
 def test_mail_from_before_the_plugin(cluster, user):
     """It keeps its UIDs where it was."""
     plugin(cluster, "w1", False)
-    with Client.login(cluster, "w1", user) as client:
+    with login(cluster, "w1", user) as client:
         client.do("create f", "create f/g", "subscribe f", r"append INBOX a \Seen", "append INBOX b",
                   "append f c", "append f/g d", r"store f c +\Flagged +$Work", "expunge INBOX a")
-    before = look(cluster, "w1", user)
+    before = see(cluster, "w1", user)
     plugin(cluster, "w1", True)
+    # A session on w2 would take over folders whose mails are still on their way.
+    until(lambda: all(counted(cluster, "w2", user, folder) == 1 for folder in ("INBOX", "f", "f/g")))
     seen = both_show(cluster, user, {"INBOX": ["b"], "f": [r"c $Work \Flagged"], "f/g": ["d"]})
     assert seen[0].named_uids() == before.named_uids()
     assert "f" in str(seen[1])
 
 
 def test_nothing_is_recorded_twice(cluster, user):
-    with Client.login(cluster, "w1", user) as client:
+    with login(cluster, "w1", user) as client:
         client.do("create f", "append f m", r"store f m +\Answered", "append INBOX n")
     both_show(cluster, user, {"INBOX": ["n"], "f": [r"m \Answered"]})
     cluster.wait()
@@ -140,16 +162,16 @@ def test_nothing_is_recorded_twice(cluster, user):
 
 
 def test_changed_while_the_plugin_was_off(cluster, user):
-    with Client.login(cluster, "w1", user) as client:
+    with login(cluster, "w1", user) as client:
         client.do("create f", "create old", "append INBOX a", "append INBOX b", "append INBOX c",
                   "append f d", "append old e")
     both_show(cluster, user, {"INBOX": ["a", "b", "c"], "f": ["d"], "old": ["e"]})
     cluster.wait()
     plugin(cluster, "w1", False)
-    with Client.login(cluster, "w1", user) as client:
+    with login(cluster, "w1", user) as client:
         client.do("append INBOX n", r"store INBOX a +\Flagged +$X", "expunge INBOX b",
                   "rename old new", "move INBOX c f", "create made", "append made o")
-    with Client.login(cluster, "w2", user) as client:
+    with login(cluster, "w2", user) as client:
         client.do(r"store INBOX a +\Answered", "append f p")
     plugin(cluster, "w1", True)
     both_show(cluster, user, {"INBOX": [r"a $X \Answered \Flagged", "n"], "f": ["c", "d", "p"],
@@ -159,12 +181,12 @@ def test_changed_while_the_plugin_was_off(cluster, user):
 def test_many_expunged_while_the_plugin_was_off(cluster, user):
     """More than crdt_external_expunge_max: the index log is the proof."""
     names = [f"m{i:02}" for i in range(MANY)]
-    with Client.login(cluster, "w1", user) as client:
+    with login(cluster, "w1", user) as client:
         client.do(*(f"append INBOX {name}" for name in names), "append INBOX z")
     both_show(cluster, user, {"INBOX": [*names, "z"]})
     cluster.wait()
     plugin(cluster, "w1", False)
-    with Client.login(cluster, "w1", user) as client:
+    with login(cluster, "w1", user) as client:
         client.do(*(f"expunge INBOX {name}" for name in names))
     plugin(cluster, "w1", True)
     both_show(cluster, user, {"INBOX": ["z"]})
@@ -187,12 +209,12 @@ def surveyed(cluster, worker):
     new file was found."""
     subject = f"canary{next(CANARIES)}"
     drop(cluster, worker, CANARY, subject)
-    until(lambda: subject in look(cluster, worker, CANARY).mails()["INBOX"])
+    until(lambda: subject in see(cluster, worker, CANARY).mails()["INBOX"])
 
 
 def test_files_of_another_program(cluster, user):
     """They come, change flags and go, while nobody is logged in."""
-    with Client.login(cluster, "w1", user) as client:
+    with login(cluster, "w1", user) as client:
         client.do("append INBOX a", "append INBOX b")
     both_show(cluster, user, {"INBOX": ["a", "b"]})
     cluster.wait()
@@ -212,7 +234,7 @@ def test_files_of_another_program(cluster, user):
 
 def test_an_empty_directory_removes_nothing(cluster, user):
     names = [f"m{i:02}" for i in range(MANY)]
-    with Client.login(cluster, "w1", user) as client:
+    with login(cluster, "w1", user) as client:
         client.do(*(f"append INBOX {name}" for name in names))
     both_show(cluster, user, {"INBOX": names})
     cluster.wait()
@@ -226,7 +248,7 @@ def test_an_empty_directory_removes_nothing(cluster, user):
 
 
 def test_a_removed_mailbox_comes_back(cluster, user):
-    with Client.login(cluster, "w1", user) as client:
+    with login(cluster, "w1", user) as client:
         client.do("create f", "append f m", "append INBOX n")
     both_show(cluster, user, {"INBOX": ["n"], "f": ["m"]})
     cluster.wait()

@@ -807,10 +807,17 @@ static enum replica_progress outcomes(struct slice *s, const struct ms_apply *a,
 void replica_box_lost(struct replica *r, const struct box *b)
 {
 	struct box copy;
+	uint32_t next;
 
 	if (!box_get(r, &b->guid, &copy))
 		return;
 	replica_log(r, 1, "mailbox %s is gone without having been deleted: it is restored", copy.path);
+	/* What it gave without a record is not known any more (I5). */
+	next = crdt_uid_restart_next(r->cfg->slot, copy.uidnext > 0 ? copy.uidnext : 1, true);
+	if (next > 0) {
+		copy.uidnext = next;
+		box_put(r, &copy);
+	}
 	box_delete(r, &copy);
 	for (unsigned i = 0; i < copy.folders_n; i++) {
 		replica_mark_folder(r, &copy.folders[i]);

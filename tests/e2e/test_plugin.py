@@ -887,7 +887,9 @@ def test_sync_service_is_woken(dovecot, user):
     fifo.chmod(0o666)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        client = dovecot.imap(user, "INBOX")
+        client = dovecot.imap(user, "INBOX")      # a session begins
+        assert select.select([reader], [], [], 10)[0]
+        assert os.read(reader, 4096) == f"\t{user}\n".encode()
         append(client, "INBOX")
         assert select.select([reader], [], [], 10)[0]
         assert os.read(reader, 4096) == f"{user}\n".encode()

@@ -6,7 +6,6 @@ Needs root and what was built; see conftest.py.
 """
 
 import glob
-import imaplib
 import itertools
 import os
 import re
@@ -14,11 +13,11 @@ import time
 
 import pytest
 
+from compare_lib import WORKERS, configure, login, reload, see, until, views
 from crdtlib import CommandFailed
-from imap_lib import Client, message
+from imap_lib import message
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-WORKERS = ("w1", "w2")
 NUMBERS = itertools.count(1)
 CANARIES = itertools.count(1)
 CANARY = "u20"  # no test's user
@@ -41,36 +40,6 @@ def fixture_user():
     return f"u{next(NUMBERS)}"
 
 
-def configure(cluster, worker, name, value):
-    """Sets a plugin setting and reloads Dovecot."""
-    path = os.path.join(cluster.directory, "nodes", worker, "90-crdt.conf")
-    with open(path, encoding="ascii") as file:
-        text = file.read()
-    text = re.sub(rf"  {name} = .*\n", "", text)
-    text = text.replace("plugin {\n", f"plugin {{\n  {name} = {value}\n", 1)
-    with open(path, "w", encoding="ascii") as file:
-        file.write(text)
-    reload(cluster, worker)
-
-
-def reload(cluster, worker):
-    """Returns when new sessions have the new configuration."""
-    cluster.doveadm(worker, "reload")
-
-    login(cluster, worker, CANARY).imap.logout()
-
-
-def login(cluster, worker, user):
-    """Tried again when a login process that is about to end answers."""
-    def session():
-        try:
-            return Client.login(cluster, worker, user)
-        except (imaplib.IMAP4.error, OSError):
-            return None
-
-    return until(session)
-
-
 def plugin(cluster, worker, on):
     """Whether mail processes load the plugin."""
     path = os.path.join(cluster.directory, "nodes", worker, "90-crdt.conf")
@@ -80,26 +49,6 @@ def plugin(cluster, worker, on):
     with open(path, "w", encoding="ascii") as file:
         file.write(text)
     reload(cluster, worker)
-
-
-def until(condition, timeout=90):
-    """Waits for a condition; what it gave."""
-    deadline = time.monotonic() + timeout
-    while True:
-        result = condition()
-        if result:
-            return result
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.2)
-
-
-def see(cluster, worker, user):
-    with login(cluster, worker, user) as client:
-        return client.look()
-
-
-def views(cluster, user):
-    return [see(cluster, worker, user) for worker in WORKERS]
 
 
 def both_show(cluster, user, mails):

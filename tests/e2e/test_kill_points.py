@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""imap is killed at each step of each kind of command: at a system call that
+changes or locks something. Afterwards the command has been carried out on both
+workers or on none, and nothing else is changed.
+
+The steps are too many for each time: CRDT_KILLS=all takes all, else a few are
+chosen by CRDT_SEED, which is printed.
+
+Needs root and what was built; see conftest.py.
+"""
+
+import contextlib
+import imaplib
+import os
+import random
+import shutil
+import subprocess
+
+import pytest
+
+from compare_lib import WORKERS, configure, login, see, until
+from imap_lib import Refused
+
+pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+              pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")]
+CALLS = ("rename", "link", "unlink", "write", "pwrite64", "writev", "fdatasync", "fsync", "mkdir", "flock",
+         "fcntl", "ftruncate", "utime")
+ALL = os.environ.get("CRDT_KILLS") == "all"
+SAMPLE = 4
+STALE = 300     # seconds: more than Dovecot's two minutes for a lock file without a pid
+SEED = int(os.environ.get("CRDT_SEED") or random.randrange(1 << 32))
+
+
+@pytest.fixture(scope="module", name="cluster")
+def fixture_cluster(new_cluster):
+    cluster = new_cluster(users=12)
+    for worker in WORKERS:
+        configure(cluster, worker, "crdt_survey_interval", "1 s")
+    return cluster
+
+
+@contextlib.contextmanager
+def killed_at(pid, call, number):
+    """The process is killed when it enters this system call for the number-th time."""
+    strace = subprocess.Popen(["strace", "-p", str(pid), "-o", "/dev/null",
+                               "-e", f"inject={call}:signal=KILL:when={number}"],
+                              stderr=subprocess.PIPE, text=True)
+    assert "attached" in strace.stderr.readline()
+    try:
+        yield
+    finally:
+        strace.terminate()
+        strace.wait()
+        strace.stderr.close()
+
+
+def imap_pid(cluster, user):
+    """Of the one session that the user has on w1."""
+    def one():
+        lines = cluster.doveadm("w1", "-f", "tab", "who", "-1", user).decode().splitlines()[1:]
+        pids = [line.split("\t")[2] for line in lines if line.split("\t")[1] == "imap"]
+        return pids[0] if len(pids) == 1 else None
+
+    return int(until(one))
+
+
+def changed(mails, **folders):
+    """{folder: mails} with some of them replaced; None: no such folder."""
+    result = {**mails, **{name.replace("_", "/"): each for name, each in folders.items()}}
+    return {name: sorted(each) for name, each in result.items() if each is not None}
+
+
+# What a command needs, the command, and what is there after it. n: a new number.
+
+def append(n, mails):
+    return [], f"append INBOX m{n}", changed(mails, INBOX=[*mails["INBOX"], f"m{n}"])
+
+
+def store(n, mails):
+    return ([f"append INBOX m{n}"], rf"store INBOX m{n} +\Flagged +$K{n % 5}",
+            changed(mails, INBOX=[*mails["INBOX"], rf"m{n} $K{n % 5} \Flagged"]))
+
+
+def unstore(n, mails):
+    return ([rf"append INBOX m{n} \Flagged"], rf"store INBOX m{n} -\Flagged",
+            changed(mails, INBOX=[*mails["INBOX"], f"m{n}"]))
+
+
+def expunge(n, mails):
+    return [f"append INBOX m{n}"], f"expunge INBOX m{n}", mails
+
+
+def copy(n, mails):
+    return ([f"append INBOX m{n}"], f"copy INBOX m{n} f",
+            changed(mails, INBOX=[*mails["INBOX"], f"m{n}"], f=[*mails["f"], f"m{n}"]))
+
+
+def move(n, mails):
+    return [f"append INBOX m{n}"], f"move INBOX m{n} f", changed(mails, f=[*mails["f"], f"m{n}"])
+
+
+def create(n, mails):
+    return [], f"create new{n}", changed(mails, **{f"new{n}": []})
+
+
+def rename(n, mails):
+    return ([f"create old{n}", f"create old{n}/c", f"append old{n}/c m{n}"], f"rename old{n} to{n}",
+            changed(mails, **{f"to{n}": [], f"to{n}_c": [f"m{n}"]}))
+
+
+def delete(n, mails):
+    return [f"create gone{n}", f"append gone{n} m{n}"], f"delete gone{n}", mails
+
+
+COMMANDS = {f.__name__: f for f in (append, store, unstore, expunge, copy, move, create, rename, delete)}
+
+
+def steps(kind):
+    """(call, number); the caller sends back whether there was such a step."""
+    chance = random.Random(f"{SEED} {kind}")
+    if not ALL:
+        for _ in range(SAMPLE):
+            yield chance.choice(CALLS), chance.choice((1, 1, 1, 2, 2, 3, 4))
+        return
+    for call in CALLS:
+        number, there = 1, True
+        while there:
+            there = yield call, number
+            number += 1
+
+
+def outcomes(before, after):
+    """What may be there: a MOVE or EXPUNGE of one mail, a rename of a tree, is
+    several commits; all else is one."""
+    partly = [changed(before, f=after["f"])] if "f" in after and after["f"] != before["f"] else []
+    return [before, after, *partly]
+
+
+def look_at_both(cluster, user, allowed):
+    """Waits until both show the same, and one of the allowed outcomes."""
+    seen = []
+
+    def agreed():
+        try:
+            seen[:] = [see(cluster, worker, user) for worker in WORKERS]
+        except OSError:     # it waits for a killed one's lock file
+            return False
+        return seen[0].mails() in allowed and seen[0] == seen[1]
+
+    try:
+        until(agreed, timeout=STALE)
+    except AssertionError:
+        raise AssertionError("\n".join(f"{w}:\n{view}" for w, view in zip(WORKERS, seen)) +
+                             f"\nallowed: {allowed}") from None
+    return seen[0].mails()
+
+
+@pytest.mark.allows_errors
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_killed_at_each_step(cluster, kind):
+    user = f"u{1 + list(COMMANDS).index(kind)}"
+    print(f"CRDT_SEED={SEED}")
+    with login(cluster, "w1", user) as client:
+        client.do("create f")
+    mails = look_at_both(cluster, user, [{"INBOX": [], "f": []}])
+    kills, n, walk = 0, 0, steps(kind)
+    step = next(walk)
+    while True:
+        n += 1
+        prepared, command, after = COMMANDS[kind](n, mails)
+        client = login(cluster, "w1", user)
+        client.do(*prepared)
+        before = client.look().mails()
+        client.unselect()
+        killed = False
+        with killed_at(imap_pid(cluster, user), *step):
+            try:
+                client.do(command)
+            except (imaplib.IMAP4.abort, OSError):
+                killed = True
+            except (imaplib.IMAP4.error, Refused) as error:
+                raise AssertionError(f"{step}: {error}") from None
+        if not killed:
+            with client:
+                pass
+        kills += killed
+        mails = look_at_both(cluster, user, outcomes(before, after) if killed else [after])
+        try:
+            step = walk.send(killed)
+        except StopIteration:
+            break
+    print(f"{kind}: {kills} kills")

@@ -10,14 +10,18 @@ Needs root and what was built; see conftest.py.
 
 import collections
 import contextlib
+import glob
+import imaplib
 import os
 import random
+import smtplib
 import threading
 import time
 
 import pytest
 
-from imap_lib import Client, look
+from compare_lib import configure, login
+from imap_lib import Client, look, message
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 WORKERS = ("w1", "w2")
@@ -31,7 +35,7 @@ SEED = int(os.environ.get("CRDT_SEED") or random.randrange(1 << 32))
 def fixture_cluster(own_cluster):
     """A cluster for the test alone; in the end nothing in it has panicked."""
     print(f"CRDT_SEED={SEED}")
-    cluster = own_cluster(users=4)
+    cluster = own_cluster(users=5)
     yield cluster
     for node in (*WORKERS, "s1"):
         bad = [line for line in cluster.log(node).splitlines()
@@ -325,6 +329,114 @@ def test_kills_of_sessions(cluster, long_run):
             stream.resume()
         check(cluster, [stream], watch)
     stream.close()
+
+
+class Survivor(Stream):
+    """A stream that goes on when its mail process is killed: the command that ran
+    then may have been carried out or not."""
+
+    def __init__(self, *args):
+        super().__init__(*args, folder_commands=False)
+        self.commands.append((self.deliver, 2))
+        self.resumed = 0
+
+    def deliver(self):
+        self.touched = self.new("d")
+        self.cluster.deliver(self.worker, self.user, message(self.touched))
+        self.folders["INBOX"][self.touched] = set()
+        self.touched = None
+        self.client.ok(self.client.imap.noop())     # the session hears of it
+
+    def step(self):
+        try:
+            super().step()
+        except (imaplib.IMAP4.abort, smtplib.SMTPException, OSError):
+            self.resumed += 1
+            with contextlib.suppress(imaplib.IMAP4.error, OSError):
+                self.close()
+            self.client = None
+            self.resume()
+
+    def resume(self):
+        until(self.log_in)
+        self.client.unselect()
+        super().resume()
+
+    def log_in(self):
+        """While a node starts, or a killed process's lock file is waited for."""
+        try:
+            self.client = Client.login(self.cluster, self.worker, self.user)
+            self.client.look()
+        except (imaplib.IMAP4.error, OSError):
+            return False
+        return True
+
+
+def until(condition, timeout=300):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.1)
+
+
+def holds(check_it):
+    """Whether a check passes now."""
+    try:
+        check_it()
+    except AssertionError:
+        return False
+    return True
+
+
+def test_kills_of_anything(cluster, long_run, figure):
+    """Mail processes and services are killed while five users work on both workers.
+    A change that a killed process left without a record is found within a survey."""
+    for worker in WORKERS:
+        configure(cluster, worker, "crdt_survey_interval", "1 s")
+    chance = random.Random(f"{SEED} anything")
+    watch = Watch()
+    streams = [Survivor(cluster, WORKERS[i % 2], f"u{i + 1}", 20 + i) for i in range(5)]
+    for stream in streams:
+        stream.client = login(cluster, stream.worker, stream.user)
+        stream.client.do("create f", "create g")
+        stream.folders.update({"f": {}, "g": {}})
+    kills = collections.Counter()
+    for number in range(300 if long_run else 3):
+        with running(streams) as failures:
+            for _ in range(3):
+                await_steps(streams, chance.randrange(1, 10), failures)
+                kind = chance.choice(("imap", "imap", "lmtp", "crdt-sync", "crdt-worker", "crdt-stored"))
+                node = "s1" if kind == "crdt-stored" else chance.choice(WORKERS)
+                print(f"round {number}: kill {kind} on {node}")
+                cluster.kill(node, kind)
+                kills[kind] += 1
+                if kind.startswith("crdt-"):
+                    cluster.start(node)
+        for stream in streams:
+            stream.close()
+        until(lambda: holds(lambda: check(cluster, streams, watch)), timeout=120)
+        check(cluster, streams, watch)
+    figure("kills of anything", f"{sum(kills.values())}: {dict(kills)};"
+           f" {sum(stream.done for stream in streams)} commands,"
+           f" {sum(stream.resumed for stream in streams)} connections lost")
+
+
+def test_reloads(cluster):
+    """doveadm reload, while clients work, loses nothing and leaves no lock behind."""
+    chance = random.Random(f"{SEED} reloads")
+    streams = [Stream(cluster, worker, f"u{i + 1}", 30 + i) for i, worker in enumerate(WORKERS)]
+    with running(streams) as failures:
+        for _ in range(6):
+            await_steps(streams, chance.randrange(1, 40), failures)
+            cluster.doveadm(chance.choice(WORKERS), "reload")
+        await_steps(streams, 40, failures)
+    for stream in streams:
+        stream.close()
+    check(cluster, streams, Watch())
+    for worker in WORKERS:
+        for stream in streams:
+            locks = glob.glob(cluster.home(worker, stream.user) + "/**/*.lock", recursive=True)
+            assert locks == []
 
 
 def test_kills_of_a_worker_node(cluster, long_run):

@@ -36,7 +36,7 @@
  * is expunged, imap_sieve would run a second time, crdt would record what we do.
  */
 static const char *const storage_plugins[] = {
-	"zlib", "mail_crypt", "mail_compress", "fs_compress", "fs_crypt",
+	"zlib", "mail_crypt", "mail_compress", "fs_compress", "fs_crypt", "virtual",
 	"listescape", "mailbox_alias", "var_expand_crypt", "charset_alias", NULL
 };
 
@@ -219,10 +219,15 @@ int worker_users(struct worker_conn *conn, const char **error_r)
  * theirs.
  */
 
+/* As the plugin decides (is_recorded() in crdt-mailbox.c): mailboxes of its own only,
+ * no virtual ones. */
 bool worker_ns_is_recorded(struct worker_user *user, const struct mail_namespace *ns)
 {
-	return ns == user->ns || (ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
-				  ns->alias_for == NULL && ns->prefix_len > 0);
+	static const char *const formats[] = { "maildir", "sdbox", "mdbox", NULL };
+
+	return ns == user->ns ||
+		(ns->type == MAIL_NAMESPACE_TYPE_PRIVATE && ns->alias_for == NULL && ns->prefix_len > 0 &&
+		 str_array_find(formats, mail_namespace_get_default_storage((struct mail_namespace *)ns)->name));
 }
 
 static const char *with_sep(const char *path, char sep)

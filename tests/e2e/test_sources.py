@@ -21,7 +21,12 @@ NUMBERS = itertools.count(1)
 MODULES = "/usr/lib/dovecot/modules"
 
 LOCAL = """
-mail_plugins = $mail_plugins lazy_expunge
+mail_plugins = $mail_plugins lazy_expunge virtual
+namespace virtual {
+  prefix = Virtual/
+  separator = /
+  location = virtual:~/Virtual
+}
 namespace inbox {
   mailbox Short {
     autoexpunge_max_mails = 2
@@ -193,6 +198,24 @@ def slept(cluster, worker):
     """Whether an imap-hibernate process has connections."""
     processes = cluster.doveadm(worker, "process", "status", "imap-hibernate").decode().splitlines()
     return any(line.split()[3:4] not in ([], ["0"]) for line in processes[1:])
+
+
+def test_virtual_mailboxes_stay_where_they_are(cluster, user):
+    """What is changed through one is changed in the real one; it is no mailbox."""
+    home = cluster.home("w1", user)
+    owner = os.stat(home)
+    os.makedirs(home + "/Virtual/All")
+    with open(home + "/Virtual/All/dovecot-virtual", "w", encoding="ascii") as file:
+        file.write("INBOX\nf\n  all\n")
+    for path in (home + "/Virtual", home + "/Virtual/All", home + "/Virtual/All/dovecot-virtual"):
+        os.chown(path, owner.st_uid, owner.st_gid)
+    with Client.login(cluster, "w1", user) as client:
+        client.do("create f", "append INBOX a", "append f b", r"store Virtual/All a +\Flagged",
+                  "expunge Virtual/All b")
+    cluster.doveadm("w1", "reload")     # crdt-sync looks through all mail when it starts
+    until(lambda: answers(cluster, "w1"))
+    cluster.wait()
+    assert look(cluster, "w2", user).mails() == {"INBOX": [r"a \Flagged"], "f": []}
 
 
 def test_doveadm(cluster, user):

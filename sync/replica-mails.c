@@ -965,7 +965,7 @@ int replica_apply_mails(struct replica *r, replica_body_cb *body, void *ctx, boo
 	r->retry_aside = false;
 	/* Adds before removals: a mail that was moved is copied from where it
 	 * still is, instead of being fetched. */
-	for (int expunges = 0; expunges < 2; expunges++) {
+	for (int expunges = r->only_removals ? 1 : 0; expunges < 2; expunges++) {
 		slice_init(&s, r, body, ctx, expunges == 1);
 		slice_fill(&s);
 		if (s.n > 0) {
@@ -974,6 +974,8 @@ int replica_apply_mails(struct replica *r, replica_body_cb *body, void *ctx, boo
 			return ret;
 		}
 		*more_r = *more_r || s.moved;
+		if (expunges == 0)
+			r->only_removals = !s.moved && !s.have_box;
 		slice_free(&s);
 	}
 	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;

@@ -75,6 +75,9 @@ struct replica {
 	} checkpoint;
 	struct ms_position pos[MS_JOURNALS_MAX]; size_t pos_n;	/* journals that exist, and how far they are translated */
 	bool retry_aside;
+	/* Nothing in the queue is to be added or changed, only removed: one look at all
+	 * of it is enough until something new comes into it. */
+	bool only_removals;
 	struct compare *compare;	/* that goes on */
 	bool survey_asked;		/* since what cannot be applied was tried last */
 	/* Claims and floors that are due: made into ops before the commit. */

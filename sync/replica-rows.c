@@ -712,6 +712,7 @@ void mail_queue(struct replica *r, const struct crdt_mail_key *key)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
 
+	r->only_removals = false;
 	mail_queue_key(r, &k, key);
 	put(r, &k, &v);
 	crdt_buf_free(&k);

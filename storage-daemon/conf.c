@@ -186,7 +186,7 @@ static void take_str(cfg_t *cfg, const char *key, char **s_r)
 		abort();
 }
 
-int conf_read(const char *path, struct stored_conf *conf_r, char **error_r)
+int conf_parse(const char *text, const char *path, struct stored_conf *conf_r, char **error_r)
 {
 	cfg_opt_t opts[] = {
 		CFG_STR("listen", "tcp://127.0.0.1:4190", CFGF_NONE),
@@ -206,15 +206,11 @@ int conf_read(const char *path, struct stored_conf *conf_r, char **error_r)
 		{ "peers_file", check_path }, { "data_dir", check_path }, { "status_socket", check_socket },
 		{ "memory_mb", check_memory }, { "log_keep", check_log_keep }, { "log_level", check_log_level },
 	};
-	char *text = read_file(path, error_r);
-	cfg_t *cfg;
+	cfg_t *cfg = cfg_init(opts, CFGF_NONE);
 	size_t i;
 	int ret = -1;
 
 	memset(conf_r, 0, sizeof(*conf_r));
-	if (text == NULL)
-		return -1;
-	cfg = cfg_init(opts, CFGF_NONE);
 	for (i = 0; i < sizeof(checks) / sizeof(checks[0]); i++)
 		cfg_set_validate_func(cfg, checks[i].key, checks[i].check);
 	if (parse(cfg, text, path, error_r) < 0) {
@@ -235,6 +231,18 @@ int conf_read(const char *path, struct stored_conf *conf_r, char **error_r)
 		ret = 0;
 	}
 	cfg_free(cfg);
+	return ret;
+}
+
+int conf_read(const char *path, struct stored_conf *conf_r, char **error_r)
+{
+	char *text = read_file(path, error_r);
+	int ret;
+
+	memset(conf_r, 0, sizeof(*conf_r));
+	if (text == NULL)
+		return -1;
+	ret = conf_parse(text, path, conf_r, error_r);
 	free(text);
 	return ret;
 }

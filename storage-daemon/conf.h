@@ -30,6 +30,8 @@ struct stored_conf {
 };
 /* 0; -1 with *error_r (malloc'ed). */
 int conf_read(const char *path, struct stored_conf *conf_r, char **error_r);
+/* The same from a text, for tests; path is for the messages. */
+int conf_parse(const char *text, const char *path, struct stored_conf *conf_r, char **error_r);
 void conf_free(struct stored_conf *conf);
 
 /* The list of peers: *peers_r is malloc'ed.  Reads the key files it names. */

@@ -6,15 +6,19 @@
 #include <stdio.h>
 
 #define FETCH_ROUNDS_LOGGED 6	/* asking all daemons in vain, 0.2 s doubling */
+#define FETCH_SLOT_MSECS 1000	/* no room to ask again: look again */
 #define SERVE_RETRY_MSECS 500
 
-/* A text that a user's mail waits for. */
+/* A text that a user's mail waits for.  It takes room (NODE_FETCHES_MAX, of one
+ * user NODE_FETCHES_USER_MAX) only while a daemon is asked: texts that nobody has
+ * hold up nobody. */
 struct fetch {
 	struct fetch *prev, *next;
 	struct user *u;
 	struct fetch *of_user;
 	struct crdt_content content;
 	uint64_t size;
+	bool asking;			/* takes room */
 	int storage;			/* that was asked; -1: none, until due */
 	unsigned tried;			/* bit per storage that did not have it */
 	uint64_t offset, credit_end;
@@ -43,10 +47,35 @@ static const char *content_text(const struct crdt_content *c, char text[17])
 
 /* ---- fetching ---- */
 
+static bool fetch_has_room(const struct user *u)
+{
+	return u->n->fetches_asking < NODE_FETCHES_MAX && u->fetches_asking < NODE_FETCHES_USER_MAX;
+}
+
+static void fetch_set_asking(struct fetch *f, bool asking)
+{
+	if (f->asking == asking)
+		return;
+	f->asking = asking;
+	f->u->fetches_asking += asking ? 1 : -1;
+	f->u->n->fetches_asking += asking ? 1 : -1;
+}
+
+/* Nobody is asked until due. */
+static void fetch_rest(struct fetch *f)
+{
+	fetch_set_asking(f, false);
+	f->storage = -1;
+	f->tried = 0;
+	f->due = f->u->n->now + sched_backoff(f->rounds + 1);
+}
+
 static void fetch_free(struct fetch *f)
 {
 	struct node *n = f->u->n;
 	struct fetch **p;
+
+	fetch_set_asking(f, false);
 
 	for (p = &f->u->fetches; *p != f; p = &(*p)->of_user)
 		;
@@ -90,6 +119,7 @@ static void fetch_ask(struct fetch *f)
 	struct node *n = f->u->n;
 	char text[17];
 
+	fetch_set_asking(f, true);
 	f->offset = spool_have(n->cfg.spool, f->u->name, f->u->gen, &f->content);
 	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
 		if ((f->tried & (1u << i)) != 0 || !uplink_is_up(n->storages[i].uplink))
@@ -100,12 +130,10 @@ static void fetch_ask(struct fetch *f)
 		if (fetch_more(f))
 			return;
 	}
-	f->storage = -1;
 	if (f->tried != 0 && ++f->rounds == FETCH_ROUNDS_LOGGED)
 		node_log(n, 1, "user %s: no storage daemon has the text %s... of a mail: it is missing here "
 			 "until one has it", f->u->name, content_text(&f->content, text));
-	f->tried = 0;
-	f->due = n->now + sched_backoff(f->rounds + 1);
+	fetch_rest(f);
 }
 
 static void fetch_refused(struct fetch *f)
@@ -120,17 +148,25 @@ static void apply_again(struct user *u)
 	node_wake(u, SCHED_NOW);
 }
 
-/* Users that have more wants than there was room for list them again. */
+/* Users that have more wants than there was room for list them again: whose turn
+ * was longest ago. */
 static void feed_starved(struct node *n)
 {
-	for (struct user *u = n->users; u != NULL; u = u->next) {
-		if (u->starved) {
-			u->starved = false;
-			apply_again(u);
-			return;
-		}
-	}
+	struct user *first = NULL;
+
 	n->starved = false;
+	for (struct user *u = n->users; u != NULL; u = u->next) {
+		if (!u->starved)
+			continue;
+		n->starved = true;
+		if (fetch_has_room(u) && (first == NULL || u->fed < first->fed))
+			first = u;
+	}
+	if (first == NULL)
+		return;
+	first->starved = false;
+	first->fed = ++n->fed;
+	apply_again(first);
 }
 
 static void fetch_done(struct fetch *f)
@@ -160,7 +196,7 @@ static bool fetch_new(struct user *u, const struct visit_want *w)
 				 u->name, content_text(&w->content, text));
 		return true;
 	}
-	if (n->fetches_n >= NODE_FETCHES_MAX)
+	if (!fetch_has_room(u) || n->fetches_n >= NODE_FETCHES_KNOWN_MAX)
 		return false;
 	f = xcalloc(1, sizeof(*f));
 	f->u = u;
@@ -264,9 +300,8 @@ void node_body_in(struct node *n, unsigned storage, const char *name, uint32_t g
 		node_log(n, 0, "%s", error);
 		/* fall through */
 	case SPOOL_FULL:
-		f->storage = -1;
-		f->tried = 0;
-		f->due = n->now + sched_backoff(++f->rounds);
+		fetch_rest(f);
+		f->rounds++;
 		break;
 	}
 }
@@ -289,6 +324,8 @@ static void fetches_run(struct node *n, int64_t *due)
 		if (f->due <= n->now) {
 			if (f->storage >= 0) {
 				fetch_refused(f);	/* silent for too long */
+			} else if (!fetch_has_room(f->u)) {
+				f->due = n->now + FETCH_SLOT_MSECS;
 			} else {
 				/* and is it still wanted? */
 				f->u->apply = true;
@@ -523,7 +560,7 @@ int64_t node_bodies_run(struct node *n)
 	int64_t due = INT64_MAX;
 
 	fetches_run(n, &due);
-	if (n->starved && n->fetches_n < NODE_FETCHES_MAX)
+	if (n->starved && n->fetches_asking < NODE_FETCHES_MAX)
 		feed_starved(n);
 	serves_run(n, &due);
 	return due;

@@ -47,6 +47,8 @@ struct user {
 	bool no_user;
 
 	struct fetch *fetches;
+	unsigned fetches_asking;	/* of them a daemon is asked for */
+	uint64_t fed;			/* when it was his turn to ask for more */
 	bool wanting;			/* waits for texts */
 	bool starved;			/* of them some that there was no room to ask for */
 	unsigned serves;
@@ -90,7 +92,8 @@ struct node {
 	int64_t feed_sync_due;		/* 0: no feed waits */
 
 	struct fetch *fetches;
-	unsigned fetches_n;
+	unsigned fetches_n, fetches_asking;
+	uint64_t fed;
 	bool starved;			/* some user is */
 	struct serve *serves;
 	uint64_t serve_id;

@@ -26,6 +26,8 @@
 #define NODE_APPLIED_MSECS 1000		/* APPLIED for a user, at most so often */
 #define NODE_NO_USER_MSECS (10 * 60 * 1000)	/* a user whom userdb does not know is tried again */
 #define NODE_FETCHES_MAX 64		/* texts that are asked for at a time, of all users */
+#define NODE_FETCHES_USER_MAX 16	/* of one user */
+#define NODE_FETCHES_KNOWN_MAX 16384	/* with those that nobody had, until they are asked for again */
 #define NODE_FETCH_MSECS 30000		/* without a piece: ask another daemon */
 #define NODE_SERVES_MAX 256		/* texts that are being sent, of each daemon */
 #define NODE_REPORT_MSECS 5000		/* a user who is busy that long is reported as such */

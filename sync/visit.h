@@ -17,7 +17,7 @@
 
 #define VISIT_FEEDS_MAX (2 * 1024 * 1024)	/* bytes of feeds in one visit */
 #define VISIT_OPS_ROOM (2 * UPLINK_ASK)		/* bytes of own ops handed over at once */
-#define VISIT_WANTS_MAX 64			/* texts asked for at once for one user */
+#define VISIT_WANTS_MAX 1024			/* texts that one user is known to want: more than nobody has, hopefully */
 
 /* One FEED frame. */
 struct visit_feed {

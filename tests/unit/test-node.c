@@ -18,6 +18,8 @@ struct fix {
 	struct visit *visits;		/* to be carried out */
 	int64_t now;
 	unsigned bodies, nones;
+	unsigned wants[2];		/* texts that user a, that another one asked for */
+	struct crdt_content wanted;	/* the last one */
 	uint64_t body_size;		/* of the last one */
 	struct crdt_content content;
 };
@@ -36,6 +38,9 @@ static bool on_send(void *ctx, unsigned storage, const void *p, size_t n)
 		x->content = f.content;
 	} else if (f.type == CRDT_FRAME_BODY_NONE) {
 		x->nones++;
+	} else if (f.type == CRDT_FRAME_BODY_WANT) {
+		x->wants[f.user.p[0] == 'a' ? 0 : 1]++;
+		x->wanted = f.content;
 	}
 	crdt_frame_free(&f);
 	return true;
@@ -69,7 +74,8 @@ static int setup(void **state)
 	struct fix *x = calloc(1, sizeof(*x));
 	struct store_options opts = { .in_memory = true };
 	struct node_callbacks cb = { on_send, on_reconnect, on_visit, on_sync, on_log, x };
-	struct node_config cfg = { .name = "w1", .slot = 1, .storages = storages, .storages_n = 1, .visits = 2 };
+	struct node_config cfg = { .name = "w1", .slot = 1, .storages = storages, .storages_n = 1, .visits = 2,
+				   .apply = true };
 	struct crdt_frame welcome = { .type = CRDT_FRAME_WELCOME, .daemon_id = 5 };
 	char *error;
 
@@ -222,10 +228,84 @@ static void many(void **state)
 	assert_int_equal(text, 11);
 }
 
+/* The end of a visit that wants n texts. */
+static void wants_texts(struct fix *x, struct visit *v, unsigned first, unsigned n)
+{
+	v->mail_result = VISIT_MAIL_OK;
+	v->applied = v->wants_all = true;
+	v->progress = REPLICA_WANTS_BODIES;
+	v->wants = calloc(n, sizeof(*v->wants));
+	v->wants_n = n;
+	for (unsigned i = 0; i < n; i++) {
+		unsigned text = first + i;
+
+		v->wants[i].size = 100000;
+		memcpy(v->wants[i].content.b, &text, sizeof(text));
+	}
+	visited(x, v);
+}
+
+/* Visits of user a want the same texts each time; others want one. */
+static void carry_out(struct fix *x, unsigned n)
+{
+	while (x->visits != NULL) {
+		struct visit *v = take_visit(x);
+
+		if (v->user[0] == 'a')
+			wants_texts(x, v, 1, n);
+		else
+			wants_texts(x, v, 100000, 1);
+	}
+}
+
+static void wanted_by(struct fix *x, const char *user, unsigned n)
+{
+	node_changed(x->n, x->now, user);
+	run(x);
+	carry_out(x, n);
+}
+
+static void none(struct fix *x, const char *user, const struct crdt_content *c)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY_NONE, .content = *c };
+
+	f.user.p = (const uint8_t *)user;
+	f.user.n = (uint16_t)strlen(user);
+	in(x, &f);
+	run(x);
+}
+
+/* Texts that no daemon has, of one user, hold up nobody, and not his others. */
+static void nobody_has(void **state)
+{
+	struct fix *x = *state;
+
+	wanted_by(x, "a", 500);
+	assert_int_equal(x->wants[0], NODE_FETCHES_USER_MAX);
+	wanted_by(x, "b", 500);
+	assert_int_equal(x->wants[1], 1);
+	/* The daemon has none of them: each is asked for in its turn, once. */
+	for (unsigned i = 1; i <= 500; i++) {
+		struct crdt_content c = { .b = { 0 } };
+
+		memcpy(c.b, &i, sizeof(i));
+		none(x, "a", &c);
+		carry_out(x, 500);
+	}
+	assert_int_equal(x->wants[0], 500);
+	wanted_by(x, "c", 500);
+	assert_int_equal(x->wants[1], 2);
+	/* and again later */
+	x->now += 60000;
+	run(x);
+	carry_out(x, 500);
+	assert_true(x->wants[0] > 500 && x->wants[0] <= 500 + NODE_FETCHES_USER_MAX);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many) };
+	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many), TEST(nobody_has) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -25,6 +25,7 @@
 #define ROW_LOOK 'k'		/* kind, path: a mailbox that is to be compared with its shadow */
 #define ROW_CHECKED 'e'		/* mailbox guid: how it was when it was found in order */
 #define ROW_LAST_RECORD 'r'	/* mailbox guid: its last record of the journal */
+#define ROW_REFUSED 'g'		/* origin(be64), seq(be64): op for which the state has no room now */
 #define ROW_EXTRA 'x'		/* mailbox guid, uid(be32): a second record of a mail, to be removed */
 /* What differs from the mail store; values: the dots that are not applied. */
 #define ROW_DIRTY_FOLDER 'f'
@@ -80,6 +81,7 @@ struct replica {
 	bool only_removals;
 	struct compare *compare;	/* that goes on */
 	bool survey_asked;		/* since what cannot be applied was tried last */
+	bool refused_logged;
 	/* Claims and floors that are due: made into ops before the commit. */
 	struct claim {
 		enum { CLAIM_UID, CLAIM_FLOOR, CLAIM_VALIDITY } kind;
@@ -167,6 +169,9 @@ size_t shadow_uids(struct replica *r, const struct crdt_id *box, uint32_t first,
 		   uint32_t *out, size_t max);
 /* Where a text is in this mail store. */
 bool text_place_get(struct replica *r, const struct crdt_content *c, struct place *p_r, uint64_t *size_r);
+#define TEXT_PLACES_TRIED 16	/* of one text, when it is asked for */
+struct text_place { struct place at; uint64_t size; };
+size_t text_places(struct replica *r, const struct crdt_content *c, struct text_place *places_r, size_t max);
 void text_place_forget(struct replica *r, const struct crdt_content *c, const struct place *p);
 void text_place_put(struct replica *r, const struct crdt_content *c, const struct place *p, uint64_t size);
 bool place_get(struct replica *r, const struct crdt_mail_key *key, struct place *p_r);

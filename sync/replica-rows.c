@@ -355,31 +355,45 @@ static void key_text(struct crdt_buf *k, const struct crdt_content *c, const str
 	}
 }
 
-struct text_ctx { struct place *p; uint64_t *size; bool found; };
+struct text_ctx { struct text_place *places; size_t n, max; };
 
 static bool text_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
 {
 	struct text_ctx *c = vctx;
-	struct crdt_reader rk = crdt_reader(key + 33, klen - 33), rv = crdt_reader(val, vlen);
+	struct text_place *p = &c->places[c->n];
+	struct crdt_reader rk, rv = crdt_reader(val, vlen);
 
 	if (klen != 53)
 		return true;
-	memcpy(c->p->box.b, crdt_get_raw(&rk, 16), 16);
-	c->p->uid = crdt_get_be32(&rk);
-	*c->size = crdt_get_u64(&rv);
-	c->found = !rv.bad;
-	return !c->found;
+	rk = crdt_reader(key + 33, klen - 33);
+	memcpy(p->at.box.b, crdt_get_raw(&rk, 16), 16);
+	p->at.uid = crdt_get_be32(&rk);
+	p->size = crdt_get_u64(&rv);
+	if (!rv.bad)
+		c->n++;
+	return c->n < c->max;
 }
 
-bool text_place_get(struct replica *r, const struct crdt_content *content, struct place *p_r, uint64_t *size_r)
+size_t text_places(struct replica *r, const struct crdt_content *content, struct text_place *places_r, size_t max)
 {
-	struct text_ctx c = { p_r, size_r, false };
+	struct text_ctx c = { places_r, 0, max };
 	struct crdt_buf k = CRDT_BUF_INIT;
 
 	key_text(&k, content, NULL);
 	rrows(r)->scan(rrows(r), k.data, k.len, NULL, 0, text_row, &c);
 	crdt_buf_free(&k);
-	return c.found;
+	return c.n;
+}
+
+bool text_place_get(struct replica *r, const struct crdt_content *content, struct place *p_r, uint64_t *size_r)
+{
+	struct text_place first;
+
+	if (text_places(r, content, &first, 1) == 0)
+		return false;
+	*p_r = first.at;
+	*size_r = first.size;
+	return true;
 }
 
 void text_place_put(struct replica *r, const struct crdt_content *c, const struct place *p, uint64_t size)

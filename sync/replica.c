@@ -454,10 +454,121 @@ static enum crdt_merge_result merge(struct replica *r, const struct crdt_op *op,
 	return res;
 }
 
+static bool count_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)key;
+	(void)klen;
+	(void)val;
+	(void)vlen;
+	++*(uint64_t *)ctx;
+	return true;
+}
+
+static uint64_t count(struct replica *r, char first)
+{
+	uint64_t n = 0;
+
+	rrows(r)->scan(rrows(r), &first, 1, NULL, 0, count_row, &n);
+	return n;
+}
+
+/* ---- ops that are refused ---- */
+
+/*
+ * The state has no room for an op now (limits of crdt_merge()).  The feed goes on
+ * behind it and is acknowledged, so it must not be forgotten: it is put by in a
+ * row and tried again when something took effect or was collected.
+ */
+enum { REFUSED_MAX = 1024, REFUSED_SLICE = 256 };
+
+static void refused_key(struct crdt_buf *k, struct crdt_dot dot)
+{
+	crdt_buf_u8(k, ROW_REFUSED);
+	crdt_buf_be64(k, dot.origin);
+	crdt_buf_be64(k, dot.seq);
+}
+
+/* A faulty peer can cause many: only the first is logged, and the first that is lost. */
+static void refused_put(struct replica *r, const struct crdt_op *op, const struct crdt_bytes *bytes, const char *why)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	uint64_t n;
+
+	refused_key(&k, op->dot);
+	n = rrows(r)->get(rrows(r), k.data, k.len, &v) ? 1 : count(r, ROW_REFUSED);	/* 1: comes again */
+	if (n == 0)
+		replica_log(r, 1, "op %llu of origin %016llx cannot be merged now (%s): put by, and tried again",
+			    (unsigned long long)op->dot.seq, (unsigned long long)op->dot.origin, why);
+	if (n < REFUSED_MAX) {
+		rrows(r)->put(rrows(r), k.data, k.len, bytes->p, bytes->n);
+	} else if (!r->refused_logged) {
+		replica_log(r, 0, "op %llu of origin %016llx cannot be merged (%s), and %u are put by already: "
+			    "it and what depends on it is missing here until this worker is filled anew",
+			    (unsigned long long)op->dot.seq, (unsigned long long)op->dot.origin, why, REFUSED_MAX);
+		r->refused_logged = true;
+	}
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+/* Returns whether the row went. */
+static bool refused_try(struct replica *r, const struct row_key *key)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+	struct crdt_op op;
+	const char *why = NULL;
+	bool gone = true;
+
+	if (!rrows(r)->get(rrows(r), key->p, key->n, &v))
+		return false;
+	if (crdt_op_decode(v.data, v.len, &op, &why) < 0)
+		rrows(r)->failed = true;	/* it was decoded before it was put by */
+	else
+		gone = merge(r, &op, v.data, v.len, &why) != CRDT_MERGE_REFUSED;
+	if (gone)
+		rrows(r)->del(rrows(r), key->p, key->n);
+	crdt_op_free(&op);
+	crdt_buf_free(&v);
+	return gone;
+}
+
+static bool refused_walk(struct replica *r)
+{
+	struct row_key keys[REFUSED_SLICE];
+	const char first = ROW_REFUSED;
+	struct crdt_buf from = CRDT_BUF_INIT;
+	bool any = false;
+	size_t n;
+
+	do {
+		n = row_keys(r, &first, 1, from.data, from.len, keys, REFUSED_SLICE);
+		for (size_t i = 0; i < n; i++)
+			any = refused_try(r, &keys[i]) || any;
+		if (n > 0) {
+			crdt_buf_clear(&from);
+			crdt_buf_raw(&from, keys[n - 1].p, keys[n - 1].n);
+			crdt_buf_u8(&from, 0);	/* behind it */
+		}
+		row_keys_free(keys, n);
+	} while (n == REFUSED_SLICE);
+	crdt_buf_free(&from);
+	return any;
+}
+
+/* Something made room, perhaps.  Each that goes may let others go. */
+static void refused_retry(struct replica *r)
+{
+	while (refused_walk(r) && !rrows(r)->failed)
+		;
+}
+
 int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, char **error_r)
 {
+	bool merged = false;
+
 	(void)replica_txn_begin(r);
 	for (size_t i = 0; i < n; i++) {
+		enum crdt_merge_result res = CRDT_MERGE_DUPLICATE;
 		struct crdt_op op;
 		const char *why = NULL;
 
@@ -471,14 +582,21 @@ int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, c
 			r->origin = CRDT_ORIGIN(r->cfg->slot, r->cfg->random(r->cfg->ctx));
 			r->last_seq = r->acked_seq = 0;
 			own_put(r);
-			(void)merge(r, &op, ops[i].p, ops[i].n, &why);
-		} else if (merge(r, &op, ops[i].p, ops[i].n, &why) == CRDT_MERGE_INVALID) {
+			res = merge(r, &op, ops[i].p, ops[i].n, &why);
+		} else {
+			res = merge(r, &op, ops[i].p, ops[i].n, &why);
+		}
+		if (res == CRDT_MERGE_INVALID)
 			replica_log(r, 1, "op %llu of origin %016llx is invalid (%s): it changes nothing",
 				    (unsigned long long)op.dot.seq, (unsigned long long)op.dot.origin,
 				    why == NULL ? "" : why);
-		}
+		else if (res == CRDT_MERGE_REFUSED)
+			refused_put(r, &op, &ops[i], why == NULL ? "" : why);
+		merged = merged || res == CRDT_MERGED;
 		crdt_op_free(&op);
 	}
+	if (merged)
+		refused_retry(r);
 	return replica_txn_commit(r, false, error_r);
 }
 
@@ -607,58 +725,63 @@ int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **e
 	return trim_journal(r, any > r->acked_seq ? any : r->acked_seq, error_r);
 }
 
+/* The text in one place; a place where it is not any more (the journal tells of that
+ * later, or a compare does) is forgotten. */
+static int text_read(struct replica *r, const struct crdt_content *c, const struct text_place *p, uint64_t offset,
+		     size_t len, struct crdt_buf *out)
+{
+	struct ms_mailbox m;
+	int res = MS_GONE;
+	char *error = NULL;
+	struct box b;
+	bool found;
+
+	(void)replica_txn_begin(r);
+	found = box_get(r, &p->at.box, &b);
+	store_abort(&r->txn);
+	if (found) {
+		m = box_ms(&b);
+		crdt_buf_clear(out);
+		res = r->ms->body(r->ms, &m, p->at.uid, offset, len, out);
+		box_free(&b);
+	}
+	if (res != MS_GONE)
+		return res;
+	(void)replica_txn_begin(r);
+	text_place_forget(r, c, &p->at);
+	if (replica_txn_commit(r, false, &error) < 0) {
+		free(error);	/* seen by the next who uses the database */
+		return MS_TEMP;
+	}
+	return MS_GONE;
+}
+
+/* The mail store lost some places and cannot read others now: whichever has the
+ * text will do.  Only if all lost it is it gone. */
 int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,
 		      struct crdt_buf *out, uint64_t *size_r)
 {
-	struct place p;
-	bool found;
-	int res;
+	struct text_place places[TEXT_PLACES_TRIED];
+	int worst = MS_GONE;
+	size_t n;
 
-	/* A place where it is not any more (the journal tells of that later, or a
-	 * compare does) is forgotten, and the next one tried. */
+	if (r->ms == NULL)
+		return MS_GONE;
 	do {
-		struct ms_mailbox m;
-		struct box b;
-
 		(void)replica_txn_begin(r);
-		found = text_place_get(r, c, &p, size_r) && r->ms != NULL;
-		res = MS_GONE;
-		if (found && box_get(r, &p.box, &b)) {
-			store_abort(&r->txn);
-			m = box_ms(&b);
-			res = r->ms->body(r->ms, &m, p.uid, offset, len, out);
-			box_free(&b);
-			if (res != MS_GONE)
-				return res;
-			(void)replica_txn_begin(r);
+		n = text_places(r, c, places, TEXT_PLACES_TRIED);
+		store_abort(&r->txn);
+		for (size_t i = 0; i < n; i++) {
+			int res = text_read(r, c, &places[i], offset, len, out);
+
+			*size_r = places[i].size;
+			if (res == MS_OK)
+				return MS_OK;
+			if (res != MS_GONE && worst != MS_TEMP && worst != MS_RETRY)
+				worst = res;
 		}
-		if (found)
-			text_place_forget(r, c, &p);
-		char *error = NULL;
-		if (replica_txn_commit(r, false, &error) < 0) {
-			free(error);	/* seen by the next who uses the database */
-			return MS_TEMP;
-		}
-	} while (found);
-	return res;
-}
-
-static bool count_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
-{
-	(void)key;
-	(void)klen;
-	(void)val;
-	(void)vlen;
-	++*(uint64_t *)ctx;
-	return true;
-}
-
-static uint64_t count(struct replica *r, char first)
-{
-	uint64_t n = 0;
-
-	rrows(r)->scan(rrows(r), &first, 1, NULL, 0, count_row, &n);
-	return n;
+	} while (n == TEXT_PLACES_TRIED && worst == MS_GONE);
+	return worst;
 }
 
 /* ---- outbound [3] and apply [9] ---- */
@@ -902,6 +1025,7 @@ bool replica_collect(struct replica *r, const struct crdt_vv *stable)
 	sink_init(&s, r);
 	more = crdt_collect(rrows(r), stable, 1000, &s.sink);
 	sink_flush(&s);
+	refused_retry(r);
 	char *error = NULL;
 	if (replica_txn_commit(r, false, &error) < 0) {
 		replica_log(r, 0, "collection: %s", error);
@@ -920,7 +1044,7 @@ void replica_status(struct replica *r, struct replica_status *st_r)
 	st_r->pending = count(r, ROW_DIRTY_FOLDER) + count(r, ROW_DIRTY_SUBSCRIPTION) + count(r, ROW_DIRTY_MAIL) +
 			count(r, ROW_WAIT_BODY) + count(r, ROW_ASIDE) + count(r, ROW_EXTRA) +
 			count(r, ROW_LOOK) + (r->ms != NULL && compare_survey_is_due(r) ? 1 : 0);
-	st_r->buffered = count(r, 'B');
+	st_r->buffered = count(r, 'B') + count(r, ROW_REFUSED);
 	st_r->last_seq = r->last_seq;
 	store_abort(&r->txn);
 }

@@ -43,7 +43,8 @@ void replica_close(struct replica **r);
 void replica_set_mailstore(struct replica *r, struct mailstore *ms);
 
 /* [8] Merges n encoded ops; durable against the end of the process, not of
- * power, when it returns.  Malformed ones are logged and skipped.  0 or -1. */
+ * power, when it returns.  Malformed ones are logged and skipped; those for which
+ * the state has no room now (CRDT_MERGE_REFUSED) are put by and tried again.  0 or -1. */
 int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, char **error_r);
 
 /* [3] Reads the journal to its end; ops appear in replica_unsent().  Returns
@@ -84,7 +85,8 @@ crdt_origin replica_own_origin(struct replica *r);
 /* Every storage has own ops up to `all` durably: forget them.  Some storage has
  * those up to `any`: trim the journal that they were made of. */
 int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **error_r);
-/* Where a text that a peer asks for is in this user's mail store; reads a piece. */
+/* A piece of a text that a peer asks for, from a place where this user's mail store has
+ * it.  MS_GONE: it is in none. */
 int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,
 		      struct crdt_buf *out, uint64_t *size_r);
 
@@ -96,7 +98,8 @@ bool replica_collect(struct replica *r, const struct crdt_vv *stable);
 
 struct replica_status {
 	struct crdt_vv vv;		/* merged */
-	uint64_t pending, held, buffered;	/* dirty rows; of them held by the UID rule; ops that wait */
+	/* dirty rows; of them held by the UID rule; ops that wait, or are put by */
+	uint64_t pending, held, buffered;
 	uint64_t last_seq;
 };
 void replica_status(struct replica *r, struct replica_status *st_r);

@@ -1,0 +1,247 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The engine of a user where the simulation does not come: limits, lost places. */
+#include "../../sync/replica-private.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <cmocka.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+#define OTHER CRDT_ORIGIN(2, 7)
+
+struct fix {
+	struct store *store;
+	struct replica_config cfg;
+	struct replica *r;
+	struct mailstore ms;
+	unsigned warnings, errors;
+	/* mailbox_body(): by UID */
+	int results[TEXT_PLACES_TRIED + 2];
+	unsigned reads;
+};
+
+static uint64_t number(void *ctx) { (void)ctx; return 3; }
+
+static void on_log(void *ctx, int level, const char *text)
+{
+	struct fix *x = ctx;
+
+	(void)text;
+	if (level == 0)
+		x->errors++;
+	else if (level == 1)
+		x->warnings++;
+}
+
+static void reopen(struct fix *x)
+{
+	char *error;
+
+	replica_close(&x->r);
+	x->r = replica_open(x->store, &x->cfg, "u", 0, &x->ms, &error);
+	assert_non_null(x->r);
+}
+
+static int setup(void **state)
+{
+	struct store_options opts = { .in_memory = true };
+	struct fix *x = calloc(1, sizeof(*x));
+	char *error;
+
+	x->store = store_open(NULL, &opts, &error);
+	x->cfg = (struct replica_config){ .slot = 1, .name = "w1", .random = number, .log = on_log, .ctx = x };
+	reopen(x);
+	*state = x;
+	return 0;
+}
+
+static int teardown(void **state)
+{
+	struct fix *x = *state;
+
+	replica_close(&x->r);
+	store_close(&x->store);
+	free(x);
+	return 0;
+}
+
+static void deliver(struct fix *x, struct crdt_op *op, uint64_t seq)
+{
+	struct crdt_buf b = CRDT_BUF_INIT;
+	struct crdt_bytes bytes;
+	char *error;
+
+	op->dot = (struct crdt_dot){ OTHER, seq };
+	crdt_op_encode(&b, op);
+	assert_false(b.failed);
+	bytes = (struct crdt_bytes){ b.data, b.len };
+	assert_int_equal(replica_inbound(x->r, &bytes, 1, &error), 0);
+	crdt_buf_free(&b);
+}
+
+static uint64_t merged(struct fix *x)
+{
+	struct replica_status st;
+
+	replica_status(x->r, &st);
+	return crdt_vv_get(&st.vv, OTHER);
+}
+
+static uint64_t waiting(struct fix *x)
+{
+	struct replica_status st;
+
+	replica_status(x->r, &st);
+	return st.buffered;
+}
+
+/* As many DELETEs of a folder as it has room for; returns the last seq. */
+static uint64_t fill_folder(struct fix *x, struct crdt_op_folder *f)
+{
+	struct crdt_op op = { .kind = CRDT_OP_CREATE, .folders_n = 1, .folders = f };
+	uint64_t seq = 1;
+
+	deliver(x, &op, seq);
+	*f = (struct crdt_op_folder){ .id = f->id };
+	op.kind = CRDT_OP_DELETE;
+	while (seq <= CRDT_FOLDER_DELETES_MAX)
+		deliver(x, &op, ++seq);
+	assert_int_equal(merged(x), seq);
+	return seq;
+}
+
+/* The feed goes on behind an op that is refused: it has to be kept. */
+static void refused(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op_folder f = { .id.b = "folder", .path = { (const uint8_t *)"f", 1 }, .counter = 1, .validity = 64 };
+	uint64_t seq = fill_folder(x, &f);
+	struct crdt_op full = { .kind = CRDT_OP_DELETE, .folders_n = 1, .folders = &f };
+	struct crdt_op next = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"later", 5 } };
+	struct crdt_vv stable;
+
+	deliver(x, &full, seq + 1);
+	deliver(x, &full, seq + 1);	/* and again, as after a reconnect */
+	deliver(x, &next, seq + 2);
+	assert_int_equal(merged(x), seq);
+	assert_int_equal(waiting(x), 2);
+	assert_true(x->warnings > 0);
+	/* It is not among what is applied: so other nodes keep what it needs. */
+	replica_applied_vv(x->r, &stable);
+	assert_true(crdt_vv_get(&stable, OTHER) <= seq);
+
+	/* The DELETEs are collected: now there is room, also after a restart. */
+	reopen(x);
+	crdt_vv_init(&stable);
+	assert_true(crdt_vv_raise(&stable, OTHER, seq));
+	while (replica_collect(x->r, &stable))
+		;
+	assert_int_equal(merged(x), seq + 2);
+	assert_int_equal(waiting(x), 0);
+}
+
+/* A faulty peer fills neither the database nor the log. */
+static void many_refused(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"n", 1 } };
+	struct crdt_buf b = CRDT_BUF_INIT;
+	struct crdt_bytes bytes;
+	char *error;
+
+	for (unsigned i = 0; i < CRDT_VV_MAX + 1500; i++) {
+		op.dot = (struct crdt_dot){ CRDT_ORIGIN(2, i + 1), 1 };
+		crdt_buf_clear(&b);
+		crdt_op_encode(&b, &op);
+		bytes = (struct crdt_bytes){ b.data, b.len };
+		assert_int_equal(replica_inbound(x->r, &bytes, 1, &error), 0);
+	}
+	crdt_buf_free(&b);
+	assert_int_equal(waiting(x), 1024);
+	assert_int_equal(x->warnings, 1);
+	assert_int_equal(x->errors, 1);
+}
+
+static int mailbox_body(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uid,
+			uint64_t offset, size_t len, struct crdt_buf *buf)
+{
+	struct fix *x = (struct fix *)((char *)ms - offsetof(struct fix, ms));
+
+	(void)box;
+	(void)offset;
+	(void)len;
+	x->reads++;
+	crdt_buf_raw(buf, "text", x->results[uid] == MS_OK ? 4 : 2);	/* a broken read left something */
+	return x->results[uid];
+}
+
+static void put_places(struct fix *x, const struct crdt_content *c, unsigned n)
+{
+	struct box b = { .guid.b = "box", .path = (uint8_t *)"f", .path_len = 1, .uidvalidity = 64, .uidnext = 99 };
+	char *error;
+
+	(void)replica_txn_begin(x->r);
+	box_put(x->r, &b);
+	for (unsigned i = 1; i <= n; i++) {
+		struct place p = { b.guid, i };
+
+		text_place_put(x->r, c, &p, 4);
+	}
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+}
+
+static int read_text(struct fix *x, struct crdt_buf *out)
+{
+	const struct crdt_content c = { .b = "content" };
+	uint64_t size;
+
+	x->reads = 0;
+	crdt_buf_clear(out);
+	return replica_read_body(x->r, &c, 0, 10, out, &size);
+}
+
+/* A text is gone when it is in none of its places. */
+static void places(void **state)
+{
+	const struct crdt_content c = { .b = "content" };
+	struct fix *x = *state;
+	struct crdt_buf out = CRDT_BUF_INIT;
+
+	x->ms.body = mailbox_body;
+	put_places(x, &c, 3);
+	x->results[1] = MS_GONE;
+	x->results[2] = MS_FAIL;
+	assert_int_equal(read_text(x, &out), MS_OK);
+	assert_int_equal(x->reads, 3);
+	assert_int_equal(out.len, 4);
+	assert_memory_equal(out.data, "text", 4);
+	/* who cannot tell now does not say that there is none */
+	x->results[3] = MS_TEMP;
+	assert_int_equal(read_text(x, &out), MS_TEMP);
+	x->results[2] = MS_TEMP;
+	x->results[3] = MS_FAIL;
+	assert_int_equal(read_text(x, &out), MS_TEMP);
+	x->results[2] = x->results[3] = MS_GONE;
+	assert_int_equal(read_text(x, &out), MS_GONE);
+	/* what is in no place any more is not looked for again and again */
+	assert_int_equal(read_text(x, &out), MS_GONE);
+	assert_int_equal(x->reads, 0);
+	/* however many have gone */
+	put_places(x, &c, TEXT_PLACES_TRIED + 1);
+	for (unsigned i = 1; i <= TEXT_PLACES_TRIED; i++)
+		x->results[i] = MS_GONE;
+	assert_int_equal(read_text(x, &out), MS_OK);
+	assert_int_equal(x->reads, TEXT_PLACES_TRIED + 1);
+	crdt_buf_free(&out);
+}
+
+int main(void)
+{
+#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places) };
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -69,6 +69,9 @@ read_unlocked(struct crdt_journal *j, uint64_t *from_seq_r,
 		crdt_jrec_free(&f.rec);
 	}
 	journal_scan_deinit(&s);
+	/* A frame whose size is damaged may seem to be one that is not complete. */
+	if (res == FRAME_END && j->end_known && s.offset < j->end)
+		res = FRAME_DAMAGED;
 	if (res == FRAME_ERROR) {
 		j->read_seq = 0;
 		(void)journal_fail_errno(error_r, "read", j->path);

@@ -237,6 +237,21 @@ static bool peek_header(struct crdt_journal *j, struct crdt_journal_peek *peek_r
 	return true;
 }
 
+/* What the end of the file says of the size of its last frame; 0: that is no size. */
+static uint32_t tail_size(struct crdt_journal *j, off_t size)
+{
+	struct crdt_reader r;
+	uint8_t tail[4];
+	uint32_t n;
+
+	if (size < CRDT_JOURNAL_HEADER_SIZE + FRAME_MIN ||
+	    journal_pread(j->fd, tail, sizeof(tail), size - 4) <= 0)
+		return 0;
+	r = crdt_reader(tail, sizeof(tail));
+	n = crdt_get_u32(&r);
+	return n >= FRAME_MIN && n <= FRAME_MAX && n <= size - CRDT_JOURNAL_HEADER_SIZE ? n : 0;
+}
+
 /*
  * Finds the end of the last whole batch and the next seq.  Usually one frame is
  * read, the last.  What a killed writer left behind it is cut off (never in a
@@ -247,30 +262,24 @@ static int find_tail(struct crdt_journal *j, off_t size, const char **error_r)
 {
 	struct scan s = { .fd = j->fd };
 	struct frame f;
-	uint8_t tail[4];
 	uint64_t next_seq = j->copy.base_seq;
+	uint32_t n = tail_size(j, size);
 	off_t end = CRDT_JOURNAL_HEADER_SIZE;
 	enum frame_result res = FRAME_END;
 
-	if (size >= CRDT_JOURNAL_HEADER_SIZE + FRAME_MIN &&
-	    journal_pread(j->fd, tail, sizeof(tail), size - 4) > 0) {
-		struct crdt_reader r = crdt_reader(tail, sizeof(tail));
-		uint32_t n = crdt_get_u32(&r);
-
-		if (n >= FRAME_MIN && n <= FRAME_MAX && n <= size - CRDT_JOURNAL_HEADER_SIZE) {
-			s.offset = size - n;
-			res = journal_scan_next(&s, &f);
-			if (res == FRAME_OK && f.last && f.size == n) {
-				if (f.rec.seq >= next_seq)
-					next_seq = f.rec.seq + 1;
-				end = size;
-			} else {
-				res = FRAME_END;
-			}
-			crdt_jrec_free(&f.rec);
-			journal_scan_deinit(&s);
-			s.fd = j->fd;
+	if (n > 0) {
+		s.offset = size - n;
+		res = journal_scan_next(&s, &f);
+		if (res == FRAME_OK && f.last && f.size == n) {
+			if (f.rec.seq >= next_seq)
+				next_seq = f.rec.seq + 1;
+			end = size;
+		} else {
+			res = FRAME_END;
 		}
+		crdt_jrec_free(&f.rec);
+		journal_scan_deinit(&s);
+		s.fd = j->fd;
 	}
 	if (end != size && size > CRDT_JOURNAL_HEADER_SIZE) {
 		s.offset = CRDT_JOURNAL_HEADER_SIZE;
@@ -282,6 +291,10 @@ static int find_tail(struct crdt_journal *j, off_t size, const char **error_r)
 			}
 			crdt_jrec_free(&f.rec);
 		}
+		/* A whole frame whose size is damaged is no torn one: its end says where
+		 * it begins.  Cutting it off would give its seq again. */
+		if (res == FRAME_END && tail_size(j, size) == (uint64_t)(size - s.offset))
+			res = FRAME_DAMAGED;
 		journal_scan_deinit(&s);
 		if (res == FRAME_ERROR)
 			return journal_fail_errno(error_r, "read", j->path);

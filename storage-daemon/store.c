@@ -11,6 +11,7 @@
  * batch would be lost in silence.
  */
 #include "store.h"
+#include "witness.h"
 
 #include <rocksdb/c.h>
 
@@ -60,6 +61,7 @@ static struct {
 
 struct store {
 	char *path;
+	const char *advice;
 	rocksdb_t *db;
 	rocksdb_env_t *env;
 	rocksdb_cache_t *cache;
@@ -71,9 +73,10 @@ struct store {
 	bool in_memory;
 	struct store *base;		/* in_memory: the store that owns the database */
 	uint8_t prefix[4];		/* in_memory: our number */
-	pthread_mutex_t lock;		/* guards failed and last_user */
+	pthread_mutex_t lock;		/* guards failed, last_user and witness */
 	char *failed;			/* first error, kept until the end */
 	uint64_t last_user;		/* highest number that was given out here */
+	struct witness witness;		/* of the set of files; as last written */
 };
 
 struct store_txn {
@@ -96,12 +99,19 @@ static char *text(const char *fmt, ...)
 	return s != NULL ? s : calloc(1, 1);
 }
 
+static bool err_is_damage(const char *err)
+{
+	return strncmp(err, "Corruption", 10) == 0 || strstr(err, "No such file") != NULL;
+}
+
 /* Takes err, RocksDB's text.  The first failure sticks: what follows it
  * (RocksDB turns read-only) only says so again. */
 static void store_set_failed(struct store *s, const char *what, char *err)
 {
 	pthread_mutex_lock(&s->lock);
-	if (s->failed == NULL)
+	if (s->failed == NULL && err_is_damage(err))
+		s->failed = text("%s: the database is damaged: cannot %s: %s. %s", s->path, what, err, s->advice);
+	else if (s->failed == NULL)
 		s->failed = text("%s: cannot %s: %s", s->path, what, err);
 	pthread_mutex_unlock(&s->lock);
 	rocksdb_free(err);
@@ -132,6 +142,16 @@ static uint64_t get_be(const uint8_t *p, unsigned int n)
 	while (n-- > 0)
 		v = v << 8 | *p++;
 	return v;
+}
+
+/* After what was made durable.  If it cannot be written, it just says less. */
+static void store_note_witness(struct store *s)
+{
+	if (s->in_memory)
+		return;
+	pthread_mutex_lock(&s->lock);
+	(void)witness_note(s->path, &s->witness);
+	pthread_mutex_unlock(&s->lock);
 }
 
 /* ---- opening ---- */
@@ -217,22 +237,22 @@ static bool dir_has_database(const char *path, bool *current_r)
 		if (strcmp(d->d_name, "CURRENT") == 0)
 			*current_r = true;
 		else if (strncmp(d->d_name, "MANIFEST-", 9) == 0 ||
-			 (dot != NULL && (strcmp(dot, ".sst") == 0 || strcmp(dot, ".blob") == 0)))
+			 (dot != NULL && (strcmp(dot, ".sst") == 0 || strcmp(dot, ".blob") == 0 ||
+					  strcmp(dot, ".log") == 0)))
 			found = true;
 	}
 	closedir(dir);
 	return found || *current_r;
 }
 
-static char *damaged_text(const char *path, const char *detail)
+static char *damaged_text(const char *path, const char *advice, const char *detail)
 {
-	return text("%s: the database is damaged, nothing was served from it: %s. See DAMAGED DATABASE "
-		    "in crdt-stored(8); if its peers hold all that was in it, move it away to be filled again",
-		    path, detail);
+	return text("%s: the database is damaged, nothing was served from it: %s. %s", path, detail, advice);
 }
 
-static int store_check_dir(const char *path, bool create, char **error_r)
+static int store_check_dir(const char *path, const char *advice, bool create, char **error_r)
 {
+	const char *detail;
 	bool current;
 	struct stat st;
 
@@ -258,11 +278,15 @@ static int store_check_dir(const char *path, bool create, char **error_r)
 	}
 	if (dir_has_database(path, &current)) {
 		if (!current) {
-			*error_r = damaged_text(path, "the file CURRENT is missing");
+			*error_r = damaged_text(path, advice, "the file CURRENT is missing");
+			return -1;
+		}
+		if (witness_check(path, &detail) < 0) {
+			*error_r = damaged_text(path, advice, detail);
 			return -1;
 		}
 	} else if (!create) {
-		*error_r = text("%s: there is no database in this directory", path);
+		*error_r = text("%s: there is no database in this directory. %s", path, advice);
 		return -1;
 	}
 	return 0;
@@ -314,7 +338,7 @@ static pid_t lock_holder(const char *path)
 	return pid;
 }
 
-static char *open_error_text(const char *path, const char *err)
+static char *open_error_text(const char *path, const char *advice, const char *err)
 {
 	pid_t pid;
 
@@ -329,8 +353,8 @@ static char *open_error_text(const char *path, const char *err)
 		return text("%s: the database is in use by another process. Stop it first, or give "
 			    "each process a directory of its own", path);
 	}
-	if (strncmp(err, "Corruption", 10) == 0 || strstr(err, "No such file") != NULL)
-		return damaged_text(path, err);
+	if (err_is_damage(err))
+		return damaged_text(path, advice, err);
 	return text("%s: cannot open the database: %s", path, err);
 }
 
@@ -355,7 +379,7 @@ static int store_check_format(struct store *s, char **error_r)
 		format = crdt_get_varint(&r);
 		store_abort(&t);
 		if (r.bad || format == 0) {
-			*error_r = damaged_text(s->path, "unreadable format row");
+			*error_r = damaged_text(s->path, s->advice, "unreadable format row");
 		} else if (format > STORE_FORMAT) {
 			*error_r = text("%s: written by a newer version (format %llu, this one knows %d). "
 					"Install that version again", s->path,
@@ -369,8 +393,8 @@ static int store_check_format(struct store *s, char **error_r)
 		store_scan(t, sp, NULL, 0, NULL, 0, false, any_row, &rows);
 	if (store_txn_failed(t) || rows) {
 		store_abort(&t);
-		*error_r = rows ? damaged_text(s->path, "it has no format row (is it a database of another program?)") :
-			damaged_text(s->path, store_failed(s));
+		*error_r = damaged_text(s->path, s->advice, rows ?
+					"it has no format row (is it a database of another program?)" : store_failed(s));
 		return -1;
 	}
 	crdt_buf_varint(&val, STORE_FORMAT);
@@ -395,6 +419,11 @@ static struct store *store_alloc(const char *path, bool in_memory, char **error_
 	return s;
 }
 
+static const char *advice(const struct store_options *opts)
+{
+	return opts->advice != NULL ? opts->advice : "See DAMAGED DATABASE in crdt-stored(8)";
+}
+
 static struct store *store_open_database(const char *path, const struct store_options *opts, char **error_r)
 {
 	struct store *s = store_alloc(path, opts->in_memory, error_r);
@@ -402,6 +431,7 @@ static struct store *store_open_database(const char *path, const struct store_op
 
 	if (s == NULL)
 		return NULL;
+	s->advice = advice(opts);
 	store_make_options(s, opts);
 	if (!s->in_memory && store_check_families(s, error_r) < 0) {
 		store_close(&s);
@@ -410,7 +440,7 @@ static struct store *store_open_database(const char *path, const struct store_op
 	s->db = rocksdb_open_column_families(s->db_options, s->path, STORE_SPACES, space_names,
 		(const rocksdb_options_t *const *)s->options, s->cf, &err);
 	if (err != NULL) {
-		*error_r = open_error_text(s->path, err);
+		*error_r = open_error_text(s->path, s->advice, err);
 		rocksdb_free(err);
 		s->db = NULL;
 		store_close(&s);
@@ -420,6 +450,7 @@ static struct store *store_open_database(const char *path, const struct store_op
 		store_close(&s);
 		return NULL;
 	}
+	store_note_witness(s);
 	return s;
 }
 
@@ -437,6 +468,7 @@ static struct store *store_open_memory(const struct store_options *opts, char **
 	base = memory_stores.base;
 	s = base == NULL ? NULL : store_alloc("memory", true, error_r);
 	if (s != NULL) {
+		s->advice = base->advice;
 		s->base = base;
 		s->db = base->db;
 		s->read = base->read;
@@ -454,7 +486,7 @@ struct store *store_open(const char *path, const struct store_options *opts, cha
 	*error_r = NULL;
 	if (opts->in_memory)
 		return store_open_memory(opts, error_r);
-	if (store_check_dir(path, opts->create, error_r) < 0)
+	if (store_check_dir(path, advice(opts), opts->create, error_r) < 0)
 		return NULL;
 	return store_open_database(path, opts, error_r);
 }
@@ -486,6 +518,8 @@ void store_close(struct store **_s)
 		for (i = 0; i < STORE_SPACES; i++)
 			rocksdb_column_family_handle_destroy(s->cf[i]);
 		rocksdb_close(s->db);
+		if (s->witness.number != 0)
+			store_note_witness(s);
 	}
 	for (i = 0; i < STORE_SPACES; i++)
 		rocksdb_options_destroy(s->options[i]);
@@ -560,8 +594,11 @@ int store_commit(struct store_txn **_t, bool sync, char **error_r)
 					    t->batch, &err);
 	}
 	store_abort(_t);
-	if (err == NULL)
+	if (err == NULL) {
+		if (sync)
+			store_note_witness(s);
 		return 0;
+	}
 	store_set_failed(s, "write", err);
 	*error_r = text("%s", store_failed(s));
 	return -1;
@@ -576,8 +613,10 @@ int store_sync(struct store *s, char **error_r)
 		return 0;
 	if (store_failed(s) == NULL) {
 		rocksdb_flush_wal(s->db, 1, &err);
-		if (err == NULL)
+		if (err == NULL) {
+			store_note_witness(s);
 			return 0;
+		}
 		store_set_failed(s, "sync", err);
 	}
 	*error_r = text("%s", store_failed(s));

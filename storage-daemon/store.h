@@ -25,6 +25,7 @@ struct store_options {
 	size_t memory;		/* bytes for caches and write buffers; 0: 64 MiB */
 	bool create;
 	bool in_memory;		/* tests and simulation: nothing on disk */
+	const char *advice;	/* a sentence: what to do when it is damaged; static; NULL: the daemon's */
 };
 
 /* NULL with *error_r (malloc'ed, caller frees; says what to do) on error: the

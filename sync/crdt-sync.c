@@ -471,9 +471,34 @@ static void dirs_make(void)
 	dir_make(t_strconcat(set.state_dir, "/db", NULL), 0700);
 }
 
+/*
+ * The database says what the mail stores hold and what was sent.  Beginning with
+ * an empty one in its place would take the mails here for other ones than those
+ * that the daemons send: only a worker that never had one gets a new one.
+ */
+static const char *store_marker(void)
+{
+	return t_strconcat(set.state_dir, "/db.made", NULL);
+}
+
+static void store_mark(void)
+{
+	int fd = open(store_marker(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+
+	if (fd < 0)
+		i_fatal("open(%s) failed: %m", store_marker());
+	if (fsync(fd) < 0)
+		i_fatal("fsync(%s) failed: %m", store_marker());
+	i_close_fd(&fd);
+}
+
 static void store_init(void)
 {
-	const struct store_options opts = { .create = TRUE };
+	const struct store_options opts = {
+		.create = access(store_marker(), F_OK) < 0 && errno == ENOENT,
+		.advice = "Mail and its use are not affected, but nothing is replicated: "
+			  "see WORKERS under DAMAGED DATABASE in crdt-stored(8)",
+	};
 	const struct spool_limits limits = { SPOOL_MEMORY, SPOOL_MEMORY_EACH, SPOOL_FILES };
 	const struct spool_limits sent_limits = { SPOOL_SENT_MEMORY, SPOOL_MEMORY_EACH, 0 };
 	char *error;
@@ -481,6 +506,7 @@ static void store_init(void)
 	store = store_open(t_strconcat(set.state_dir, "/db", NULL), &opts, &error);
 	if (store == NULL)
 		i_fatal("%s", error);
+	store_mark();
 	spool = spool_new(t_strconcat(set.state_dir, "/spool", NULL), &limits, &error);
 	if (spool == NULL)
 		i_fatal("%s", error);

@@ -4,6 +4,8 @@
 The client is tests/wire-client.c.  CRDT_BUILD names the folder with the built
 programs (default: build, or build-asan, at the top of the tree).
 """
+import contextlib
+import glob
 import hashlib
 import os
 import pwd
@@ -500,6 +502,97 @@ def test_damaged_database_is_not_served(stored, connect):
     assert result.returncode == 1
     assert "the database is damaged, nothing was served from it" in result.stderr
     assert "See DAMAGED DATABASE" in result.stderr
+
+
+def files(stored, pattern):
+    """Of the database, the largest first."""
+    found = glob.glob(os.path.join(stored.path("data"), pattern))
+    return sorted(found, key=os.path.getsize, reverse=True)
+
+
+def flip_table(stored):
+    for path in files(stored, "*.sst"):
+        with open(path, "r+b") as file:         # a data block; the footer is at the end
+            file.seek(40)
+            file.write(b"\xa5" * 40)
+
+
+def flip_table_end(stored):
+    for path in files(stored, "*.sst"):
+        with open(path, "r+b") as file:
+            file.seek(os.path.getsize(path) - 30)
+            file.write(b"\xa5" * 30)
+
+
+def cut_manifest(stored):
+    path, = files(stored, "MANIFEST-*")
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+def flip_manifest(stored):
+    path, = files(stored, "MANIFEST-*")
+    with open(path, "r+b") as file:
+        file.seek(os.path.getsize(path) // 2)
+        file.write(b"\xa5" * 8)
+
+
+def cut_manifest_a_little(stored):
+    path, = files(stored, "MANIFEST-*")
+    os.truncate(path, os.path.getsize(path) - 1)
+
+
+def no_manifest(stored):
+    os.unlink(*files(stored, "MANIFEST-*"))
+
+
+def no_current(stored):
+    os.unlink(stored.path("data/CURRENT"))
+
+
+def wrong_current(stored):
+    with open(stored.path("data/CURRENT"), "w", encoding="ascii") as file:
+        file.write("MANIFEST-999999\n")
+
+
+def no_table(stored):
+    os.unlink(files(stored, "*.sst")[0])
+
+
+def only_log(stored):
+    for path in files(stored, "*.sst") + files(stored, "MANIFEST-*") + files(stored, "CURRENT"):
+        os.unlink(path)
+
+
+@pytest.mark.parametrize("damage", [flip_table, flip_table_end, cut_manifest, cut_manifest_a_little,
+                                    flip_manifest, no_manifest, no_current, wrong_current, no_table, only_log])
+def test_damaged_files_are_not_served(stored, connect, damage):
+    """Damage to what is not read at the start is noticed when it is: by then, too,
+    nobody has been told a guess."""
+    w1 = connect("w1", 1)
+    w1.tell("subscribe-many", "u1", ORIGIN1, 1, 3000)
+    while w1.expect("ack")[2] != f"{ORIGIN1}:3000":
+        pass
+    stored.stop()
+    stored.start()                               # puts the log into tables
+    stored.stop()
+    damage(stored)
+    with open(stored.path("log"), "ab") as log:
+        stored.process = subprocess.Popen([program("crdt-stored"), "-c", stored.path("crdt-stored.conf")],
+                                          stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    w2 = connect("w2")
+
+    def ended():
+        with contextlib.suppress(AssertionError):
+            w2.expect("up", within=0.1)
+            w2.tell("hello", "w2", 1, 2, 0, 0)
+            w2.tell("subscribe", "u2", ORIGIN2, 1, "a")
+        return stored.process.poll() is not None
+    wait_for("the end of the daemon", ended)
+    assert stored.process.returncode == 1, stored.log()
+    assert "the database is damaged" in stored.log().splitlines()[-1]
+    assert "See DAMAGED DATABASE in crdt-stored(8)" in stored.log()
+    fed = [line for line in w2.seen if line[0] == "feed"]
+    assert fed == []
 
 
 # ---- large texts ----

@@ -43,6 +43,8 @@
 #define LOCK_RETRY_MSECS 100		/* the process before us may still be closing its database */
 #define LOCK_LOGGED_SECS 2
 #define LOCK_FATAL_SECS 60
+#define STORE_RETRY_MSECS (60 * 1000)	/* and an error is logged each time */
+#define DIE_PAUSE_SECS 10		/* the master starts a new process at once */
 
 struct wake_fifo {
 	struct wake_fifo *prev, *next;
@@ -106,6 +108,7 @@ static void log_line(int level, const char *text)
 static void ATTR_NORETURN die(const char *error)
 {
 	i_error("Database failed, ending: %s", error);
+	(void)sleep(DIE_PAUSE_SECS);	/* a signal ends it */
 	_exit(FATAL_DEFAULT);
 }
 
@@ -492,7 +495,9 @@ static void store_mark(void)
 	i_close_fd(&fd);
 }
 
-static void store_init(void)
+/* FALSE: not now, perhaps not until somebody has put it right.  Ending would let the
+ * master try, and log, many times a minute. */
+static bool store_init(void)
 {
 	const struct store_options opts = {
 		.create = access(store_marker(), F_OK) < 0 && errno == ENOENT,
@@ -504,13 +509,17 @@ static void store_init(void)
 	char *error;
 
 	store = store_open(t_strconcat(set.state_dir, "/db", NULL), &opts, &error);
-	if (store == NULL)
-		i_fatal("%s", error);
+	if (store == NULL) {
+		i_error("%s", error);
+		free(error);
+		return FALSE;
+	}
 	store_mark();
 	spool = spool_new(t_strconcat(set.state_dir, "/spool", NULL), &limits, &error);
 	if (spool == NULL)
 		i_fatal("%s", error);
 	sent_texts = spool_new(NULL, &sent_limits, &error);
+	return TRUE;
 }
 
 static void pool_init(void)
@@ -568,9 +577,13 @@ static void links_init(void)
 	}
 }
 
-static void sync_init(void)
+static void sync_init(void *ctx ATTR_UNUSED)
 {
-	store_init();
+	timeout_remove(&to_lock);
+	if (!store_init()) {
+		to_lock = timeout_add(STORE_RETRY_MSECS, sync_init, NULL);
+		return;
+	}
 	pool_init();
 	links_init();
 	node_init();
@@ -589,8 +602,7 @@ static void lock_timeout(void *ctx ATTR_UNUSED)
 	static bool logged = FALSE;
 
 	if (flock(lock_fd, LOCK_EX | LOCK_NB) == 0) {
-		timeout_remove(&to_lock);
-		sync_init();
+		sync_init(NULL);
 		return;
 	}
 	if (errno != EWOULDBLOCK)

@@ -4,6 +4,7 @@
 #include "mail-namespace.h"
 #include "mailbox-list.h"
 #include "mail-user.h"
+#include "../crdt/plant.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -67,6 +68,7 @@ int crdt_record(struct crdt_user *cuser, struct crdt_jrec *recs, unsigned int n,
 	const char *error;
 	int ret;
 
+	crdt_plant("plugin");
 	i_zero(last_r);
 	if (cuser->set.mode == CRDT_MODE_OBSERVE) {
 		e_debug(cuser->user->event, "crdt: %u changes seen, first of kind %u", n, recs[0].kind);

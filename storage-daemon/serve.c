@@ -2,6 +2,7 @@
 #include "serve.h"
 #include "control.h"
 #include "log.h"
+#include "../crdt/plant.h"
 #include "../wire/z85.h"
 
 #include <errno.h>
@@ -261,6 +262,7 @@ static void on_message(struct serve *s, const struct link_peer_id *peer, const c
 	const char *name;
 	uint64_t conn;
 
+	crdt_plant("stored");
 	if (!conn_number(peer, &conn))
 		return;
 	name = data == NULL ? NULL : peer_name(s, key);

@@ -21,6 +21,7 @@
 #include "sweep.h"
 #include "sync-settings.h"
 #include "worker-client.h"
+#include "../crdt/plant.h"
 #include "../wire/link.h"
 
 #include <sodium.h>
@@ -185,6 +186,7 @@ static void link_event(unsigned int i, const uint8_t *data, size_t len, enum lin
 {
 	int64_t now = now_msecs();
 
+	crdt_plant("sync");
 	if (data != NULL) {
 		node_frame(node, now, i, data, len);
 		return;

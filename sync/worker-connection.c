@@ -9,6 +9,7 @@
 #include "iostream-temp.h"
 #include "mail-user.h"
 #include "master-service.h"
+#include "../crdt/plant.h"
 
 #include <poll.h>
 #include <stdlib.h>
@@ -428,6 +429,7 @@ static void request_run(struct worker_conn *conn, const struct worker_msg *msg)
 	const char *error = NULL;
 	int ret;
 
+	crdt_plant("worker");
 	conn->last_sent = time(NULL);
 	if (msg->type == WORKER_HELLO)
 		ret = handle_hello(conn, msg, &error);

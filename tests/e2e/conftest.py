@@ -36,7 +36,7 @@ def _clusters(tmp_path_factory):
     running = []
 
     def start(name="cluster", **options):
-        cluster = Cluster.up(tmp_path_factory.mktemp(name) / "c", prefix=PREFIX, **options)
+        cluster = Cluster.up(tmp_path_factory.mktemp(name) / "c", **{"prefix": PREFIX, **options})
         running.append(cluster)
         _RUNNING[cluster.directory] = cluster
         return cluster

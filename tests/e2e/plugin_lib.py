@@ -69,7 +69,8 @@ def asan_environment():
     return {"LD_PRELOAD": os.path.realpath(runtime), "GDB": "1",
             "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-            "DOVECOT_PRESERVE_ENVS": "LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS GDB"}
+            "CRDT_PLANT": os.environ.get("CRDT_PLANT", ""),
+            "DOVECOT_PRESERVE_ENVS": "LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS CRDT_PLANT GDB"}
 
 
 class Record:

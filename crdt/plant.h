@@ -3,10 +3,10 @@
 #define CRDT_PLANT_H
 /*
  * Bugs on purpose, to show that sanitizers see into a process: only in builds with
- * AddressSanitizer, and only if CRDT_PLANT names the place and the kind, as in
- * "plugin:overflow" (tests/e2e/test_sanitizers.py).  Nothing at all otherwise.
+ * AddressSanitizer (or with -DCRDT_PLANT_BUGS, for valgrind), and only if CRDT_PLANT
+ * names the place and the kind, as in "plugin:overflow" (tests/e2e/test_sanitizers.py).  Nothing at all otherwise.
  */
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || defined(CRDT_PLANT_BUGS)
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

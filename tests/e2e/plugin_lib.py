@@ -73,6 +73,21 @@ def asan_environment():
             "DOVECOT_PRESERVE_ENVS": "LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS CRDT_PLANT GDB"}
 
 
+def wrappers():
+    """{service: shell script} of mail processes that have to run in a special way.
+    CRDT_PLUGIN_VALGRIND=1: under valgrind, with a plugin that is not built with
+    AddressSanitizer."""
+    valgrind = os.environ.get("CRDT_PLUGIN_VALGRIND")
+    env, runner = asan_environment(), ""
+    if valgrind:
+        env = {"GDB": "1", "CRDT_PLANT": os.environ.get("CRDT_PLANT", ""),
+               "DOVECOT_PRESERVE_ENVS": "GDB CRDT_PLANT"}
+        runner = "valgrind -q --vgdb=no --error-exitcode=99 --leak-check=full --errors-for-leak-kinds=definite "
+    exports = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in env.items())
+    return {name: f'#!/bin/sh\n{exports}exec {runner}/usr/lib/dovecot/{name} "$@"\n'
+            for name in ("imap", "lmtp", "pop3") if env}
+
+
 class Record:
     """One line of crdt-journal-dump."""
 
@@ -148,12 +163,9 @@ class Dovecot:
             (modules / link).unlink(missing_ok=True)
             (modules / link).symlink_to(target)
         services = ""
-        asan = asan_environment()
-        for name in ("imap", "lmtp", "pop3") if asan else ():
+        for name, script in wrappers().items():
             wrapper = self.dir / f"{name}.sh"
-            wrapper.write_text("#!/bin/sh\n" + "".join(
-                f"export {key}={shlex.quote(value)}\n" for key, value in asan.items()) +
-                f'exec /usr/lib/dovecot/{name} "$@"\n')
+            wrapper.write_text(script)
             wrapper.chmod(0o755)
             services += f"service {name} {{\n  executable = {wrapper}\n  vsz_limit = 0\n}}\n"
         self.conf.write_text(f"""

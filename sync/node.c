@@ -115,6 +115,12 @@ static void user_acked(const struct user *u, uint64_t *all_r, uint64_t *any_r)
 		*all_r = 0;
 }
 
+/* For users that others name: there is no room for one more. */
+static bool is_full(struct node *n, const char *name, uint32_t gen)
+{
+	return n->users_n >= NODE_USERS_MAX && node_user_find(n, name, gen) == NULL;
+}
+
 static bool user_forgettable(const struct user *u, int64_t now)
 {
 	const struct node *n = u->n;
@@ -235,6 +241,8 @@ static void on_body_want(void *ctx, const char *user, uint32_t gen, const struct
 {
 	struct storage *st = ctx;
 
+	if (is_full(st->n, user, gen))
+		return;		/* no answer: it will ask again */
 	node_body_wanted(st->n, st->i, user, gen, c, offset, credit);
 }
 
@@ -256,8 +264,11 @@ static void on_ride(void *ctx, const char *user, uint32_t gen, const struct crdt
 static void on_stable(void *ctx, const char *user, uint32_t gen, const struct crdt_vv *vv)
 {
 	struct storage *st = ctx;
-	struct user *u = node_user(st->n, user, gen);
+	struct user *u;
 
+	if (is_full(st->n, user, gen))
+		return;		/* leftovers stay until the next one */
+	u = node_user(st->n, user, gen);
 	if (u->stable == NULL)
 		u->stable = xcalloc(1, sizeof(*u->stable));
 	*u->stable = *vv;
@@ -418,7 +429,7 @@ void node_changed(struct node *n, int64_t now, const char *user)
 	int64_t soon;
 
 	n->now = now;
-	if (n->users_n >= NODE_USERS_MAX && node_user_find(n, user, 0) == NULL) {
+	if (is_full(n, user, 0)) {
 		if (!n->full_logged)
 			node_log(n, 1, "%u users have work waiting: more of them wait for the next look at the "
 				 "markers of changed users", NODE_USERS_MAX);

@@ -62,6 +62,7 @@ struct uplink {
 	uint64_t received, merged, durable;	/* gsn */
 	struct feed *feeds;		/* received and not contiguously merged; ascending */
 	size_t feeds_first, feeds_n, feeds_cap;
+	size_t feeds_bytes;		/* of these */
 	size_t merged_bytes;		/* merged and not acknowledged */
 };
 
@@ -574,6 +575,7 @@ void uplink_feed_merged(struct uplink *u, uint64_t gsn)
 	while (u->feeds_n > 0 && u->feeds[u->feeds_first].merged) {
 		u->merged = u->feeds[u->feeds_first].gsn;
 		u->merged_bytes += u->feeds[u->feeds_first].bytes;
+		u->feeds_bytes -= u->feeds[u->feeds_first].bytes;
 		u->feeds_first++;
 		u->feeds_n--;
 	}
@@ -623,7 +625,7 @@ static void feed_restart(struct uplink *u)
 {
 	u->received = u->merged = u->durable = 0;
 	u->feeds_n = u->feeds_first = 0;
-	u->merged_bytes = 0;
+	u->feeds_bytes = u->merged_bytes = 0;
 }
 
 static void feed_push(struct uplink *u, uint64_t gsn, size_t bytes)
@@ -637,6 +639,7 @@ static void feed_push(struct uplink *u, uint64_t gsn, size_t bytes)
 		u->feeds = xrealloc(u->feeds, u->feeds_cap * sizeof(*u->feeds));
 	}
 	u->feeds[u->feeds_first + u->feeds_n++] = (struct feed){ gsn, bytes, false };
+	u->feeds_bytes += bytes;
 }
 
 /* ---- frames in ---- */
@@ -694,6 +697,11 @@ static void on_feed(struct uplink *u, int64_t now, const char *user, const struc
 		snprintf(u->error, sizeof(u->error), "its feed has a gap (%"PRIu64" follows %"PRIu64"): connecting again",
 			 f->gsn_prev, u->received);
 		trouble(u, now, LOGGED_PROTOCOL, 1, u->error);
+		return;
+	}
+	/* It has to wait for our acknowledgements.  (Its count is not exactly ours.) */
+	if (u->feeds_bytes > 2 * CRDT_FEED_WINDOW) {
+		trouble(u, now, LOGGED_PROTOCOL, 1, "it sends more than we have room for: connecting again");
 		return;
 	}
 	u->received = f->gsn;

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The node and the texts that a storage daemon asks it for; the test plays the
  * daemon and the engines. */
-#include "../../sync/node.h"
+#include "../../sync/node-private.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <cmocka.h>
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -302,10 +303,23 @@ static void nobody_has(void **state)
 	assert_true(x->wants[0] > 500 && x->wants[0] <= 500 + NODE_FETCHES_USER_MAX);
 }
 
+/* A daemon that names ever more users does not fill the memory. */
+static void many_users(void **state)
+{
+	struct fix *x = *state;
+	char name[32];
+
+	for (unsigned i = 0; i < NODE_USERS_MAX + 1000; i++) {
+		snprintf(name, sizeof(name), "user%u", i);
+		want(x, name, 1);
+	}
+	assert_int_equal(x->n->users_n, NODE_USERS_MAX);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many), TEST(nobody_has) };
+	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many), TEST(nobody_has), TEST(many_users) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

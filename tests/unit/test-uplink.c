@@ -534,6 +534,24 @@ static void feed_order(void **state)
 	assert_int_equal(uplink_unacked_feed(x->u), 0);
 }
 
+/* A daemon that does not wait for acknowledgements does not fill the memory. */
+static void feed_flood(void **state)
+{
+	static uint8_t big[1024 * 1024];
+	struct crdt_bytes ops[1] = { { big, sizeof(big) } };
+	struct fix *x = *state;
+
+	up(x);
+	for (uint64_t gsn = 1; gsn <= 100; gsn++) {
+		struct crdt_frame f = { .type = CRDT_FRAME_FEED, .gsn = gsn, .gsn_prev = gsn - 1, .ops = ops, .ops_n = 1 };
+
+		in(x, &f, "u");
+	}
+	assert_in_range(x->feeds, CRDT_FEED_WINDOW / sizeof(big), 2 * CRDT_FEED_WINDOW / sizeof(big) + 1);
+	assert_false(uplink_is_up(x->u));
+	assert_non_null(strstr(x->log, "more than we have room for"));
+}
+
 /* After a new connection the daemon goes on behind what is durable here; what
  * is being merged is not merged twice. */
 static void feed_again(void **state)
@@ -662,7 +680,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		TEST(greeting), TEST(silence), TEST(refusal), TEST(away), TEST(ops_and_acks), TEST(ack_beyond), TEST(holes),
 		TEST(forgotten), TEST(windows), TEST(big_op), TEST(reconnection), TEST(new_origin), TEST(slow_socket),
-		TEST(feed_order), TEST(feed_again), TEST(feed_gap), TEST(feed_reset), TEST(garbage), TEST(riding),
+		TEST(feed_order), TEST(feed_flood), TEST(feed_again), TEST(feed_gap), TEST(feed_reset), TEST(garbage), TEST(riding),
 		TEST(other_frames),
 	};
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The hub without sockets: frames in, frames out, an in-memory store. */
-#include "../../storage-daemon/hub.h"
+#include "../../storage-daemon/hub-private.h"
 #include "../../crdt/state.h"
 
 #include <setjmp.h>
@@ -1685,6 +1685,100 @@ static void test_refused_sends(void **state)
 	reader_free(&r2);
 }
 
+/* Whether conn was told that it goes too far. */
+static bool hit_limit(struct world *w, uint64_t conn)
+{
+	struct reader r = { .w = w, .conn = conn };
+	bool hit = false;
+
+	while (next(w, conn, &r.f, &r.hold))
+		hit = hit || (r.f.type == CRDT_FRAME_ERROR && r.f.code == CRDT_ERR_LIMIT);
+	return hit;
+}
+
+/* Ops ahead of texts that never come are kept in memory: to a limit. */
+static void test_limit_of_held_ops(void **state)
+{
+	static const uint8_t padding[512 * 1024];	/* fields of a newer version */
+	struct world *w = *state;
+	char text[16];
+	unsigned i;
+
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	for (i = 0; i < 100 && !hit_limit(w, CONN1); i++) {
+		struct crdt_buf op;
+
+		snprintf(text, sizeof(text), "text %u", i);
+		op = op_add(ORIGIN1, 2 + i, text, text, strlen(text));
+		crdt_buf_raw(&op, padding, sizeof(padding));
+		send_op(w, 1, "u", op);
+		commit(w);
+	}
+	assert_in_range(i, HUB_HELD_MAX / sizeof(padding) - 1, HUB_HELD_MAX / sizeof(padding) + 2);
+	/* its own connection begins anew; others do not notice */
+	struct reader r2 = { .w = w, .conn = CONN2 };
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+	reader_free(&r2);
+	send_op(w, 2, "u", op_subscribe(ORIGIN2, 1, "s"));
+	commit(w);
+	expect(&r2, CRDT_FRAME_ACK);
+	reader_free(&r2);
+}
+
+/* Who asks for texts and takes none of them. */
+static void test_limit_of_wanted_texts(void **state)
+{
+	struct world *w = *state;
+	char text[16];
+	unsigned i;
+
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	for (i = 0; i < HUB_OUT_MAX + 1; i++) {
+		snprintf(text, sizeof(text), "text %u", i);
+		send_body(w, 1, "u", text, strlen(text), 0, strlen(text));
+	}
+	commit(w);
+	w->refuse = CONN2;
+	for (i = 0; i < HUB_OUT_MAX + 1; i++) {
+		struct crdt_content c;
+
+		snprintf(text, sizeof(text), "text %u", i);
+		content_of(text, strlen(text), &c);
+		send_want(w, 2, "u", &c, 0);
+		(void)hub_pump(w->h);
+	}
+	w->refuse = 0;
+	(void)hub_pump(w->h);
+	assert_non_null(strstr(w->log, "asks for more than"));
+}
+
+static void test_limit_of_connections(void **state)
+{
+	struct world *w = *state;
+	struct reader r = { .w = w };
+
+	for (unsigned i = 0; i < 50; i++)
+		hello(w, 1000 + i, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	for (r.conn = 1000; r.conn < 1050; r.conn++)
+		reader_free(&r);
+	/* one that made room is nobody any more */
+	struct crdt_buf op = op_subscribe(ORIGIN1, 1, "s");
+	ops_frame(w, 1000, "w1", "u", &op, 1);
+	commit(w);
+	r.conn = 1000;
+	expect(&r, CRDT_FRAME_ERROR);
+	reader_free(&r);
+	/* and the newest counts */
+	ops_frame(w, 1049, "w1", "u", &op, 1);
+	commit(w);
+	r.conn = 1049;
+	expect(&r, CRDT_FRAME_ACK);
+	reader_free(&r);
+	crdt_buf_free(&op);
+}
+
 /* The feed ends before it: said once, and not tried again and again. */
 static void test_damaged_log(void **state)
 {
@@ -2005,7 +2099,8 @@ int main(void)
 		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_missing_text), T(test_body_of_another_size), T(test_empty_body),
 		T(test_large_body), T(test_body_resumes), T(test_body_from_another), T(test_wrong_beginning), T(test_wrong_size_before), T(test_orphan_goes),
 		T(test_texts_of_one_user), T(test_unreadable_mails), T(test_silent_peer), T(test_late_pieces),
-		T(test_window), T(test_refused_sends), T(test_damaged_log), T(test_trim_and_reset), T(test_stable_and_collect),
+		T(test_window), T(test_refused_sends), T(test_limit_of_held_ops), T(test_limit_of_wanted_texts),
+		T(test_limit_of_connections), T(test_damaged_log), T(test_trim_and_reset), T(test_stable_and_collect),
 		T(test_collection_resumes), T(test_stable_after_feed),
 		T(test_stable_after_own_ops), T(test_stable_of_older_build),
 	};

@@ -3,7 +3,8 @@
 #define CRDT_REPLICA_PRIVATE_H
 /*
  * Inside of the engine.  replica.c: life, inbound, own ops.  replica-rows.c:
- * the local rows.  replica-journal.c: what a journal record means.
+ * the local rows.  replica-texts.c: where texts are.  replica-journal.c: what a
+ * journal record means.
  * replica-folders.c and replica-mails.c: bringing the mail store to the state.
  */
 #include "replica.h"
@@ -167,7 +168,7 @@ void place_forget(struct replica *r, const struct crdt_mail_key *key);
 /* UIDs of shadows in [first, last], ascending, appended to out as be32; at most max. */
 size_t shadow_uids(struct replica *r, const struct crdt_id *box, uint32_t first, uint32_t last,
 		   uint32_t *out, size_t max);
-/* Where a text is in this mail store. */
+/* replica-texts.c: where a text is in this mail store. */
 bool text_place_get(struct replica *r, const struct crdt_content *c, struct place *p_r, uint64_t *size_r);
 #define TEXT_PLACES_TRIED 16	/* of one text, when it is asked for */
 struct text_place { struct place at; uint64_t size; };

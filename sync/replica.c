@@ -725,65 +725,6 @@ int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **e
 	return trim_journal(r, any > r->acked_seq ? any : r->acked_seq, error_r);
 }
 
-/* The text in one place; a place where it is not any more (the journal tells of that
- * later, or a compare does) is forgotten. */
-static int text_read(struct replica *r, const struct crdt_content *c, const struct text_place *p, uint64_t offset,
-		     size_t len, struct crdt_buf *out)
-{
-	struct ms_mailbox m;
-	int res = MS_GONE;
-	char *error = NULL;
-	struct box b;
-	bool found;
-
-	(void)replica_txn_begin(r);
-	found = box_get(r, &p->at.box, &b);
-	store_abort(&r->txn);
-	if (found) {
-		m = box_ms(&b);
-		crdt_buf_clear(out);
-		res = r->ms->body(r->ms, &m, p->at.uid, offset, len, out);
-		box_free(&b);
-	}
-	if (res != MS_GONE)
-		return res;
-	(void)replica_txn_begin(r);
-	text_place_forget(r, c, &p->at);
-	if (replica_txn_commit(r, false, &error) < 0) {
-		free(error);	/* seen by the next who uses the database */
-		return MS_TEMP;
-	}
-	return MS_GONE;
-}
-
-/* The mail store lost some places and cannot read others now: whichever has the
- * text will do.  Only if all lost it is it gone. */
-int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,
-		      struct crdt_buf *out, uint64_t *size_r)
-{
-	struct text_place places[TEXT_PLACES_TRIED];
-	int worst = MS_GONE;
-	size_t n;
-
-	if (r->ms == NULL)
-		return MS_GONE;
-	do {
-		(void)replica_txn_begin(r);
-		n = text_places(r, c, places, TEXT_PLACES_TRIED);
-		store_abort(&r->txn);
-		for (size_t i = 0; i < n; i++) {
-			int res = text_read(r, c, &places[i], offset, len, out);
-
-			*size_r = places[i].size;
-			if (res == MS_OK)
-				return MS_OK;
-			if (res != MS_GONE && worst != MS_TEMP && worst != MS_RETRY)
-				worst = res;
-		}
-	} while (n == TEXT_PLACES_TRIED && worst == MS_GONE);
-	return worst;
-}
-
 /* ---- outbound [3] and apply [9] ---- */
 
 enum { RECORDS_SLICE = 512 };	/* journal records in one transaction */

@@ -1,0 +1,137 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Where in the mail store texts are, for mails that need them and for peers. */
+#include <stdlib.h>
+#include <string.h>
+#include "replica-private.h"
+
+/* ROW_TEXT key: content id, mailbox GUID, UID (be32).  All places are kept: the
+ * last copy of a text must be found when a peer asks for it. */
+static void key_text(struct crdt_buf *k, const struct crdt_content *c, const struct place *p)
+{
+	crdt_buf_u8(k, ROW_TEXT);
+	crdt_buf_raw(k, c->b, sizeof(c->b));
+	if (p != NULL) {
+		crdt_buf_raw(k, p->box.b, sizeof(p->box.b));
+		crdt_buf_be32(k, p->uid);
+	}
+}
+
+struct text_ctx { struct text_place *places; size_t n, max; };
+
+static bool text_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct text_ctx *c = vctx;
+	struct text_place *p = &c->places[c->n];
+	struct crdt_reader rk, rv = crdt_reader(val, vlen);
+
+	if (klen != 53)
+		return true;
+	rk = crdt_reader(key + 33, klen - 33);
+	memcpy(p->at.box.b, crdt_get_raw(&rk, 16), 16);
+	p->at.uid = crdt_get_be32(&rk);
+	p->size = crdt_get_u64(&rv);
+	if (!rv.bad)
+		c->n++;
+	return c->n < c->max;
+}
+
+size_t text_places(struct replica *r, const struct crdt_content *content, struct text_place *places_r, size_t max)
+{
+	struct text_ctx c = { places_r, 0, max };
+	struct crdt_buf k = CRDT_BUF_INIT;
+
+	key_text(&k, content, NULL);
+	rrows(r)->scan(rrows(r), k.data, k.len, NULL, 0, text_row, &c);
+	crdt_buf_free(&k);
+	return c.n;
+}
+
+bool text_place_get(struct replica *r, const struct crdt_content *content, struct place *p_r, uint64_t *size_r)
+{
+	struct text_place first;
+
+	if (text_places(r, content, &first, 1) == 0)
+		return false;
+	*p_r = first.at;
+	*size_r = first.size;
+	return true;
+}
+
+void text_place_put(struct replica *r, const struct crdt_content *c, const struct place *p, uint64_t size)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	key_text(&k, c, p);
+	crdt_buf_u64(&v, size);
+	rrows(r)->put(rrows(r), k.data, k.len, v.data, v.len);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+void text_place_forget(struct replica *r, const struct crdt_content *c, const struct place *p)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+
+	key_text(&k, c, p);
+	rrows(r)->del(rrows(r), k.data, k.len);
+	crdt_buf_free(&k);
+}
+
+/* The text in one place; a place where it is not any more (the journal tells of that
+ * later, or a compare does) is forgotten. */
+static int text_read(struct replica *r, const struct crdt_content *c, const struct text_place *p, uint64_t offset,
+		     size_t len, struct crdt_buf *out)
+{
+	struct ms_mailbox m;
+	int res = MS_GONE;
+	char *error = NULL;
+	struct box b;
+	bool found;
+
+	(void)replica_txn_begin(r);
+	found = box_get(r, &p->at.box, &b);
+	store_abort(&r->txn);
+	if (found) {
+		m = box_ms(&b);
+		crdt_buf_clear(out);
+		res = r->ms->body(r->ms, &m, p->at.uid, offset, len, out);
+		box_free(&b);
+	}
+	if (res != MS_GONE)
+		return res;
+	(void)replica_txn_begin(r);
+	text_place_forget(r, c, &p->at);
+	if (replica_txn_commit(r, false, &error) < 0) {
+		free(error);	/* seen by the next who uses the database */
+		return MS_TEMP;
+	}
+	return MS_GONE;
+}
+
+/* The mail store lost some places and cannot read others now: whichever has the
+ * text will do.  Only if all lost it is it gone. */
+int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,
+		      struct crdt_buf *out, uint64_t *size_r)
+{
+	struct text_place places[TEXT_PLACES_TRIED];
+	int worst = MS_GONE;
+	size_t n;
+
+	if (r->ms == NULL)
+		return MS_GONE;
+	do {
+		(void)replica_txn_begin(r);
+		n = text_places(r, c, places, TEXT_PLACES_TRIED);
+		store_abort(&r->txn);
+		for (size_t i = 0; i < n; i++) {
+			int res = text_read(r, c, &places[i], offset, len, out);
+
+			*size_r = places[i].size;
+			if (res == MS_OK)
+				return MS_OK;
+			if (res != MS_GONE && worst != MS_TEMP && worst != MS_RETRY)
+				worst = res;
+		}
+	} while (n == TEXT_PLACES_TRIED && worst == MS_GONE);
+	return worst;
+}

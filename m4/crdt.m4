@@ -24,7 +24,6 @@ AC_DEFUN([CRDT_DOVECOT], [
     [], [with_dovecot=/usr/lib/dovecot])
   AC_ARG_WITH([moduledir],
     [AS_HELP_STRING([--with-moduledir=DIR], [where Dovecot plugins go (Dovecot's own module directory)])])
-  AM_CONDITIONAL([WITH_DOVECOT], [test "x$with_dovecot" != xno])
   AS_IF([test "x$with_dovecot" != xno], [
     AC_MSG_CHECKING([for Dovecot's development files])
     AS_IF([test -f "$with_dovecot/dovecot-config"], [],
@@ -33,6 +32,11 @@ AC_DEFUN([CRDT_DOVECOT], [
     AC_MSG_RESULT([$with_dovecot])
     eval `grep '^dovecot_@<:@a-z_@:>@*=' "$with_dovecot/dovecot-config"`
     eval `grep '^LIBDOVECOT@<:@A-Z0-9_@:>@*=' "$with_dovecot/dovecot-config"`
+    AC_MSG_CHECKING([which Dovecot this is])
+    crdt_dovecot=`sed -n 's/^#define DOVECOT_ABI_VERSION "\(@<:@0-9@:>@*\.@<:@0-9@:>@*\).*/\1/p' "$dovecot_pkgincludedir/config.h"`
+    AC_MSG_RESULT([${crdt_dovecot:-unknown}])
+    AS_CASE([$crdt_dovecot], [2.3|2.4], [],
+      [AC_MSG_ERROR([only Dovecot 2.3 and 2.4 are supported])])
     dnl System headers: their warnings are not ours.
     DOVECOT_CPPFLAGS="-isystem $dovecot_pkgincludedir"
     DOVECOT_LIBS="$LIBDOVECOT -Wl,-rpath,$dovecot_pkglibdir"
@@ -42,6 +46,8 @@ AC_DEFUN([CRDT_DOVECOT], [
   dnl Services go where Dovecot looks for them, too, unless told otherwise.
   AS_IF([test -z "$with_moduledir" && test "x$libexecdir" = 'x${exec_prefix}/libexec'],
     [dovecotexecdir="$dovecot_pkglibexecdir"], [dovecotexecdir='${libexecdir}/dovecot'])
+  AM_CONDITIONAL([WITH_DOVECOT], [test "x$with_dovecot" != xno])
+  AM_CONDITIONAL([DOVECOT_24], [test "x$crdt_dovecot" = x2.4])
   AC_SUBST([moduledir])
   AC_SUBST([dovecotexecdir])
   AC_SUBST([DOVECOT_CPPFLAGS])

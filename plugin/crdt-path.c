@@ -20,7 +20,7 @@ const char *crdt_path(struct mailbox *box)
 	if (box->inbox_user)
 		return "INBOX";
 	if ((real_ns->flags & NAMESPACE_FLAG_INBOX_USER) != 0 &&
-	    str_begins(vname, ns->prefix))
+	    str_begins_with(vname, ns->prefix))
 		name += ns->prefix_len;
 	/* "INBOX/INBOX", which is not the INBOX */
 	if (strcasecmp(name, "INBOX") == 0)

@@ -62,26 +62,31 @@ static const struct crdt_setting settings[] = {
 	{ "crdt_replica", NULL, "the name of this replica: 1 to 63 letters, digits, '.', '_' or '-', "
 		"another one on each worker", parse_replica },
 	{ "crdt_slot", NULL, "a number from 0 to 63, another one on each worker", parse_slot },
-	{ "crdt_state_dir", "/var/lib/dovecot-crdt", "an absolute path", parse_state_dir },
+	{ "crdt_state_dir", CRDT_DEFAULT_STATE_DIR, "an absolute path", parse_state_dir },
 	{ "crdt_fsync", "optimized", "optimized or always", parse_fsync },
 };
 
 int crdt_settings_read(struct mail_user *user, struct crdt_settings *set_r, const char **error_r)
 {
+	const char *const *names_values;
 	unsigned int i;
 
 	i_zero(set_r);
+	if (crdt_compat_user_settings(user, &names_values, error_r) < 0) {
+		*error_r = t_strdup_printf("crdt: %s", *error_r);
+		return -1;
+	}
 	for (i = 0; i < N_ELEMENTS(settings); i++) {
 		const struct crdt_setting *s = &settings[i];
-		const char *value = crdt_compat_setting(user, s->name);
+		const char *value = crdt_compat_setting(names_values, s->name);
 
 		if (value == NULL && s->def == NULL) {
-			*error_r = t_strdup_printf("crdt: %s is not set in plugin {}: it must be %s",
+			*error_r = t_strdup_printf("crdt: %s is not set"CRDT_COMPAT_IN_SECTION": it must be %s",
 						   s->name, s->hint);
 			return -1;
 		}
 		if (!s->parse(value != NULL ? value : s->def, set_r)) {
-			*error_r = t_strdup_printf("crdt: Invalid %s in plugin {}: '%s': it must be %s",
+			*error_r = t_strdup_printf("crdt: Invalid %s"CRDT_COMPAT_IN_SECTION": '%s': it must be %s",
 						   s->name, value, s->hint);
 			return -1;
 		}

@@ -5,6 +5,10 @@
 
 struct mail_user;
 
+#define CRDT_DEFAULT_STATE_DIR "/var/lib/dovecot-crdt"
+#define CRDT_DEFAULT_EXTERNAL_EXPUNGE_MAX "10"
+#define CRDT_DEFAULT_SURVEY_INTERVAL "1 hours"
+
 enum crdt_mode { CRDT_MODE_ON, CRDT_MODE_OBSERVE, CRDT_MODE_OFF };
 
 struct crdt_settings {

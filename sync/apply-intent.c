@@ -24,6 +24,7 @@
  *    512 Ki  u32 count, count times: u64 journal, u64 first seq, u64 last seq
  */
 #include "apply-txn.h"
+#include "../plugin/crdt-compat.h"
 #include "hostpid.h"
 #include "ioloop.h"
 #include "strnum.h"
@@ -249,7 +250,7 @@ static bool is_file_of(const struct intent *intent, const char *fname)
 	if (str_parse_uintmax(fname, &secs, &p) < 0 || secs + 1 < intent->time || *p != '.' || p[1] != 'M')
 		return FALSE;
 	for (p += 2; i_isdigit(*p); p++) ;
-	return *p == 'P' && str_begins(p + 1, intent->pid) && p[1 + strlen(intent->pid)] == '.';
+	return *p == 'P' && str_begins_with(p + 1, intent->pid) && p[1 + strlen(intent->pid)] == '.';
 }
 
 static const char *uidlist_guid(struct maildir_uidlist *uidlist, uint32_t uid, const char *fname)

@@ -426,12 +426,12 @@ static int rename_children(struct rename_ctx *ctx, struct mailbox *parent_box, b
 		const char *child_path;
 
 		/* the pattern may match others: '*' can be part of a name */
-		if (!str_begins(info->vname, parent) ||
+		if (!str_begins_with(info->vname, parent) ||
 		    (info->flags & (MAILBOX_NONEXISTENT | MAILBOX_NOSELECT)) != 0)
 			continue;
 		child = mailbox_alloc(list, info->vname, MAILBOX_FLAG_IGNORE_ACLS);
 		child_path = crdt_path(child);
-		if (child_path != NULL && str_begins(child_path, here)) {
+		if (child_path != NULL && str_begins_with(child_path, here)) {
 			const char *rest = child_path + strlen(here);
 			const char *old_child = t_strconcat(path, rest, NULL);
 
@@ -542,11 +542,11 @@ int apply_rename(struct worker_user *user, const struct worker_msg *req, const c
 	new_path = worker_cstr(&req->path);
 	if (strcmp(path, new_path) == 0)
 		return rename_found(user, req, error_r);
-	if (strcmp(path, worker_cstr(&req->box.path)) != 0 && !str_begins(path, RENAME_TEMP_PREFIX)) {
+	if (strcmp(path, worker_cstr(&req->box.path)) != 0 && !str_begins_with(path, RENAME_TEMP_PREFIX)) {
 		*error_r = t_strdup_printf("mailbox is now called %s", path);
 		return MS_RETRY;
 	}
-	if (str_begins(new_path, t_strconcat(path, "/", NULL))) {
+	if (str_begins_with(new_path, t_strconcat(path, "/", NULL))) {
 		temp = t_strdup_printf(RENAME_TEMP_PREFIX"%s", guid_128_to_string(req->box.guid.b));
 		if ((ret = rename_step(user, req, path, temp, error_r)) != MS_OK)
 			return ret;

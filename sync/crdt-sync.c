@@ -12,9 +12,7 @@
 #include "istream.h"
 #include "llist.h"
 #include "restrict-access.h"
-#include "settings-parser.h"
 #include "master-service.h"
-#include "master-service-settings.h"
 #include "node.h"
 #include "pool.h"
 #include "status-socket.h"
@@ -22,6 +20,7 @@
 #include "sync-settings.h"
 #include "worker-client.h"
 #include "../crdt/plant.h"
+#include "../plugin/crdt-compat.h"
 #include "../wire/link.h"
 
 #include <sodium.h>
@@ -661,21 +660,12 @@ static void sync_deinit(void)
 
 int main(int argc, char *argv[])
 {
-	const struct setting_parser_info *set_roots[] = { &sync_setting_parser_info, NULL };
-	const enum master_service_flags service_flags =
-		MASTER_SERVICE_FLAG_NO_IDLE_DIE | MASTER_SERVICE_FLAG_DISABLE_SSL_SET |
-		MASTER_SERVICE_FLAG_NO_SSL_INIT;
-	struct master_service_settings_input input;
-	struct master_service_settings_output output;
 	const char *error;
 
-	master_service = master_service_init("crdt-sync", service_flags, &argc, &argv, "");
+	master_service = crdt_compat_sync_service_init(&argc, &argv);
 	if (master_getopt(master_service) > 0)
 		return FATAL_DEFAULT;
-	i_zero(&input);
-	input.roots = set_roots;
-	input.module = "mail";		/* sync-settings.c says why */
-	if (master_service_settings_read(master_service, &input, &output, &error) < 0)
+	if (crdt_compat_sync_service_read(master_service, &error) < 0)
 		i_fatal("Error reading configuration: %s", error);
 	master_service_init_log(master_service);
 	if (sync_settings_read(master_service, &set, &error) < 0)

@@ -6,6 +6,7 @@
 #include "master-service.h"
 #include "mail-storage-service.h"
 #include "worker-service.h"
+#include "../plugin/crdt-compat.h"
 
 struct mail_storage_service_ctx *worker_storage_service;
 
@@ -17,17 +18,14 @@ static void client_connected(struct master_service_connection *conn)
 
 int main(int argc, char *argv[])
 {
-	enum master_service_flags service_flags = MASTER_SERVICE_FLAG_KEEP_CONFIG_OPEN;
-	/* NO_PLUGINS: worker-user.c loads those that are needed. */
 	enum mail_storage_service_flags storage_flags =
 		MAIL_STORAGE_SERVICE_FLAG_USERDB_LOOKUP |
 		MAIL_STORAGE_SERVICE_FLAG_TEMP_PRIV_DROP |
 		MAIL_STORAGE_SERVICE_FLAG_NO_CHDIR |
-		MAIL_STORAGE_SERVICE_FLAG_NO_PLUGINS |
 		MAIL_STORAGE_SERVICE_FLAG_NO_IDLE_TIMEOUT;
 	int c;
 
-	master_service = master_service_init("crdt-worker", service_flags, &argc, &argv, "D");
+	master_service = crdt_compat_worker_service_init(&argc, &argv);
 	while ((c = master_getopt(master_service)) > 0) {
 		switch (c) {
 		case 'D':
@@ -39,7 +37,7 @@ int main(int argc, char *argv[])
 	}
 	restrict_access_by_env(RESTRICT_ACCESS_FLAG_ALLOW_ROOT, NULL);
 	master_service_init_log_with_pid(master_service);
-	worker_storage_service = mail_storage_service_init(master_service, NULL, storage_flags);
+	worker_storage_service = crdt_compat_storage_service_init(master_service, storage_flags);
 	restrict_access_allow_coredumps(TRUE);
 	apply_init();
 	worker_users_init();

@@ -1,38 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "lib.h"
-#include "array.h"
-#include "str.h"
 #include "strnum.h"
-#include "var-expand.h"
-#include "settings-parser.h"
-#include "master-service.h"
-#include "master-service-settings.h"
 #include "sync-settings.h"
+#include "../plugin/crdt-compat.h"
+#include "../plugin/crdt-settings.h"
 
 #include <ctype.h>
-
-/* The section plugin {} is known to Dovecot's config process as a part of the
- * mail settings.  Asking for those and parsing only this one list of them needs
- * no lib-storage. */
-struct sync_plugin_settings {
-	ARRAY(const char *) plugin_envs;
-};
-
-static const struct setting_define sync_setting_defines[] = {
-	{ .type = SET_STRLIST, .key = "plugin", .offset = offsetof(struct sync_plugin_settings, plugin_envs) },
-	SETTING_DEFINE_LIST_END
-};
-
-static const struct sync_plugin_settings sync_default_settings = { .plugin_envs = ARRAY_INIT };
-
-const struct setting_parser_info sync_setting_parser_info = {
-	.module_name = "mail",
-	.defines = sync_setting_defines,
-	.defaults = &sync_default_settings,
-	.type_offset = SIZE_MAX,
-	.struct_size = sizeof(struct sync_plugin_settings),
-	.parent_offset = SIZE_MAX,
-};
 
 struct sync_setting {
 	const char *name;
@@ -79,7 +52,7 @@ static bool parse_storage(const char *value, struct sync_settings *set)
 		struct sync_storage_settings *storage = &set->storages[set->storages_n];
 		const char *eq = strchr(*words, '=');
 
-		if (eq == NULL || eq[1] != '/' || !str_begins(*words, "tcp://") || set->storages_n == NODE_STORAGES_MAX)
+		if (eq == NULL || eq[1] != '/' || !str_begins_with(*words, "tcp://") || set->storages_n == NODE_STORAGES_MAX)
 			return FALSE;
 		storage->endpoint = i_strdup_until(*words, eq);
 		storage->key_file = i_strdup(eq + 1);
@@ -111,9 +84,7 @@ static bool parse_external_expunge_max(const char *value, struct sync_settings *
 
 static bool parse_survey_interval(const char *value, struct sync_settings *set)
 {
-	const char *error;
-
-	return settings_get_time(value, &set->survey_secs, &error) == 0 && set->survey_secs <= 31 * 24 * 3600;
+	return crdt_compat_parse_interval(value, &set->survey_secs) == 0 && set->survey_secs <= 31 * 24 * 3600;
 }
 
 static const struct sync_setting settings[] = {
@@ -126,57 +97,29 @@ static const struct sync_setting settings[] = {
 		"tcp://host:port=/path/to/its/public.key, separated by spaces, none twice", parse_storage },
 	{ "crdt_key_file", NULL, "the absolute path of this worker's secret key (NAME.key_secret, "
 		"made by crdt-keygen)", parse_key_file },
-	{ "crdt_state_dir", "/var/lib/dovecot-crdt", "an absolute path", parse_state_dir },
-	{ "crdt_external_expunge_max", "10", "a number of mails", parse_external_expunge_max },
-	{ "crdt_survey_interval", "1 hours", "a time such as 30 mins or 1 days, or 0", parse_survey_interval },
+	{ "crdt_state_dir", CRDT_DEFAULT_STATE_DIR, "an absolute path", parse_state_dir },
+	{ "crdt_external_expunge_max", CRDT_DEFAULT_EXTERNAL_EXPUNGE_MAX, "a number of mails", parse_external_expunge_max },
+	{ "crdt_survey_interval", CRDT_DEFAULT_SURVEY_INTERVAL, "a time such as 30 mins or 1 days, or 0", parse_survey_interval },
 };
-
-static int plugin_setting(const struct sync_plugin_settings *set, const char *name,
-			  const char **value_r, const char **error_r)
-{
-	const char *const *envs;
-	unsigned int i, count;
-	string_t *str;
-
-	*value_r = NULL;
-	if (!array_is_created(&set->plugin_envs))
-		return 0;
-	envs = array_get(&set->plugin_envs, &count);
-	for (i = 0; i + 1 < count; i += 2) {
-		if (strcmp(envs[i], name) == 0)
-			*value_r = envs[i + 1];
-	}
-	if (*value_r == NULL)
-		return 0;
-	/* %{hostname} and the like; there is no user here */
-	str = t_str_new(128);
-	if (var_expand(str, *value_r, NULL, error_r) < 0)
-		return -1;
-	*value_r = i_strdup(str_c(str));
-	return 0;
-}
 
 int sync_settings_read(struct master_service *service, struct sync_settings *set_r, const char **error_r)
 {
-	const struct sync_plugin_settings *plugin_set =
-		master_service_settings_get_others(service)[0];
+	const char *const *names_values;
 
 	i_zero(set_r);
-	set_r->base_dir = i_strdup(master_service_settings_get(service)->base_dir);
+	if (crdt_compat_service_settings(service, &names_values, &set_r->base_dir, error_r) < 0)
+		return -1;
 	for (unsigned int i = 0; i < N_ELEMENTS(settings); i++) {
 		const struct sync_setting *s = &settings[i];
-		const char *value, *error;
+		const char *value = crdt_compat_setting(names_values, s->name);
 
-		if (plugin_setting(plugin_set, s->name, &value, &error) < 0) {
-			*error_r = t_strdup_printf("Invalid %s in plugin {}: %s", s->name, error);
-			return -1;
-		}
 		if (value == NULL && s->def == NULL) {
-			*error_r = t_strdup_printf("%s is not set in plugin {}: it must be %s", s->name, s->hint);
+			*error_r = t_strdup_printf("%s is not set"CRDT_COMPAT_IN_SECTION": it must be %s",
+						   s->name, s->hint);
 			return -1;
 		}
 		if (!s->parse(value != NULL ? value : s->def, set_r)) {
-			*error_r = t_strdup_printf("Invalid %s in plugin {}: '%s': it must be %s",
+			*error_r = t_strdup_printf("Invalid %s"CRDT_COMPAT_IN_SECTION": '%s': it must be %s",
 						   s->name, value, s->hint);
 			return -1;
 		}

@@ -2,7 +2,7 @@
 #ifndef CRDT_SYNC_SETTINGS_H
 #define CRDT_SYNC_SETTINGS_H
 /*
- * The settings of plugin {} that crdt-sync needs; conf.d/90-crdt.conf has them
+ * The settings that crdt-sync needs; conf.d/90-crdt.conf has them
  * all.  Read once at the start; a change needs `doveadm reload`.
  */
 #include "node.h"
@@ -29,9 +29,6 @@ struct sync_settings {
 };
 
 struct master_service;
-/* What master_service_settings_read() must be asked for. */
-struct setting_parser_info;
-extern const struct setting_parser_info sync_setting_parser_info;
 /* 0, or -1 and *error_r, a text that says what to do.  Strings live as long as
  * the process.  With mode off nothing else is looked at. */
 int sync_settings_read(struct master_service *service, struct sync_settings *set_r, const char **error_r);

@@ -3,7 +3,6 @@
 #include "worker.h"
 #include "ioloop.h"
 #include "module-context.h"
-#include "module-dir.h"
 #include "mailbox-list-private.h"
 #include "mailbox-list-iter.h"
 #include "str-sanitize.h"
@@ -11,14 +10,12 @@
 #include "mail-user.h"
 #include "mail-namespace.h"
 #include "mailbox-list.h"
-#include "master-service.h"
-#include "master-service-settings.h"
 #include "mail-storage-service.h"
-#include "mail-storage-settings.h"
 #include "mail-storage-hooks.h"
 #include "maildir-storage.h"
 #include "worker-service.h"
 #include "apply-txn.h"
+#include "../plugin/crdt-compat.h"
 #include "../plugin/crdt-settings.h"
 
 #include <fcntl.h>
@@ -39,65 +36,6 @@ static const char *const storage_plugins[] = {
 	"zlib", "mail_crypt", "mail_compress", "fs_compress", "fs_crypt", "virtual",
 	"listescape", "mailbox_alias", "var_expand_crypt", "charset_alias", NULL
 };
-
-static const char *plugins_wanted(const char *mail_plugins)
-{
-	const char *const *names = t_strsplit_spaces(mail_plugins, ", ");
-	string_t *str = t_str_new(64);
-
-	for (; *names != NULL; names++) {
-		if (!str_array_find(storage_plugins, *names))
-			continue;
-		if (str_len(str) > 0)
-			str_append_c(str, ' ');
-		str_append(str, *names);
-	}
-	return str_c(str);
-}
-
-/* Loads what of mail_plugins is wanted, after the user lookup (which loads none
- * because of NO_PLUGINS) and before mail_storage_service_next(). */
-static int plugins_load(struct mail_storage_service_user *service_user, const char **error_r)
-{
-	const struct mail_storage_service_input *input =
-		mail_storage_service_user_get_input(service_user);
-	const struct mail_user_settings *set = mail_storage_service_user_get_set(service_user)[0];
-	struct module_dir_load_settings mod_set;
-	const struct setting_parser_info *user_info;
-	const struct setting_parser_context *parser;
-	const struct mail_user_settings *global_set;
-	const char *wanted;
-	pool_t pool;
-	int ret = 0;
-
-	/* The lookup has emptied mail_plugins in set; userdb's value is in the
-	 * fields, the configured one in what the cache of settings gives. */
-	pool = pool_alloconly_create("crdt plugin settings", 4096);
-	if (mail_storage_service_read_settings(worker_storage_service, input, pool,
-					       &user_info, &parser, error_r) < 0) {
-		pool_unref(&pool);
-		return -1;
-	}
-	global_set = master_service_settings_parser_get_others(master_service, parser)[0];
-	wanted = plugins_wanted(mail_storage_service_fields_var_expand(
-		t_strconcat("mail_plugins:", global_set->mail_plugins, NULL),
-		input->userdb_fields));
-	if (*wanted != '\0') {
-		i_zero(&mod_set);
-		mod_set.abi_version = DOVECOT_ABI_VERSION;
-		mod_set.binary_name = master_service_get_name(master_service);
-		mod_set.setting_name = "mail_plugins";
-		mod_set.require_init_funcs = TRUE;
-		ret = module_dir_try_load_missing(&mail_storage_service_modules,
-						  set->mail_plugin_dir, wanted, &mod_set, error_r);
-		if (ret == 0 && mail_storage_service_user_set_setting(service_user,
-						"mail_plugins", wanted, error_r) <= 0)
-			ret = -1;
-		*error_r = ret < 0 ? t_strdup(*error_r) : NULL;
-	}
-	pool_unref(&pool);
-	return ret;
-}
 
 static int user_open(struct worker_user *user, const char **error_r)
 {
@@ -131,33 +69,20 @@ static int user_open(struct worker_user *user, const char **error_r)
 
 int worker_user_init(const char *name, struct worker_user **user_r, const char **error_r)
 {
-	struct mail_storage_service_input input;
 	struct mail_storage_service_user *service_user;
 	struct worker_user *user;
 	struct mail_user *mail_user;
 	pool_t pool;
 	int ret;
 
-	i_zero(&input);
-	input.module = "mail";
-	input.service = "crdt-worker";
-	input.username = name;
-	ret = mail_storage_service_lookup(worker_storage_service, &input, &service_user, error_r);
+	ret = crdt_compat_user_open(worker_storage_service, name, storage_plugins,
+				    &service_user, &mail_user, error_r);
 	if (ret == 0) {
 		*error_r = "no such user";
 		return MS_GONE;
 	}
 	if (ret < 0)
 		return ret == -1 ? MS_TEMP : MS_FAIL;
-	if (plugins_load(service_user, error_r) < 0)
-		ret = -2;
-	else
-		ret = mail_storage_service_next(worker_storage_service, service_user, &mail_user, error_r);
-	if (ret < 0) {
-		*error_r = t_strdup(*error_r);
-		mail_storage_service_user_unref(&service_user);
-		return ret == -1 ? MS_TEMP : MS_FAIL;
-	}
 
 	pool = pool_alloconly_create("crdt worker user", 2048);
 	user = p_new(pool, struct worker_user, 1);
@@ -250,7 +175,7 @@ path_namespace(struct worker_user *user, const char *path, const char **vname_r)
 	for (ns = user->user->namespaces; ns != NULL; ns = ns->next) {
 		const char *name = with_sep(path, mail_namespace_get_sep(ns));
 
-		if (ns != user->ns && worker_ns_is_recorded(user, ns) && str_begins(name, ns->prefix)) {
+		if (ns != user->ns && worker_ns_is_recorded(user, ns) && str_begins_with(name, ns->prefix)) {
 			*vname_r = name;
 			return ns;
 		}
@@ -259,7 +184,7 @@ path_namespace(struct worker_user *user, const char *path, const char **vname_r)
 	*vname_r = with_sep(path, mail_namespace_get_sep(ns));
 	/* A mailbox called INBOX that is not the INBOX keeps the prefix. */
 	if (strcmp(path, "INBOX") != 0 &&
-	    !(ns->prefix_len > 0 && str_begins(*vname_r, ns->prefix) &&
+	    !(ns->prefix_len > 0 && str_begins_with(*vname_r, ns->prefix) &&
 	      strcasecmp(*vname_r + ns->prefix_len, "INBOX") == 0))
 		*vname_r = t_strconcat(ns->prefix, *vname_r, NULL);
 	return ns;

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 
-from . import files, layout, netns, process, status
+from . import chroot, files, layout, netns, process, status
 from .errors import ClusterError, Refused
 
 _READY_TIMEOUT = 30
@@ -22,14 +22,14 @@ def up(directory, options):
     _refuse_unsupported(options)
     layout.check_counts(options)
     if options.plugin == "on":
-        files.check_installed(options.prefix)
+        files.check_installed(options)
     # A signal waits until there is somebody to clean up after it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     layout.plan(directory, options)
     with layout.locked(directory) as cluster:
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            files.create(cluster, options.prefix)
+            files.create(cluster, options)
             netns.create(cluster)
             _start_nodes(cluster, cluster.storages() + cluster.workers())
         except BaseException:
@@ -48,8 +48,13 @@ def _refuse_unsupported(options):
         raise Refused("--delay is not supported yet")
     if options.mail_format != "maildir":
         raise Refused(f"--mail-format {options.mail_format} is not supported yet; use maildir")
-    if options.dovecot != "2.3":
-        raise Refused(f"--dovecot {options.dovecot} is not supported yet; use 2.3")
+    versions = options.dovecot.split(",")
+    if not set(versions) <= {"2.3", "2.4"}:
+        raise Refused(f"--dovecot takes 2.3, 2.4 or a list of these, not {options.dovecot}")
+    if "2.4" in versions:
+        chroot.root()
+    if "2.3" not in versions:
+        return
     version = process.dovecot_version()
     if version is None:
         raise Refused("there is no Dovecot; run scripts/build --deps-only")

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 
-from . import certs
+from . import certs, chroot
 from .errors import ClusterError, Refused
 from .layout import FIRST_MAIL_UID, STORAGE_PORT
 
@@ -16,24 +16,38 @@ DOVECOT_USER = "dovecot"        # Debian's default_internal_user
 _TEMPLATES = os.path.join(os.path.dirname(__file__), "templates")
 _INSTALLED = ("lib/dovecot/modules/lib90_crdt_plugin.so", "libexec/dovecot/crdt-sync",
               "libexec/dovecot/crdt-worker", "sbin/crdt-stored", "bin/crdt-keygen")
+_INSTALLED_24 = ("lib/dovecot/modules/lib90_crdt_plugin.so", "libexec/dovecot/crdt-sync",
+                 "lib/dovecot/modules/settings/libcrdt_settings.so", "libexec/dovecot/crdt-worker")
 _PROGRAM_DIRS = ("lib/dovecot/modules", "libexec/dovecot", "sbin", "bin")
 
 
-def check_installed(prefix):
-    """Refuses a prefix in which scripts/build has not installed everything."""
-    missing = [name for name in _INSTALLED if not os.path.exists(f"{prefix}/{name}")]
+def check_installed(options):
+    """Refuses a prefix in which scripts/build has not installed everything.
+
+    Storage daemons and keys come from the one of this machine."""
+    _check_installed(options.prefix, _INSTALLED, "")
+    if "2.4" in options.dovecot.split(","):
+        _check_installed(options.prefix_24, _INSTALLED_24, " --dovecot 2.4")
+
+
+def _check_installed(prefix, names, argument):
+    missing = [name for name in names if not os.path.exists(f"{prefix}/{name}")]
     if missing:
-        raise Refused(f"{prefix} lacks {', '.join(missing)}: run scripts/build,"
-                      " or name the right --prefix, or use --plugin off")
+        raise Refused(f"{prefix} lacks {', '.join(missing)}: run scripts/build{argument},"
+                      " or name the right prefix, or use --plugin off")
 
 
-def create(cluster, prefix):
+def create(cluster, options):
     """Fills the cluster's directory. Nothing runs yet."""
     certs.create(cluster)
     _write_users(cluster)
     if cluster.plugin:
-        _copy_programs(cluster, prefix)
-        _link_modules(cluster)
+        _copy_programs(options.prefix, programs(cluster))
+        if "2.3" in cluster.versions():
+            _link_modules(cluster)
+        if "2.4" in cluster.versions():
+            _copy_programs(options.prefix_24, programs(cluster, "2.4"))
+            _copy_modules_24(cluster)
         _make_keys(cluster)
     for node in cluster.nodes:
         os.makedirs(cluster.node_dir(node), mode=0o755)
@@ -46,9 +60,13 @@ def create(cluster, prefix):
             _configure_storage(cluster, node)
 
 
-def programs(cluster):
+def programs(cluster, dovecot="2.3"):
     """The cluster's own copy of the installed programs."""
-    return f"{cluster.data_dir}/programs"
+    return f"{cluster.data_dir}/programs{_suffix(dovecot)}"
+
+
+def _suffix(dovecot):
+    return "" if dovecot == "2.3" else f"-{dovecot}"
 
 
 def _users_file(cluster):
@@ -69,13 +87,13 @@ def _write_users(cluster):
     _write(_users_file(cluster), "".join(lines))
 
 
-def _copy_programs(cluster, prefix):
+def _copy_programs(prefix, target):
     """A copy, so that a new build does not change a cluster that runs.
 
     It also lets Dovecot's user reach them, whoever owns the source tree.
     """
     for name in _PROGRAM_DIRS:
-        shutil.copytree(f"{prefix}/{name}", f"{programs(cluster)}/{name}",
+        shutil.copytree(f"{prefix}/{name}", f"{target}/{name}",
                         ignore=shutil.ignore_patterns("*.la", "*.a"))
 
 
@@ -87,6 +105,15 @@ def _link_modules(cluster):
             os.makedirs(target, exist_ok=True)
             for name in names:
                 os.symlink(os.path.join(directory, name), os.path.join(target, name))
+
+
+def _copy_modules_24(cluster):
+    """Dovecot's modules and ours. A copy: it is seen in place of the first, from
+    where 2.4 reads what settings there are, whatever mail_plugin_dir is."""
+    target = f"{_modules(cluster)}-2.4"
+    for source in (f"{chroot.root()}{chroot.MODULES}",
+                   f"{programs(cluster, '2.4')}/lib/dovecot/modules"):
+        shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def _make_keys(cluster):
@@ -127,7 +154,7 @@ def _make_mail_root(cluster, node):
 def _configure_worker(cluster, node):
     node_dir = cluster.node_dir(node)
     os.mkdir(f"{node_dir}/state", 0o755)
-    _render("dovecot.conf.in", node.doveadm_config, {
+    _render(f"dovecot{_suffix(node.dovecot)}.conf.in", node.doveadm_config, {
         "name": node.name,
         "base_dir": cluster.node_runtime_dir(node),
         "node_dir": node_dir,
@@ -150,12 +177,12 @@ def _configure_plugin(cluster, node):
     node_dir = cluster.node_dir(node)
     storages = [f"tcp://{storage.cluster_address}:{STORAGE_PORT}="
                 + _key_file(cluster, storage, "key") for storage in cluster.storages()]
-    _render("90-crdt.conf.in", f"{node_dir}/90-crdt.conf", {
+    _render(f"90-crdt{_suffix(node.dovecot)}.conf.in", f"{node_dir}/90-crdt.conf", {
         "name": node.name,
         "slot": node.slot,
         "node_dir": node_dir,
         "modules": _modules(cluster),
-        "prefix": programs(cluster),
+        "prefix": programs(cluster, node.dovecot),
         "storages": " ".join(storages),
         "key_file": _key_file(cluster, node, "key_secret")})
     _make_plugin_state(f"{node_dir}/crdt")

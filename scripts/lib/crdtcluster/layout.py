@@ -14,6 +14,7 @@ import secrets
 import shutil
 import stat
 
+from . import chroot
 from .errors import ClusterError, Refused
 
 MAX_WORKERS = 63        # worker wN has slot N, slots end at 63
@@ -42,6 +43,9 @@ class Node:
     doveadm_config: str | None = None
     mail_root: str | None = None
     status_socket: str | None = None
+    dovecot: str | None = None          # 2.3 or 2.4
+    # Programs of the node's system are started with this before their names.
+    inside: list = dataclasses.field(default_factory=list)
     cut: bool = False
     killed: bool = False            # its main process is down on purpose
     pids: dict = dataclasses.field(default_factory=dict)
@@ -76,6 +80,10 @@ class Cluster:
 
     def workers(self):
         return [node for node in self.nodes if node.kind == "worker"]
+
+    def versions(self):
+        """Of Dovecot."""
+        return {node.dovecot for node in self.workers()}
 
     def storages(self):
         return [node for node in self.nodes if node.kind == "storage"]
@@ -242,7 +250,8 @@ def _describe(directory, cluster_id, data_dir, options):
         switch_netns=f"{prefix}-switch", ca_file=f"{data_dir}/tls/ca.pem",
         nodes=[], users=_users(options))
     for i in range(1, options.workers + 1):
-        cluster.nodes.append(_worker(cluster, i, subnet))
+        version = options.dovecot.split(",")[(i - 1) % len(options.dovecot.split(","))]
+        cluster.nodes.append(_worker(cluster, i, subnet, version))
     for i in range(1, options.storages + 1):
         cluster.nodes.append(_storage(cluster, i, subnet))
     return cluster
@@ -254,15 +263,18 @@ def _users(options):
             for i in range(1, options.users + 1)]
 
 
-def _worker(cluster, i, subnet):
+def _worker(cluster, i, subnet, version):
     node = Node(
         name=f"w{i}", kind="worker", slot=i, netns=f"crdt-{cluster.id}-w{i}",
         address=f"{subnet}.1.{10 + i}", cluster_address=f"{subnet}.2.{10 + i}",
-        imap_port=143, imaps_port=993, lmtp_port=24, pop3_port=110)
+        imap_port=143, imaps_port=993, lmtp_port=24, pop3_port=110, dovecot=version)
     node.mail_root = f"{cluster.node_dir(node)}/mail"
     node.doveadm_config = f"{cluster.node_dir(node)}/dovecot.conf"
     if cluster.plugin:
         node.status_socket = f"{cluster.node_runtime_dir(node)}/crdt-status"
+    if version == "2.4":
+        node.inside = chroot.command(cluster.data_dir, _runtime_dir(cluster.id), modules=(
+            f"{cluster.data_dir}/modules-2.4" if cluster.plugin else None))
     return node
 
 

@@ -163,7 +163,7 @@ def start(cluster, node):
 
 def _start_dovecot(cluster, node):
     """Dovecot detaches itself once its configuration and listeners are good."""
-    binary = _dovecot_binary()
+    binary = "dovecot" if node.inside else _dovecot_binary()
     if binary is None:
         raise ClusterError("there is no Dovecot; run scripts/build --deps-only")
     # A killed master leaves it, and its pid may be another process's by now.
@@ -171,7 +171,7 @@ def _start_dovecot(cluster, node):
         os.unlink(f"{cluster.node_runtime_dir(node)}/master.pid")
     with open(f"{cluster.node_dir(node)}/start.log", "ab") as log, netns.in_netns(node.netns):
         try:
-            result = subprocess.run([binary, "-c", node.doveadm_config],
+            result = subprocess.run([*node.inside, binary, "-c", node.doveadm_config],
                                     stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                     timeout=_START_TIMEOUT, check=False)
         except subprocess.TimeoutExpired:

@@ -13,17 +13,6 @@
 #  include "crdt-settings-24.h"
 #endif
 
-/* Loads plugins after the user lookup (which loads none because of NO_PLUGINS) and
- * before mail_storage_service_next(). */
-static void module_settings_init(struct module_dir_load_settings *set)
-{
-	i_zero(set);
-	set->abi_version = DOVECOT_ABI_VERSION;
-	set->binary_name = master_service_get_name(master_service);
-	set->setting_name = "mail_plugins";
-	set->require_init_funcs = TRUE;
-}
-
 #if CRDT_DOVECOT_24
 
 int crdt_compat_user_settings(struct mail_user *user, const char *const **names_values_r,
@@ -51,7 +40,7 @@ crdt_compat_storage_service_init(struct master_service *service, unsigned int fl
 	/* without this the built-in defaults would be used, silently */
 	if (master_service_settings_read_simple(service, &error) < 0)
 		i_fatal("Error reading configuration: %s", error);
-	return mail_storage_service_init(service, flags | MAIL_STORAGE_SERVICE_FLAG_NO_PLUGINS);
+	return mail_storage_service_init(service, flags);
 }
 
 /* userdb's "mail_plugins=a b" instead of what is configured, "mail_plugins/a=yes"
@@ -74,36 +63,63 @@ static bool plugin_is_configured(const char *name, const struct mail_user_settin
 	return found;
 }
 
-static int plugins_load(struct mail_storage_service_ctx *ctx ATTR_UNUSED,
-			struct mail_storage_service_user *service_user, const char *const *plugins,
-			const char **error_r)
+/* Which of the plugins are configured, for all or for whom userdb gave the fields. */
+static int plugins_wanted(const char *const *plugins, const char *const *userdb_fields,
+			  const char **wanted_r, const char **error_r)
 {
-	const char *const *fields = mail_storage_service_user_get_userdb_fields(service_user);
 	const struct mail_user_settings *set;
-	struct module_dir_load_settings mod_set;
-	ARRAY_TYPE(const_string) wanted;
-	int ret = 0;
+	string_t *str = t_str_new(64);
 
-	/* The lookup has emptied mail_plugins in the user's settings. */
 	if (settings_get(master_service_get_event(master_service), &mail_user_setting_parser_info,
 			 SETTINGS_GET_FLAG_NO_EXPAND, &set, error_r) < 0)
 		return -1;
-	t_array_init(&wanted, 8);
 	for (; *plugins != NULL; plugins++) {
-		if (plugin_is_configured(*plugins, set, fields))
-			array_push_back(&wanted, plugins);
+		if (plugin_is_configured(*plugins, set, userdb_fields))
+			str_printfa(str, "%s%s", str_len(str) > 0 ? " " : "", *plugins);
 	}
-	if (!array_is_empty(&wanted)) {
-		array_append_zero(&wanted);
-		module_settings_init(&mod_set);
-		ret = module_dir_try_load_missing(&mail_storage_service_modules, set->mail_plugin_dir,
-						  array_front(&wanted), &mod_set, error_r);
-		settings_override(mail_storage_service_user_get_settings_instance(service_user), "mail_plugins",
-				  t_strarray_join(array_front(&wanted), " "), SETTINGS_OVERRIDE_TYPE_CODE);
-	}
-	*error_r = ret < 0 ? t_strdup(*error_r) : NULL;
 	settings_free(set);
+	*wanted_r = str_c(str);
+	return 0;
+}
+
+/* With just the wanted plugins.  Not with NO_PLUGINS as in 2.3: the user's settings
+ * then have no plugins for good, and those that are loaded all the same do nothing. */
+static int user_lookup(struct mail_storage_service_ctx *ctx, const char *name, const char *wanted,
+		       struct mail_storage_service_user **service_user_r, const char **error_r)
+{
+	struct event *event = master_service_get_event(master_service);
+	struct settings_instance *instance = settings_instance_new(settings_root_find(event));
+	const struct mail_storage_service_input input = {
+		.service = "crdt-worker", .username = name, .set_instance = instance,
+	};
+	int ret;
+
+	settings_override(instance, "mail_plugins", wanted, SETTINGS_OVERRIDE_TYPE_CODE);
+	ret = mail_storage_service_lookup(ctx, &input, service_user_r, error_r);
+	settings_instance_free(&instance);
 	return ret;
+}
+
+static int user_open(struct mail_storage_service_ctx *ctx, const char *name, const char *const *plugins,
+		     struct mail_storage_service_user **service_user_r, const char **error_r)
+{
+	const char *wanted, *also;
+	int ret;
+
+	if (plugins_wanted(plugins, NULL, &wanted, error_r) < 0)
+		return -1;
+	if ((ret = user_lookup(ctx, name, wanted, service_user_r, error_r)) <= 0)
+		return ret;
+	/* userdb may have another list for this user */
+	if (plugins_wanted(plugins, mail_storage_service_user_get_userdb_fields(*service_user_r),
+			   &also, error_r) < 0) {
+		mail_storage_service_user_unref(service_user_r);
+		return -1;
+	}
+	if (strcmp(wanted, also) == 0)
+		return 1;
+	mail_storage_service_user_unref(service_user_r);
+	return user_lookup(ctx, name, also, service_user_r, error_r);
 }
 
 #else
@@ -151,6 +167,8 @@ static const char *plugins_wanted(const char *mail_plugins, const char *const *p
 	return str_c(str);
 }
 
+/* After the user lookup (which loads none because of NO_PLUGINS) and before
+ * mail_storage_service_next(). */
 static int plugins_load(struct mail_storage_service_ctx *ctx,
 			struct mail_storage_service_user *service_user, const char *const *plugins,
 			const char **error_r)
@@ -178,7 +196,11 @@ static int plugins_load(struct mail_storage_service_ctx *ctx,
 		t_strconcat("mail_plugins:", global_set->mail_plugins, NULL),
 		input->userdb_fields), plugins);
 	if (*wanted != '\0') {
-		module_settings_init(&mod_set);
+		i_zero(&mod_set);
+		mod_set.abi_version = DOVECOT_ABI_VERSION;
+		mod_set.binary_name = master_service_get_name(master_service);
+		mod_set.setting_name = "mail_plugins";
+		mod_set.require_init_funcs = TRUE;
 		ret = module_dir_try_load_missing(&mail_storage_service_modules,
 						  set->mail_plugin_dir, wanted, &mod_set, error_r);
 		if (ret == 0 && mail_storage_service_user_set_setting(service_user,
@@ -189,6 +211,21 @@ static int plugins_load(struct mail_storage_service_ctx *ctx,
 	pool_unref(&pool);
 	return ret;
 }
+
+static int user_open(struct mail_storage_service_ctx *ctx, const char *name, const char *const *plugins,
+		     struct mail_storage_service_user **service_user_r, const char **error_r)
+{
+	const struct mail_storage_service_input input = {
+		.module = "mail", .service = "crdt-worker", .username = name,
+	};
+	int ret = mail_storage_service_lookup(ctx, &input, service_user_r, error_r);
+
+	if (ret > 0 && plugins_load(ctx, *service_user_r, plugins, error_r) < 0) {
+		mail_storage_service_user_unref(service_user_r);
+		ret = -2;
+	}
+	return ret;
+}
 #endif
 
 int crdt_compat_user_open(struct mail_storage_service_ctx *ctx, const char *name,
@@ -196,22 +233,11 @@ int crdt_compat_user_open(struct mail_storage_service_ctx *ctx, const char *name
 			  struct mail_storage_service_user **service_user_r,
 			  struct mail_user **user_r, const char **error_r)
 {
-	struct mail_storage_service_input input;
-	int ret;
+	int ret = user_open(ctx, name, plugins, service_user_r, error_r);
 
-	i_zero(&input);
-	input.service = "crdt-worker";
-	input.username = name;
-#if !CRDT_DOVECOT_24
-	input.module = "mail";
-#endif
-	ret = mail_storage_service_lookup(ctx, &input, service_user_r, error_r);
 	if (ret <= 0)
 		return ret;
-	if (plugins_load(ctx, *service_user_r, plugins, error_r) < 0)
-		ret = -2;
-	else
-		ret = mail_storage_service_next(ctx, *service_user_r, user_r, error_r);
+	ret = mail_storage_service_next(ctx, *service_user_r, user_r, error_r);
 	if (ret < 0) {
 		*error_r = t_strdup(*error_r);
 		mail_storage_service_user_unref(service_user_r);

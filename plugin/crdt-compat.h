@@ -51,7 +51,7 @@ int crdt_compat_sync_service_read(struct master_service *service, const char **e
 /* ---- crdt-worker ---- */
 
 struct master_service *crdt_compat_worker_service_init(int *argc, char **argv[]);
-/* Reads the configuration, too; fatal if that fails.  Plugins are not loaded.
+/* Reads the configuration, too; fatal if that fails.
  * flags: enum mail_storage_service_flags. */
 struct mail_storage_service_ctx *
 crdt_compat_storage_service_init(struct master_service *service, unsigned int flags);

@@ -120,7 +120,8 @@ int worker_users(struct worker_conn *conn, const char **error_r)
 	const char *name;
 	int ret = 0;
 
-	mail_storage_service_all_init_mask(worker_storage_service, "");
+	/* not "": 2.4 takes that for a mask which no name matches */
+	mail_storage_service_all_init_mask(worker_storage_service, "*");
 	while (!worker_conn_failed(conn) &&
 	       (ret = mail_storage_service_all_next(worker_storage_service, &name)) > 0) {
 		struct worker_msg msg = { .type = WORKER_NAME };

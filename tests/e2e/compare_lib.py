@@ -17,8 +17,11 @@ def configure(cluster, worker, name, value):
     path = os.path.join(cluster.directory, "nodes", worker, "90-crdt.conf")
     with open(path, encoding="ascii") as file:
         text = file.read()
-    text = re.sub(rf"  {name} = .*\n", "", text)
-    text = text.replace("plugin {\n", f"plugin {{\n  {name} = {value}\n", 1)
+    text = re.sub(rf"(?m)^ *{name} = .*\n", "", text)
+    if cluster.node(worker)["dovecot"] == "2.4":
+        text += f"{name} = {value}\n"
+    else:
+        text = text.replace("plugin {\n", f"plugin {{\n  {name} = {value}\n", 1)
     with open(path, "w", encoding="ascii") as file:
         file.write(text)
     reload(cluster, worker)

@@ -46,6 +46,7 @@ def plugin(cluster, worker, on):
     with open(path, encoding="ascii") as file:
         text = file.read()
     text = re.sub(r"(?m)^#?(mail_plugins = .*)$", r"\1" if on else r"#\1", text)
+    text = re.sub(r"(?m)^  crdt = (yes|no)$", f"  crdt = {'yes' if on else 'no'}", text)
     with open(path, "w", encoding="ascii") as file:
         file.write(text)
     reload(cluster, worker)

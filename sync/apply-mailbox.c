@@ -195,8 +195,10 @@ static int create_locked(struct worker_user *user, struct mailbox *box, const st
 	if (ret != MS_OK && ret != MS_GONE)
 		return ret;
 	*existed_r = ret == MS_OK;
+	/* What a killed one of us made has been recorded (apply_intent_recover()); of
+	 * another one the engine knows, or has it recorded as what it is. */
 	if (*existed_r)
-		return create_tell(user, box, req, made_r, error_r);
+		return create_describe(user, box, made_r, error_r);
 	if ((ret = apply_intent_write_create(user, box, req, error_r)) != MS_OK)
 		return ret;
 	if ((ret = create_new(user, box, req, error_r)) == MS_OK)

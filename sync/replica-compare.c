@@ -199,6 +199,11 @@ void compare_survey_due(struct replica *r)
 	survey_put(r, SURVEY_DUE);
 }
 
+void compare_look(struct replica *r, const void *path, size_t len)
+{
+	look_put(r, LOOK_AT, path, len, 0);
+}
+
 int replica_survey(struct replica *r, char **error_r)
 {
 	(void)replica_txn_begin(r);

@@ -209,13 +209,11 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 		box_free(&b);
 		return step;
 	}
-	/* It was there already, without our knowing. */
-	memset(&b, 0, sizeof(b));
-	b.guid = made.guid;
-	b.uidvalidity = made.uidvalidity;
-	box_set_path(r, &b, f->path, f->path_len);
-	box_free(&b);
-	return STEP_PROGRESS;
+	/* It was there already, without our knowing: first it gets its records, so that
+	 * its UIDVALIDITY counts.  (Taken for ours it would be renumbered.) */
+	compare_look(r, f->path, f->path_len);
+	*error_r = strdup("a mailbox is there that has no record");
+	return STEP_LATER;
 }
 
 static enum step do_rename(struct replica *r, struct box *b, const void *path, size_t len, char **error_r)

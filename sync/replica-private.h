@@ -219,6 +219,8 @@ int replica_journal_record(struct replica *r, const struct ms_record *rec);
 int replica_compare(struct replica *r, bool *more_r, char **error_r);
 bool compare_survey_is_due(struct replica *r);
 void compare_survey_due(struct replica *r);
+/* The mailbox at this path is to be compared. */
+void compare_look(struct replica *r, const void *path, size_t len);
 /* The last record that an index transaction of the mailbox brought. */
 void box_record_put(struct replica *r, const struct crdt_id *guid, crdt_origin journal, uint64_t seq);
 struct ms_position box_record_get(struct replica *r, const struct crdt_id *guid);

@@ -15,7 +15,7 @@ import pytest
 
 from compare_lib import WORKERS, configure, login, reload, see, until, views
 from crdtlib import CommandFailed
-from imap_lib import message
+from imap_lib import Refused, message
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 NUMBERS = itertools.count(1)
@@ -55,7 +55,10 @@ def plugin(cluster, worker, on):
 def both_show(cluster, user, mails):
     """Waits until both workers show these mails; the views, which are equal then."""
     def shown():
-        seen = views(cluster, user)
+        try:
+            seen = views(cluster, user)
+        except Refused:     # a folder that went after it was listed
+            return None
         return seen if all(view.mails() == mails for view in seen) and seen[0] == seen[1] else None
 
     try:

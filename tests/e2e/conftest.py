@@ -2,6 +2,7 @@
 """Settings of the end-to-end tests, and what a failed one shows.
 
 CRDT_PREFIX   where scripts/build installed to (default: build/inst)
+CRDT_MAIL_FORMAT  mail format of the clusters' workers, or a list (as above)
 CRDT_DOVECOT  version of Dovecot of the clusters' workers (see scripts/cluster up)
 CRDT_LONG=1   long runs where a test has a short and a long one
 """
@@ -15,6 +16,7 @@ import pytest
 from crdtlib import TOP, Cluster
 
 PREFIX = os.environ.get("CRDT_PREFIX") or os.path.join(TOP, "build", "inst")
+MAIL_FORMAT = os.environ.get("CRDT_MAIL_FORMAT") or "maildir"
 DOVECOT = os.environ.get("CRDT_DOVECOT") or "2.3"
 LONG = os.environ.get("CRDT_LONG") == "1"
 _LOG_LINES = 60
@@ -39,6 +41,7 @@ def _clusters(tmp_path_factory):
 
     def start(name="cluster", **options):
         options.setdefault("dovecot", DOVECOT)
+        options.setdefault("mail_format", MAIL_FORMAT)
         cluster = Cluster.up(tmp_path_factory.mktemp(name) / "c", **{"prefix": PREFIX, **options})
         running.append(cluster)
         _RUNNING[cluster.directory] = cluster

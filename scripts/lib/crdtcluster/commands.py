@@ -46,8 +46,9 @@ def _refuse_unsupported(options):
         raise Refused("--director is not supported yet")
     if options.delay:
         raise Refused("--delay is not supported yet")
-    if options.mail_format != "maildir":
-        raise Refused(f"--mail-format {options.mail_format} is not supported yet; use maildir")
+    if not set(options.mail_format.split(",")) <= {"maildir", "sdbox", "mdbox"}:
+        raise Refused("--mail-format takes maildir, sdbox, mdbox or a list of these,"
+                      f" not {options.mail_format}")
     versions = options.dovecot.split(",")
     if not set(versions) <= {"2.3", "2.4"}:
         raise Refused(f"--dovecot takes 2.3, 2.4 or a list of these, not {options.dovecot}")

@@ -165,6 +165,8 @@ def _configure_worker(cluster, node):
         "first_uid": FIRST_MAIL_UID,
         "users_file": _users_file(cluster),
         "mail_root": node.mail_root,
+        "mail_format": node.mail_format,
+        "mail_dir": "Maildir" if node.mail_format == "maildir" else node.mail_format,
         "imap_port": node.imap_port,
         "imaps_port": node.imaps_port,
         "pop3_port": node.pop3_port,

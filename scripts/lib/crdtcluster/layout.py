@@ -44,6 +44,7 @@ class Node:
     mail_root: str | None = None
     status_socket: str | None = None
     dovecot: str | None = None          # 2.3 or 2.4
+    mail_format: str | None = None
     # Programs of the node's system are started with this before their names.
     inside: list = dataclasses.field(default_factory=list)
     cut: bool = False
@@ -250,11 +251,17 @@ def _describe(directory, cluster_id, data_dir, options):
         switch_netns=f"{prefix}-switch", ca_file=f"{data_dir}/tls/ca.pem",
         nodes=[], users=_users(options))
     for i in range(1, options.workers + 1):
-        version = options.dovecot.split(",")[(i - 1) % len(options.dovecot.split(","))]
-        cluster.nodes.append(_worker(cluster, i, subnet, version))
+        cluster.nodes.append(_worker(cluster, i, subnet, _nth(options.dovecot, i),
+                                     _nth(options.mail_format, i)))
     for i in range(1, options.storages + 1):
         cluster.nodes.append(_storage(cluster, i, subnet))
     return cluster
+
+
+def _nth(words, i):
+    """Of a list that begins anew at its end."""
+    words = words.split(",")
+    return words[(i - 1) % len(words)]
 
 
 def _users(options):
@@ -263,11 +270,12 @@ def _users(options):
             for i in range(1, options.users + 1)]
 
 
-def _worker(cluster, i, subnet, version):
+def _worker(cluster, i, subnet, version, mail_format):
     node = Node(
         name=f"w{i}", kind="worker", slot=i, netns=f"crdt-{cluster.id}-w{i}",
         address=f"{subnet}.1.{10 + i}", cluster_address=f"{subnet}.2.{10 + i}",
-        imap_port=143, imaps_port=993, lmtp_port=24, pop3_port=110, dovecot=version)
+        imap_port=143, imaps_port=993, lmtp_port=24, pop3_port=110, dovecot=version,
+        mail_format=mail_format)
     node.mail_root = f"{cluster.node_dir(node)}/mail"
     node.doveadm_config = f"{cluster.node_dir(node)}/dovecot.conf"
     if cluster.plugin:

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
 CALLS = ("rename", "link", "unlink", "write", "pwrite64", "writev", "fdatasync", "fsync", "mkdir", "flock",
          "fcntl", "ftruncate", "utime")
 ALL = os.environ.get("CRDT_KILLS") == "all"
-SAMPLE = 4
+SAMPLE = 2
 STALE = 300     # seconds: more than Dovecot's two minutes for a lock file without a pid
 SEED = int(os.environ.get("CRDT_SEED") or random.randrange(1 << 32))
 

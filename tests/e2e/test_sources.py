@@ -307,7 +307,7 @@ def other_store(cluster, worker, user, *subjects):
     settings = (["-o", "mail_path=~/Other"] if is_24(cluster, worker) else
                 ["-o", f"mail_location={location}"])
     for subject in subjects:
-        cluster.doveadm(worker, *settings, "-o", "mail_plugins=", "save", "-u", user,
+        cluster.doveadm(worker, *settings, "-o", "mail_plugins=virtual", "save", "-u", user,
                         "-m", "INBOX", stdin=message(subject))
     return location
 

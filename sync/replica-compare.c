@@ -918,7 +918,11 @@ static int look_check(struct replica *r, const struct look *look, char **error_r
 		ret = replica_outbound_progress(replica_outbound(r, error_r));
 		break;
 	case MS_GONE:
-		ret = look_nothing(r, look, error_r);
+		/* It was looked for with the list locked, in which records of mailboxes are
+		 * written: the journal tells by now if it was renamed or removed. */
+		ret = replica_outbound_progress(replica_outbound(r, error_r));
+		if (ret == REPLICA_DONE)
+			ret = look_nothing(r, look, error_r);
 		break;
 	case MS_FAIL:
 		replica_log(r, 1, "mailbox %.*s cannot be compared: %s", (int)look->path.n,

@@ -177,7 +177,7 @@ static void break_position(struct worker_msg *m) { m->pos_n = 2; }
 static void break_size(struct worker_msg *m) { m->mail.size = 5; }
 static void break_type(struct worker_msg *m) { m->type = WORKER_USERS + 1; }
 static void break_what(struct worker_msg *m) { m->what = 4; }
-static void break_ranges(struct worker_msg *m) { m->ranges[0] = ranges + 1; m->ranges[1] = backwards; m->ranges_n[1] = 2; }
+static void break_ranges(struct worker_msg *m) { m->ranges[1] = backwards; m->ranges_n[1] = 2; }
 static void break_look(struct worker_msg *m) { m->looks = bad_look; m->looks_n = 1; }
 
 static void test_values_that_cannot_be(void **state)

@@ -649,6 +649,7 @@ static int apply_save(struct vmail *v, struct vmail_box *b, struct ms_cmd *c)
 		return MS_OK;
 	}
 	mail_add(v, b, &m);
+	v->tried_uid = m.uid;
 	if (vmail_killed(v, 4))
 		return MS_TEMP;
 	journal_append(v, b, &m, c->key);
@@ -668,6 +669,7 @@ static int apply_move(struct vmail *v, struct vmail_box *b, struct ms_cmd *c, st
 			return MS_OK;
 		}
 		mail_add(v, b, &m);
+		v->tried_uid = m.uid;
 		if (vmail_killed(v, 4))
 			return MS_TEMP;
 		tried = &m;

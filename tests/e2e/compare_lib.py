@@ -64,9 +64,9 @@ def until(condition, timeout=90):
         time.sleep(0.2)
 
 
-def see(cluster, worker, user):
+def see(cluster, worker, user, stale_list=False):
     with login(cluster, worker, user) as client:
-        return client.look()
+        return client.look(stale_list)
 
 
 def views(cluster, user):

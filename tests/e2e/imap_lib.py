@@ -248,13 +248,19 @@ class Client:
                 size=int(found["RFC822.SIZE"]), body=found["BODY[]"])
         return mails
 
-    def look(self):
-        """A View of all that is there."""
+    def look(self, stale_list=False):
+        """A View of all that is there. stale_list: LIST may name what does not exist."""
         folders = {name: Folder(attributes) for name, attributes in self.list().items()}
         for name, folder in folders.items():
             if not folder.selectable:
                 continue
-            status = self.status(name)
+            try:
+                status = self.status(name)
+            except Refused as error:
+                if not stale_list or "doesn't exist" not in str(error):
+                    raise
+                folder.attributes |= {"\\Noselect"}
+                continue
             folder.messages, folder.unseen, folder.uidvalidity, folder.uidnext = (
                 status[item] for item in STATUS)
             if folder.messages:

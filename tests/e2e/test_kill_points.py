@@ -15,13 +15,13 @@ import imaplib
 import os
 import random
 import shutil
-import subprocess
 import time
 
 import pytest
 
 from compare_lib import WORKERS, configure, login, see, until
 from imap_lib import Refused
+from kill_lib import killed_at, stale_locks_go
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
               pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")]
@@ -30,32 +30,20 @@ CALLS = ("rename", "link", "unlink", "write", "pwrite64", "writev", "fdatasync",
 ALL = os.environ.get("CRDT_KILLS") == "all"
 SAMPLE = 2
 SETTLED = 3     # seconds
-STALE_LOCK = 130
-STALE = 300     # seconds: more than Dovecot's two minutes for a lock file without a pid
+# Between a mailbox's new name and the list's index: Dovecot goes on listing the old one.
+STALE_LIST = True
+PATIENCE = 120  # seconds
 SEED = int(os.environ.get("CRDT_SEED") or 1)    # each time the same ones, but for hunts
 
 
 @pytest.fixture(scope="module", name="cluster")
 def fixture_cluster(new_cluster):
     cluster = new_cluster(users=12)
-    for worker in WORKERS:
-        configure(cluster, worker, "crdt_survey_interval", "1 s")
-    return cluster
-
-
-@contextlib.contextmanager
-def killed_at(pid, call, number):
-    """The process is killed when it enters this system call for the number-th time."""
-    strace = subprocess.Popen(["strace", "-p", str(pid), "-o", "/dev/null",
-                               "-e", f"inject={call}:signal=KILL:when={number}"],
-                              stderr=subprocess.PIPE, text=True)
-    assert "attached" in strace.stderr.readline()
-    try:
-        yield
-    finally:
-        strace.terminate()
-        strace.wait()
-        strace.stderr.close()
+    with contextlib.ExitStack() as stack:
+        for worker in WORKERS:
+            configure(cluster, worker, "crdt_survey_interval", "1 s")
+            stack.enter_context(stale_locks_go(os.path.dirname(cluster.home(worker, "u1"))))
+        yield cluster
 
 
 def imap_pid(cluster, user):
@@ -117,9 +105,6 @@ def delete(n, mails):
 
 
 COMMANDS = {f.__name__: f for f in (append, store, unstore, expunge, copy, move, create, delete, rename)}
-# Open: after one of the steps of a RENAME the user's folders cannot be listed for
-# minutes.  So not each time.
-WALKED = [kind for kind in COMMANDS if ALL or kind != "rename"]
 
 
 def steps(kind):
@@ -138,27 +123,25 @@ def steps(kind):
 
 def outcomes(kind, before, after):
     """What may be there: a MOVE is two commits, to expunge a mail takes two
-    commands, and Dovecot empties a mailbox before it removes it; all else is one."""
+    commands, and Dovecot empties a mailbox before it removes it and renames one
+    mailbox of a tree after the other; all else is one."""
     partly = []
     if kind == "move":
         partly = [changed(before, f=after["f"])]
     if kind == "expunge":
         gone, = set(before["INBOX"]) - set(after["INBOX"])
         partly = [changed(before, INBOX=[*after["INBOX"], rf"{gone} \Deleted"])]
+    if kind == "rename":
+        old, to = set(before) - set(after), set(after) - set(before)
+        partly = [changed(before, **{min(old): None, min(to): []})]
     if kind == "delete":
         gone, = set(before) - set(after)
         partly = [changed(before, **{gone: []})]
     return [before, after, *partly]
 
 
-def fresh_locks(directory):
-    """Lock files that Dovecot still takes for somebody's. (An old one goes when
-    somebody wants the lock.)"""
-    for path in glob.glob(directory + "/**/*.lock", recursive=True):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() < os.stat(path).st_mtime + STALE_LOCK:
-                return True
-    return False
+def locks(directory):
+    return glob.glob(directory + "/**/*.lock", recursive=True, include_hidden=True)
 
 
 def look_at_both(cluster, user, allowed, killed=False):
@@ -166,12 +149,12 @@ def look_at_both(cluster, user, allowed, killed=False):
     seen = []
 
     def agreed():
-        try:
-            seen[:] = [see(cluster, worker, user) for worker in WORKERS]
-        except (OSError, Refused):  # a killed one's lock file, or half removed mailbox
-            return False
         # While there is one, Dovecot may not show what was saved.
-        if any(fresh_locks(cluster.home(worker, user)) for worker in WORKERS):
+        if any(locks(cluster.home(worker, user)) for worker in WORKERS):
+            return False
+        try:
+            seen[:] = [see(cluster, worker, user, STALE_LIST) for worker in WORKERS]
+        except (OSError, Refused):  # a killed one's lock file, or half removed mailbox
             return False
         return seen[0].mails() in allowed and seen[0] == seen[1]
 
@@ -186,7 +169,7 @@ def look_at_both(cluster, user, allowed, killed=False):
 
     since = []
     try:
-        until(settled if killed else agreed, timeout=STALE)
+        until(settled if killed else agreed, timeout=PATIENCE)
     except AssertionError:
         raise AssertionError("\n".join(f"{w}:\n{view}" for w, view in zip(WORKERS, seen)) +
                              f"\nallowed: {allowed}") from None
@@ -194,7 +177,7 @@ def look_at_both(cluster, user, allowed, killed=False):
 
 
 @pytest.mark.allows_errors
-@pytest.mark.parametrize("kind", WALKED)
+@pytest.mark.parametrize("kind", COMMANDS)
 def test_killed_at_each_step(cluster, kind):
     user = f"u{1 + list(COMMANDS).index(kind)}"
     print(f"CRDT_SEED={SEED}")
@@ -208,7 +191,7 @@ def test_killed_at_each_step(cluster, kind):
         prepared, command, after = COMMANDS[kind](n, mails)
         client = login(cluster, "w1", user)
         client.do(*prepared)
-        before = client.look().mails()
+        before = client.look(STALE_LIST).mails()
         client.unselect()
         killed = False
         with killed_at(imap_pid(cluster, user), *step):

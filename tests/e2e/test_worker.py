@@ -12,12 +12,12 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
 import threading
 import time
 
 import pytest
 
+from kill_lib import killed_at, stale_locks_go
 from plugin_lib import MAIL_UID, append, in_own_block, message, ok, wait_for
 from worker_lib import (DONE, FAIL, FAILED, GONE, HELD, NO_BOX, OK, RETRY, TEMP, CallFailed,
                         WorkerDovecot, mail_key, words)
@@ -922,21 +922,6 @@ STEPS = ("rename", "link", "unlink", "write", "pwrite64", "fdatasync", "fsync", 
          "flock", "fcntl", "umask")
 
 
-@contextlib.contextmanager
-def killed_at(pid, call, number):
-    """The process is killed when it enters this system call for the number-th time."""
-    strace = subprocess.Popen(["strace", "-p", str(pid), "-o", "/dev/null",
-                               "-e", f"inject={call}:signal=KILL:when={number}"],
-                              stderr=subprocess.PIPE, text=True)
-    assert "attached" in strace.stderr.readline()
-    try:
-        yield
-    finally:
-        strace.terminate()
-        strace.wait()
-        strace.stderr.close()
-
-
 def shadow(recs, box):
     """What the engine takes a mailbox for: {UID: key}, and native mails that it counts as new."""
     mails, news = {}, {}
@@ -978,8 +963,7 @@ def kill_at_each_step(dovecot, user, prepare, call):
         rounds += 1
         dovecot.kill_workers()
         wait_for("end of the workers", lambda: not dovecot.worker_pids())
-        # More than Dovecot's two minutes for a lock file that was made and has no pid yet.
-        with dovecot.tool(user, timeout=200) as t:
+        with dovecot.tool(user, timeout=200) as t, stale_locks_go(str(dovecot.mail / user)):
             it = prepare(t, rounds)
             pid, = dovecot.worker_pids()
             with killed_at(pid, *step):

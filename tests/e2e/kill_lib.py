@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""For tests that kill processes of Dovecot at a given system call."""
+
+import contextlib
+import glob
+import os
+import re
+import subprocess
+import threading
+import time
+
+
+@contextlib.contextmanager
+def killed_at(pid, call, number):
+    """The process is killed when it enters this system call for the number-th time."""
+    strace = subprocess.Popen(["strace", "-p", str(pid), "-o", "/dev/null",
+                               "-e", f"inject={call}:signal=KILL:when={number}"],
+                              stderr=subprocess.PIPE, text=True)
+    assert "attached" in strace.stderr.readline()
+    try:
+        yield
+    finally:
+        strace.terminate()
+        strace.wait()
+        strace.stderr.close()
+
+
+def open_files():
+    for fd in glob.glob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            stat = os.stat(fd)
+            yield stat.st_dev, stat.st_ino
+
+
+def is_stale(path):
+    """Whether the lock file's owner was killed before its pid was in it. Dovecot waits
+    two minutes for such a one; it has it open until the pid is written."""
+    with open(path, "rb") as file:
+        stat, owner = os.fstat(file.fileno()), re.match(rb"\d+:", file.read(100))
+    if owner or time.time() < stat.st_ctime + 1:
+        return False
+    return (stat.st_dev, stat.st_ino) not in set(open_files())
+
+
+def remove_stale_locks(directory):
+    for path in glob.glob(os.path.join(directory, "**/*.lock"), recursive=True, include_hidden=True):
+        with contextlib.suppress(FileNotFoundError):
+            if is_stale(path):
+                os.unlink(path)
+
+
+@contextlib.contextmanager
+def stale_locks_go(directory):
+    """... at once, while this lasts, so that thousands of kills take minutes, not days."""
+    done = threading.Event()
+
+    def sweep():
+        while not done.wait(0.2):
+            remove_stale_locks(directory)
+
+    thread = threading.Thread(target=sweep)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

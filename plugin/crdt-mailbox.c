@@ -309,18 +309,22 @@ static void undo_create(struct crdt_mailbox *cbox, const char *error)
 }
 
 /*
- * Another process (crdt-worker looks for mailboxes) can open a Maildir that is
- * half made, and completes its directories; Dovecot's create_box then gives the
- * mailbox our GUID and says that it exists.  It did not when we began, and the
- * list is locked: so it is the one that we made.
+ * Another process can open a Maildir that is half made, and completes its
+ * directories; Dovecot's create_box then says that it exists.  2.3 has given it our
+ * GUID all the same, 2.4 has not.  It was not there when we began, and the list is
+ * locked: so it is the one that we made.
  */
-static bool is_made_all_the_same(struct crdt_mailbox *cbox, const guid_128_t guid)
+static bool is_made_all_the_same(struct crdt_mailbox *cbox, const struct mailbox_update *update)
 {
+	struct mailbox *box = cbox->box;
 	struct crdt_id id;
 
-	return is_maildir(cbox->box) &&
-		mailbox_get_last_mail_error(cbox->box) == MAIL_ERROR_EXISTS &&
-		load_guid(cbox, &id) && memcmp(id.b, guid, sizeof(id.b)) == 0;
+	if (!is_maildir(box) || mailbox_get_last_mail_error(box) != MAIL_ERROR_EXISTS)
+		return FALSE;
+	if (load_guid(cbox, &id) && memcmp(id.b, update->mailbox_guid, sizeof(id.b)) == 0)
+		return TRUE;
+	guid_128_empty(cbox->guid);
+	return cbox->module_ctx.super.update_box(box, update) == 0;
 }
 
 static int crdt_mailbox_create(struct mailbox *box, const struct mailbox_update *update,
@@ -356,7 +360,7 @@ static int crdt_mailbox_create(struct mailbox *box, const struct mailbox_update 
 		}
 	}
 	if (cbox->module_ctx.super.create_box(box, &new_update, directory) < 0 &&
-	    !is_made_all_the_same(cbox, new_update.mailbox_guid))
+	    !is_made_all_the_same(cbox, &new_update))
 		return -1;
 	if (record_create(cbox, &error) < 0) {
 		undo_create(cbox, error);

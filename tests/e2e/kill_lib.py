@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""For tests that kill processes of Dovecot at a given system call."""
+"""For tests that kill processes of Dovecot at a given system call, or hold them up."""
 
 import contextlib
 import glob
@@ -9,12 +9,32 @@ import subprocess
 import threading
 import time
 
+from compare_lib import until
 
-@contextlib.contextmanager
+
+def imap_pid(cluster, worker, user):
+    """Of the one session that the user has there."""
+    def one():
+        lines = cluster.doveadm(worker, "-f", "tab", "who", "-1", user).decode().splitlines()[1:]
+        pids = [line.split("\t")[2] for line in lines if line.split("\t")[1] == "imap"]
+        return pids[0] if len(pids) == 1 else None
+
+    return int(until(one))
+
+
 def killed_at(pid, call, number):
     """The process is killed when it enters this system call for the number-th time."""
-    strace = subprocess.Popen(["strace", "-p", str(pid), "-o", "/dev/null",
-                               "-e", f"inject={call}:signal=KILL:when={number}"],
+    return injected(pid, f"{call}:signal=KILL:when={number}")
+
+
+def held_up(pid, call, seconds):
+    """... each time before it enters this system call."""
+    return injected(pid, f"{call}:delay_enter={seconds}s")
+
+
+@contextlib.contextmanager
+def injected(pid, what):
+    strace = subprocess.Popen(["strace", "-p", str(pid), "-o", "/dev/null", "-e", f"inject={what}"],
                               stderr=subprocess.PIPE, text=True)
     assert "attached" in strace.stderr.readline()
     try:
@@ -42,8 +62,14 @@ def is_stale(path):
     return (stat.st_dev, stat.st_ino) not in set(open_files())
 
 
+def lock_files(directory):
+    """Also those with which an index log is made."""
+    return [path for pattern in ("**/*.lock", "**/*.newlock")
+            for path in glob.glob(os.path.join(directory, pattern), recursive=True, include_hidden=True)]
+
+
 def remove_stale_locks(directory):
-    for path in glob.glob(os.path.join(directory, "**/*.lock"), recursive=True, include_hidden=True):
+    for path in lock_files(directory):
         with contextlib.suppress(FileNotFoundError):
             if is_stale(path):
                 os.unlink(path)

@@ -10,7 +10,6 @@ Needs root and what was built; see conftest.py.
 """
 
 import contextlib
-import glob
 import imaplib
 import os
 import random
@@ -21,7 +20,7 @@ import pytest
 
 from compare_lib import WORKERS, configure, login, see, until
 from imap_lib import Refused
-from kill_lib import killed_at, stale_locks_go
+from kill_lib import imap_pid, killed_at, lock_files, stale_locks_go
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
               pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")]
@@ -44,16 +43,6 @@ def fixture_cluster(new_cluster):
             configure(cluster, worker, "crdt_survey_interval", "1 s")
             stack.enter_context(stale_locks_go(os.path.dirname(cluster.home(worker, "u1"))))
         yield cluster
-
-
-def imap_pid(cluster, user):
-    """Of the one session that the user has on w1."""
-    def one():
-        lines = cluster.doveadm("w1", "-f", "tab", "who", "-1", user).decode().splitlines()[1:]
-        pids = [line.split("\t")[2] for line in lines if line.split("\t")[1] == "imap"]
-        return pids[0] if len(pids) == 1 else None
-
-    return int(until(one))
 
 
 def changed(mails, **folders):
@@ -122,15 +111,20 @@ def steps(kind):
 
 
 def outcomes(kind, before, after):
-    """What may be there: a MOVE is two commits, to expunge a mail takes two
-    commands, and Dovecot empties a mailbox before it removes it and renames one
-    mailbox of a tree after the other; all else is one."""
+    """What may be there: a MOVE is two commits, to expunge a mail takes two commands,
+    and Dovecot sets flags and keywords one after the other, renames the mailboxes of
+    a tree likewise, and empties a mailbox before it removes it; all else is one."""
     partly = []
     if kind == "move":
         partly = [changed(before, f=after["f"])]
     if kind == "expunge":
         gone, = set(before["INBOX"]) - set(after["INBOX"])
         partly = [changed(before, INBOX=[*after["INBOX"], rf"{gone} \Deleted"])]
+    if kind == "store":
+        mail, = set(after["INBOX"]) - set(before["INBOX"])
+        name, keyword, flag = mail.split()
+        partly = [changed(before, INBOX=[*(set(before["INBOX"]) - {name}), f"{name} {one}"])
+                  for one in (keyword, flag)]
     if kind == "rename":
         old, to = set(before) - set(after), set(after) - set(before)
         partly = [changed(before, **{min(old): None, min(to): []})]
@@ -140,17 +134,13 @@ def outcomes(kind, before, after):
     return [before, after, *partly]
 
 
-def locks(directory):
-    return glob.glob(directory + "/**/*.lock", recursive=True, include_hidden=True)
-
-
 def look_at_both(cluster, user, allowed, killed=False):
     """Waits until both show the same, and one of the allowed outcomes."""
     seen = []
 
     def agreed():
         # While there is one, Dovecot may not show what was saved.
-        if any(locks(cluster.home(worker, user)) for worker in WORKERS):
+        if any(lock_files(cluster.home(worker, user)) for worker in WORKERS):
             return False
         try:
             seen[:] = [see(cluster, worker, user, STALE_LIST) for worker in WORKERS]
@@ -194,7 +184,7 @@ def test_killed_at_each_step(cluster, kind):
         before = client.look(STALE_LIST).mails()
         client.unselect()
         killed = False
-        with killed_at(imap_pid(cluster, user), *step):
+        with killed_at(imap_pid(cluster, "w1", user), *step):
             try:
                 client.do(command)
             except (imaplib.IMAP4.abort, OSError):

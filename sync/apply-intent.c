@@ -453,12 +453,14 @@ static int intent_recover(struct worker_user *user, struct intent *intent, const
 	if (intent->kind == INTENT_CREATE)
 		return apply_create_recover(user, &intent->create, error_r);
 	ret = worker_box_open(user, &user->box, &msbox, &box, error_r);
-
-	if (ret != MS_OK || strcmp(box->storage->name, MAILDIR_STORAGE_NAME) != 0 ||
-	    worker_uidvalidity(box) != intent->uidvalidity)
+	if (ret == MS_OK && intent->kind == INTENT_REVALIDATE)
+		ret = apply_dbox_clean(box, error_r);
+	if (ret != MS_OK || worker_uidvalidity(box) != intent->uidvalidity)
 		return ret == MS_GONE ? MS_OK : ret;
 	if (intent->kind == INTENT_REVALIDATE)
 		return apply_revalidate_recover(user, box, intent->uidnext, error_r);
+	if (strcmp(box->storage->name, MAILDIR_STORAGE_NAME) != 0)
+		return MS_OK;
 	/* The killed one may have left its uidlist locked: the sync of opening has
 	 * passed over what is new then.  This waits until the lock is stale. */
 	if ((ret = apply_uids_lock(user, error_r)) != MS_OK)

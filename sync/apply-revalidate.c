@@ -4,10 +4,11 @@
  *
  * On Maildir one rename is the whole switch: a new dovecot-uidlist has the same
  * files, GUIDs and sizes under other UIDs, and Dovecot resets the index when it
- * sees another UIDVALIDITY there.  Killed before it: nothing happened; after it:
- * the records are missing, and the next call writes them.
+ * sees another UIDVALIDITY there.  On sdbox and mdbox it is one transaction of the
+ * index (apply-dbox.c).  Killed before it: nothing happened; after it: the records
+ * are missing, and who has the user's lock next writes them.
  *
- * Locks: uidlist, index log (no change is on its way from the index to the
+ * Locks: Maildir's uidlist, index log (no change is on its way from the index to the
  * files), journal.  Open sessions are ended by Dovecot.
  */
 #include "apply-txn.h"
@@ -193,7 +194,7 @@ static int uids_assign(struct reval *rv, const struct ms_reuid *map, size_t map_
 	struct reval_mail *mails, *mail;
 	HASH_TABLE(void *, void *) taken;
 	unsigned n;
-	uint32_t next = 1;
+	uint32_t first = apply_is_dbox(rv->box) ? apply_dbox_first_uid(rv->box) : 1, next = first;
 
 	hash_table_create_direct(&taken, rv->pool, 0);
 	array_foreach_modifiable(&rv->mails, mail) {
@@ -201,7 +202,7 @@ static int uids_assign(struct reval *rv, const struct ms_reuid *map, size_t map_
 			i_bsearch(&mail->uid, map, map_n, sizeof(*map), reuid_cmp);
 		void *key = r == NULL ? NULL : POINTER_CAST(r->new_uid);
 
-		if (r == NULL || r->new_uid == 0 || r->new_uid > CRDT_UID_MAX ||
+		if (r == NULL || r->new_uid < first || r->new_uid > CRDT_UID_MAX ||
 		    hash_table_lookup(taken, key) != NULL)
 			continue;
 		hash_table_insert(taken, key, POINTER_CAST(1));
@@ -394,10 +395,9 @@ static int records_end(struct reval *rv, struct apply_txn *txn, uint32_t uidvali
 	return ret;
 }
 
-/* The index still has the old UIDs. */
-static int switch_record(struct reval *rv)
+/* head: the index with the old UIDs. */
+static int switch_record(struct reval *rv, struct mail_index_view *head)
 {
-	struct mail_index_view *head = mail_index_view_open(rv->box->index);
 	const struct reval_mail *mail;
 	struct apply_txn txn;
 	uint32_t seq;
@@ -411,12 +411,11 @@ static int switch_record(struct reval *rv)
 		else
 			apply_txn_record_mail(&txn, mail->new_uid, 0, NULL, 0, &key);
 	} T_END;
-	mail_index_view_close(&head);
 	return records_end(rv, &txn, rv->req->uidvalidity);
 }
 
-/* GUIDs by UID, of the mailbox as it is. */
-static int mails_search(struct reval *rv)
+/* GUIDs by UID, of the mailbox as it is; all: also of mails that have none. */
+static int mails_search(struct reval *rv, bool all)
 {
 	struct mailbox_transaction_context *t = mailbox_transaction_begin(rv->box, 0, "crdt revalidate");
 	struct mail_search_args *args = mail_search_build_init();
@@ -429,9 +428,9 @@ static int mails_search(struct reval *rv)
 	mail_search_args_unref(&args);
 	while (mailbox_search_next(search, &mail)) T_BEGIN {
 		struct reval_mail *rm;
-		const char *guid;
+		const char *guid = "";
 
-		if (worker_mail_guid(mail, &guid) == 0) {
+		if (worker_mail_guid(mail, &guid) == 0 || all) {
 			rm = array_append_space(&rv->mails);
 			rm->uid = mail->uid;
 			rm->guid = p_strdup(rv->pool, guid);
@@ -459,7 +458,7 @@ static int tell(struct reval *rv)
 	/* Of an index that was reset flags and keywords are only in the file names. */
 	if ((ret = worker_journal_get(rv->user, TRUE, rv->error_r)) != MS_OK ||
 	    (ret = worker_box_sync(&rv->user->box, 0, rv->error_r)) != MS_OK ||
-	    (ret = mails_search(rv)) != MS_OK)
+	    (ret = mails_search(rv, FALSE)) != MS_OK)
 		return ret;
 	if (apply_log_lock(index, &unlock_log) < 0) {
 		*rv->error_r = t_strdup_printf("mailbox %s: index log cannot be locked", rv->box->vname);
@@ -481,7 +480,72 @@ static int tell(struct reval *rv)
 	return ret;
 }
 
+/* sdbox, mdbox */
+
+/* Whether the mails that were searched are those that the index has by now. */
+static bool mails_are_all(struct reval *rv)
+{
+	struct mail_index_view *head = mail_index_view_open(rv->box->index);
+	bool all = mail_index_view_get_messages_count(head) == array_count(&rv->mails);
+	const struct reval_mail *mail;
+	uint32_t seq;
+
+	array_foreach(&rv->mails, mail)
+		all = all && mail_index_lookup_seq(head, mail->uid, &seq);
+	mail_index_view_close(&head);
+	return all;
+}
+
+/* GUIDs are in the texts: they are read before the locks are taken. */
+static int lock_dbox(struct reval *rv)
+{
+	int ret;
+
+	for (unsigned i = 0; i < PENDING_TRIES; i++) {
+		array_clear(&rv->mails);
+		if ((ret = worker_box_sync(&rv->user->box, 0, rv->error_r)) != MS_OK ||
+		    (ret = mails_search(rv, TRUE)) != MS_OK || (ret = lock(rv)) != MS_OK)
+			return ret;
+		if (mails_are_all(rv))
+			return MS_OK;
+		unlock(rv);
+	}
+	*rv->error_r = t_strdup_printf("mailbox %s is too busy", rv->box->vname);
+	return MS_TEMP;
+}
+
+static int dbox_switch(struct reval *rv)
+{
+	unsigned n = array_count(&rv->mails);
+	struct ms_reuid *mails = p_new(rv->pool, struct ms_reuid, n + 1);
+	int ret;
+
+	for (unsigned i = 0; i < n; i++) {
+		const struct reval_mail *mail = array_idx(&rv->mails, i);
+
+		mails[i].uid = mail->uid;
+		mails[i].new_uid = mail->new_uid;
+	}
+	rv->switched = TRUE;	/* or it cannot be told */
+	/* our own: no news */
+	rv->user->known_below = rv->next;
+	ret = apply_dbox_renumber(rv->box, mails, n, rv->req->uidvalidity, rv->next, rv->error_r);
+	rv->user->known_below = 0;
+	return ret;
+}
+
 /* All */
+
+static int switch_and_record(struct reval *rv)
+{
+	struct mail_index_view *head = mail_index_view_open(rv->box->index);
+	int ret = apply_is_dbox(rv->box) ? dbox_switch(rv) : uidlist_replace(rv);
+
+	if (ret == MS_OK)
+		ret = switch_record(rv, head);
+	mail_index_view_close(&head);
+	return ret;
+}
 
 static int switch_locked(struct reval *rv, const struct ms_reuid *map, size_t map_n)
 {
@@ -492,13 +556,12 @@ static int switch_locked(struct reval *rv, const struct ms_reuid *map, size_t ma
 	if (ret != MS_OK)
 		return ret;
 	apply_ext_read(rv->box, &rv->ext);
-	mails_collect(rv);
+	if (!apply_is_dbox(rv->box))
+		mails_collect(rv);
 	if ((ret = uids_assign(rv, map, map_n)) != MS_OK ||
 	    (ret = apply_intent_write_revalidate(rv->user, rv->req->uidvalidity, rv->next, rv->error_r)) != MS_OK)
 		return ret;
-	ret = uidlist_replace(rv);
-	if (ret == MS_OK)
-		ret = switch_record(rv);
+	ret = switch_and_record(rv);
 	/* a switch without its records: the next request finds it */
 	if (ret == MS_OK || !rv->switched)
 		apply_intent_clear(rv->user);
@@ -520,15 +583,17 @@ static int box_switch(struct reval *rv, const struct ms_reuid *map, size_t map_n
 	struct ms_mailbox now = rv->req->box;
 	int ret;
 
-	if (strcmp(rv->box->storage->name, MAILDIR_STORAGE_NAME) != 0) {
-		*rv->error_r = t_strdup_printf("mailbox %s: UIDVALIDITY of a mailbox of format %s cannot "
-					       "be changed yet", rv->box->vname, rv->box->storage->name);
-		return MS_FAIL;
-	}
-	if ((ret = worker_journal_get(user, TRUE, rv->error_r)) != MS_OK || (ret = lock(rv)) != MS_OK)
+	if ((ret = worker_journal_get(user, TRUE, rv->error_r)) != MS_OK)
 		return ret;
-	struct maildir_mailbox *mbox = MAILDIR_MAILBOX(rv->box);
-	rv->uidlist = mbox->uidlist;
+	if (apply_is_dbox(rv->box)) {
+		ret = lock_dbox(rv);
+	} else if ((ret = lock(rv)) == MS_OK) {
+		struct maildir_mailbox *mbox = MAILDIR_MAILBOX(rv->box);
+
+		rv->uidlist = mbox->uidlist;
+	}
+	if (ret != MS_OK)
+		return ret;
 	ret = switch_locked(rv, map, map_n);
 	unlock(rv);
 	/* Also when it failed: a new mailbox object sees what is there. */

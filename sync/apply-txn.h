@@ -142,6 +142,19 @@ void apply_ext_read(struct mailbox *box, struct crdt_mailbox_ext *ext_r);
 int apply_log_lock(struct mail_index *index, bool *unlock_r);
 void apply_log_unlock(struct mail_index *index);
 
+/*
+ * apply-dbox.c: sdbox and mdbox.  Under the index log's lock, with nothing pending:
+ * all mails get new UIDs and the mailbox a UIDVALIDITY, in one index transaction that
+ * is on disk afterwards.  mails: all that the index has, ascending by new_uid, which
+ * are not below apply_dbox_first_uid().
+ */
+bool apply_is_dbox(struct mailbox *box);
+uint32_t apply_dbox_first_uid(struct mailbox *box);
+int apply_dbox_renumber(struct mailbox *box, const struct ms_reuid *mails, size_t n,
+			uint32_t uidvalidity, uint32_t next, const char **error_r);
+/* What a killed one has left; also of one that did not come to the switch. */
+int apply_dbox_clean(struct mailbox *box, const char **error_r);
+
 /* New mails that syncs of this mailbox find are recorded from now on, until it is
  * closed: apply_unwatch(). */
 void apply_watch(struct worker_user *user, struct mailbox *box, const struct crdt_id *guid);

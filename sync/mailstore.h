@@ -182,8 +182,8 @@ struct mailstore {
 	int (*rename)(struct mailstore *ms, const struct ms_mailbox *box, const char *new_path);
 	/*
 	 * Gives a mailbox a new (higher) UIDVALIDITY in one step.  A mail in map gets
-	 * the UID asked for (map ascending by uid; new_uids distinct), the others own
-	 * UIDs above those, in their order.  MS_RETRY if the journal has native records of
+	 * the UID asked for (map ascending by uid; new_uids distinct; sdbox and mdbox: if
+	 * it is not below UIDNEXT), the others own UIDs above those, in their order.  MS_RETRY if the journal has native records of
 	 * this mailbox beyond known.  The journal gets REVALIDATE and, as applier
 	 * APPENDs in order of the new UID, all mails; each one's key is here u32 LE
 	 * old UID, then the GUID.  A mailbox that has this UIDVALIDITY already (killed

@@ -16,7 +16,7 @@
  *  apply-txn.c          transactions: index header, UIDs, journal records, locks
  *  apply-mails.c        SAVE, MOVE, FLAGS, EXPUNGE
  *  apply-mailbox.c      create, remove, rename, subscribe
- *  apply-revalidate.c   a new UIDVALIDITY
+ *  apply-revalidate.c   a new UIDVALIDITY; apply-dbox.c: on sdbox and mdbox
  *
  * Functions that return enum ms_result set *error_r (data stack, or static)
  * unless it is MS_OK.

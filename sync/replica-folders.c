@@ -485,17 +485,36 @@ static enum step drop_orphans(struct replica *r, char **error_r)
 
 /* ---- all of them ---- */
 
-int replica_apply_folders(struct replica *r, bool *more_r, char **error_r)
+/* The next rows of a queue, from *from_n bytes of `from` on (0: its start); moves
+ * that on, to 0 at the end of the queue. */
+static size_t queue_next(struct replica *r, char row, uint8_t *from, size_t *from_n, size_t room,
+			 struct row_key *keys)
 {
-	struct row_key keys[SLICE];
-	const char first = ROW_DIRTY_FOLDER;
-	enum step step = STEP_SETTLED;
-	bool progress = false;
-	char *later = NULL;	/* why the last one has to wait */
-	size_t n;
+	size_t n = row_keys(r, &row, 1, *from_n == 0 ? NULL : from, *from_n, keys, SLICE);
 
-	(void)replica_txn_begin(r);
-	n = row_keys(r, &first, 1, NULL, 0, keys, SLICE);
+	*from_n = 0;
+	if (n == SLICE && keys[n - 1].n < room) {
+		/* right after the last one */
+		memcpy(from, keys[n - 1].p, keys[n - 1].n);
+		from[keys[n - 1].n] = 0;
+		*from_n = keys[n - 1].n + 1;
+	}
+	return n;
+}
+
+static void later_note(char **later, char **error_r)
+{
+	free(*later);
+	*later = *error_r;
+	*error_r = NULL;
+}
+
+/* *later: why the last one has to wait. */
+static enum step folders_step(struct replica *r, const struct row_key *keys, size_t n, bool *progress,
+			      char **later, char **error_r)
+{
+	enum step step = STEP_SETTLED;
+
 	for (size_t i = 0; i < n; i++) {
 		struct crdt_id id;
 
@@ -504,18 +523,54 @@ int replica_apply_folders(struct replica *r, bool *more_r, char **error_r)
 			step = folder_step(r, &id, error_r);
 		}
 		if (step == STEP_FAILED)
-			break;
+			return step;
 		if (step == STEP_SETTLED)
 			rrows(r)->del(rrows(r), keys[i].p, keys[i].n);
 		if (step == STEP_SETTLED || step == STEP_PROGRESS)
-			progress = true;
-		if (step == STEP_LATER) {
-			free(later);
-			later = *error_r;
-			*error_r = NULL;
-		}
+			*progress = true;
+		if (step == STEP_LATER)
+			later_note(later, error_r);
 	}
-	row_keys_free(keys, n);
+	return STEP_SETTLED;
+}
+
+/*
+ * A slice in which something was done.  Folders that have to wait do not hold up
+ * the ones behind them, however many they are, and are not asked for again with
+ * each slice of those: the next call goes on where this one was.
+ */
+static enum step folders_slice(struct replica *r, bool *progress, char **later, char **error_r)
+{
+	struct row_key keys[SLICE];
+	enum step step = STEP_SETTLED;
+	unsigned rounds = r->folders_from_n > 0 ? 2 : 1;
+
+	while (rounds > 0 && !*progress && step == STEP_SETTLED) {
+		uint8_t from[sizeof(r->folders_from)];
+		size_t from_n = r->folders_from_n, n;
+
+		memcpy(from, r->folders_from, sizeof(from));
+		n = queue_next(r, ROW_DIRTY_FOLDER, from, &from_n, sizeof(from), keys);
+		step = folders_step(r, keys, n, progress, later, error_r);
+		row_keys_free(keys, n);
+		if (*progress)
+			break;
+		memcpy(r->folders_from, from, sizeof(from));
+		r->folders_from_n = from_n;
+		if (from_n == 0)
+			rounds--;
+	}
+	return step;
+}
+
+int replica_apply_folders(struct replica *r, bool *more_r, char **error_r)
+{
+	enum step step;
+	bool progress = false;
+	char *later = NULL;
+
+	(void)replica_txn_begin(r);
+	step = folders_slice(r, &progress, &later, error_r);
 	if (step != STEP_FAILED && (step = drop_orphans(r, error_r)) == STEP_PROGRESS)
 		progress = true;
 	if (step == STEP_FAILED) {
@@ -524,11 +579,8 @@ int replica_apply_folders(struct replica *r, bool *more_r, char **error_r)
 		free(later);
 		return REPLICA_FAILED;
 	}
-	if (step == STEP_LATER) {
-		free(later);
-		later = *error_r;
-		*error_r = NULL;
-	}
+	if (step == STEP_LATER)
+		later_note(&later, error_r);
 	*more_r = progress;
 	if (replica_txn_commit(r, false, error_r) < 0) {
 		free(later);
@@ -544,55 +596,71 @@ int replica_apply_folders(struct replica *r, bool *more_r, char **error_r)
 
 /* ---- subscriptions ---- */
 
+/* REPLICA_DONE, and what the mail store answered, if it was asked; or what went wrong. */
+static int subscription_apply(struct replica *r, struct row_key *key, int *res_r, char **error_r)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+	char *name = strndup((const char *)key->p + 1, key->n - 1);
+	bool want, have;
+	int ret = REPLICA_DONE;
+
+	*res_r = MS_OK;
+	(void)replica_txn_begin(r);
+	want = crdt_subscribed(rrows(r), key->p + 1, key->n - 1);
+	key->p[0] = ROW_SUBSCRIBED;
+	have = rrows(r)->get(rrows(r), key->p, key->n, &v);
+	key->p[0] = ROW_DIRTY_SUBSCRIPTION;
+	store_abort(&r->txn);
+	if (want != have) {
+		*res_r = r->ms->subscribe(r->ms, name, want);
+		ret = replica_outbound_progress(replica_outbound(r, error_r));
+	}
+	if (ret == REPLICA_DONE && (*res_r == MS_OK || *res_r == MS_FAIL)) {
+		/* The shadow may have changed in between: then the row comes
+		 * back at the next record. */
+		(void)replica_txn_begin(r);
+		if (*res_r == MS_FAIL)
+			replica_log(r, 0, "cannot %s %s: %s", want ? "subscribe" : "unsubscribe", name, r->ms->error);
+		if (crdt_subscribed(rrows(r), key->p + 1, key->n - 1) == want)
+			rrows(r)->del(rrows(r), key->p, key->n);
+		if (replica_txn_commit(r, false, error_r) < 0)
+			ret = REPLICA_FAILED;
+	}
+	crdt_buf_free(&v);
+	free(name);
+	return ret;
+}
+
 int replica_apply_subscriptions(struct replica *r, char **error_r)
 {
 	struct row_key keys[SLICE];
-	const char first = ROW_DIRTY_SUBSCRIPTION;
-	int ret = REPLICA_DONE;
-	size_t n;
+	uint8_t from[CRDT_PATH_MAX + 2];
+	size_t from_n = 0, n;
+	unsigned failures = 0;
+	char *later = NULL;
+	int ret;
 
-	(void)replica_txn_begin(r);
-	n = row_keys(r, &first, 1, NULL, 0, keys, SLICE);
-	if (replica_txn_commit(r, false, error_r) < 0)
-		ret = REPLICA_FAILED;
-	for (size_t i = 0; i < n && ret == REPLICA_DONE; i++) {
-		struct crdt_buf v = CRDT_BUF_INIT;
-		char *name = strndup((const char *)keys[i].p + 1, keys[i].n - 1);
-		bool want, have;
-		int res = MS_OK;
-
+	do {
 		(void)replica_txn_begin(r);
-		want = crdt_subscribed(rrows(r), keys[i].p + 1, keys[i].n - 1);
-		keys[i].p[0] = ROW_SUBSCRIBED;
-		have = rrows(r)->get(rrows(r), keys[i].p, keys[i].n, &v);
-		store_abort(&r->txn);
-		if (want != have) {
-			res = r->ms->subscribe(r->ms, name, want);
-			ret = replica_outbound_progress(replica_outbound(r, error_r));
+		n = queue_next(r, ROW_DIRTY_SUBSCRIPTION, from, &from_n, sizeof(from), keys);
+		ret = replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+		for (size_t i = 0; i < n && ret == REPLICA_DONE && failures < SLICE; i++) {
+			int res;
+
+			ret = subscription_apply(r, &keys[i], &res, error_r);
+			if (ret != REPLICA_DONE || res == MS_OK || res == MS_FAIL)
+				continue;
+			/* The others first; but not when all of them fail. */
+			failures++;
+			free(later);
+			later = strdup(r->ms->error);
 		}
-		if (ret != REPLICA_DONE) {
-			crdt_buf_free(&v);
-			free(name);
-			break;
-		}
-		if (res == MS_OK || res == MS_FAIL) {
-			/* The shadow may have changed in between: then the row comes
-			 * back at the next record. */
-			(void)replica_txn_begin(r);
-			if (res == MS_FAIL)
-				replica_log(r, 0, "cannot %s %s: %s", want ? "subscribe" : "unsubscribe", name, r->ms->error);
-			keys[i].p[0] = ROW_DIRTY_SUBSCRIPTION;
-			if (crdt_subscribed(rrows(r), keys[i].p + 1, keys[i].n - 1) == want)
-				rrows(r)->del(rrows(r), keys[i].p, keys[i].n);
-			if (replica_txn_commit(r, false, error_r) < 0)
-				ret = REPLICA_FAILED;
-		} else if (ret == REPLICA_DONE) {
-			*error_r = strdup(r->ms->error);
-			ret = REPLICA_LATER;
-		}
-		crdt_buf_free(&v);
-		free(name);
+		row_keys_free(keys, n);
+	} while (ret == REPLICA_DONE && failures < SLICE && from_n > 0);
+	if (ret != REPLICA_DONE || later == NULL) {
+		free(later);
+		return ret;
 	}
-	row_keys_free(keys, n);
-	return ret;
+	*error_r = later;
+	return REPLICA_LATER;
 }

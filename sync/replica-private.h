@@ -76,6 +76,8 @@ struct replica {
 		struct ms_position at[MS_JOURNALS_MAX]; size_t n;
 	} checkpoint;
 	struct ms_position pos[MS_JOURNALS_MAX]; size_t pos_n;	/* journals that exist, and how far they are translated */
+	/* Where apply goes on in the queue of folders; folders_from_n 0: at its start. */
+	uint8_t folders_from[24]; size_t folders_from_n;
 	bool retry_aside;
 	/* Nothing in the queue is to be added or changed, only removed: one look at all
 	 * of it is enough until something new comes into it. */

@@ -931,9 +931,14 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 	if (ret == REPLICA_DONE)
 		ret = replica_apply_mails(r, body, ctx, &more_mails, error_r);
 	/* Also when something has to wait: it may be for a change that has no record. */
-	if (ret == REPLICA_DONE && !more_folders && !more_mails)
-		ret = later_noted(replica_compare(r, &more_looks, error_r), error_r, &later);
-	if (ret == REPLICA_DONE && more_looks) {
+	if (ret == REPLICA_DONE && !more_folders && !more_mails) {
+		ret = replica_compare(r, &more_looks, error_r);
+		/* The same look would fail again and again. */
+		more_looks = more_looks && ret == REPLICA_DONE;
+		ret = later_noted(ret, error_r, &later);
+	}
+	/* What has to wait is asked for again when nothing else is left. */
+	if (ret == REPLICA_DONE && (more_mails || more_looks)) {
 		free(later);
 		return REPLICA_AGAIN;
 	}
@@ -945,7 +950,7 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 			free(later);
 		return ret == REPLICA_DONE ? REPLICA_LATER : (enum replica_progress)ret;
 	}
-	if (more_folders || more_mails)
+	if (more_folders)
 		return REPLICA_AGAIN;
 	(void)replica_txn_begin(r);
 	wants = row_keys(r, &waiting, 1, NULL, 0, &key, 1) > 0;

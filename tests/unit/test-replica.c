@@ -7,10 +7,12 @@
 #include <stddef.h>
 #include <cmocka.h>
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define OTHER CRDT_ORIGIN(2, 7)
+enum { NAMES = 300 };
 
 struct fix {
 	struct store *store;
@@ -21,6 +23,7 @@ struct fix {
 	/* mailbox_body(): by UID */
 	int results[TEXT_PLACES_TRIED + 2];
 	unsigned reads;
+	unsigned asked[NAMES];		/* failing_create(), failing_subscribe(): by name */
 };
 
 static uint64_t number(void *ctx) { (void)ctx; return 3; }
@@ -238,10 +241,209 @@ static void places(void **state)
 	crdt_buf_free(&out);
 }
 
+/* A mail store without a journal, which makes nothing. */
+
+static int empty_read(struct mailstore *ms, const struct ms_position *pos, size_t pos_n,
+		      bool (*cb)(void *ctx, const struct ms_record *rec), void *ctx,
+		      struct ms_position *ids_r, size_t *ids_n_r)
+{
+	(void)ms;
+	(void)pos;
+	(void)pos_n;
+	(void)cb;
+	(void)ctx;
+	(void)ids_r;
+	*ids_n_r = 0;
+	return MS_OK;
+}
+
+static int empty_survey(struct mailstore *ms, bool (*cb)(void *ctx, struct crdt_str path, bool subscription, uint64_t print),
+			void *ctx)
+{
+	(void)ms;
+	(void)cb;
+	(void)ctx;
+	return MS_OK;
+}
+
+static int failing_check(struct mailstore *ms, struct crdt_str path, const struct ms_position *known,
+			 const struct ms_mark *mark, struct ms_checked *checked_r)
+{
+	(void)ms;
+	(void)path;
+	(void)known;
+	(void)mark;
+	(void)checked_r;
+	return MS_TEMP;
+}
+
+/* Names are numbers. */
+static unsigned *asked_for(struct mailstore *ms, const uint8_t *name, size_t n)
+{
+	struct fix *x = (struct fix *)((char *)ms - offsetof(struct fix, ms));
+	char number[8] = "";
+
+	assert_in_range(n, 1, sizeof(number) - 1);
+	memcpy(number, name, n);
+	return &x->asked[atoi(number)];
+}
+
+static int failing_create(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidnext,
+			  const struct crdt_numberer *numberer, struct ms_mailbox *made_r, bool *existed_r)
+{
+	(void)uidnext;
+	(void)numberer;
+	(void)made_r;
+	(void)existed_r;
+	(*asked_for(ms, box->path.p, box->path.n))++;
+	return MS_TEMP;
+}
+
+static int failing_subscribe(struct mailstore *ms, const char *path, bool on)
+{
+	(void)on;
+	(*asked_for(ms, (const uint8_t *)path, strlen(path)))++;
+	return strcmp(path, "0") == 0 ? MS_TEMP : MS_OK;
+}
+
+static void empty_mailstore(struct fix *x)
+{
+	x->ms.read = empty_read;
+	x->ms.survey = empty_survey;
+	x->ms.check = failing_check;
+	x->ms.create = failing_create;
+	x->ms.subscribe = failing_subscribe;
+}
+
+static bool no_text(void *ctx, const struct crdt_content *c, uint64_t size, const uint8_t **text_r, const char **file_r)
+{
+	(void)ctx;
+	(void)c;
+	(void)size;
+	(void)text_r;
+	(void)file_r;
+	return false;
+}
+
+/* Until there is nothing to do now. */
+static enum replica_progress apply_all(struct fix *x, replica_body_cb *body)
+{
+	enum replica_progress progress;
+	unsigned slices = 0;
+	char *error = NULL;
+
+	while ((progress = replica_apply(x->r, body, NULL, &error)) == REPLICA_AGAIN)
+		assert_in_range(++slices, 1, 50);
+	free(error);
+	return progress;
+}
+
+/* However many folders cannot be made, each one gets its turn. */
+static void folders_that_fail(void **state)
+{
+	struct fix *x = *state;
+
+	empty_mailstore(x);
+	for (unsigned i = 0; i < NAMES; i++) {
+		struct crdt_op_folder f = { .counter = 1, .validity = 64 };
+		struct crdt_op op = { .kind = CRDT_OP_CREATE, .folders_n = 1, .folders = &f };
+		char name[8];
+
+		(void)snprintf(name, sizeof(name), "%u", i);
+		(void)snprintf((char *)f.id.b, sizeof(f.id.b), "id %4u", i);
+		f.path = (struct crdt_str){ (const uint8_t *)name, (uint16_t)strlen(name) };
+		deliver(x, &op, i + 1);
+	}
+	assert_int_equal(apply_all(x, no_text), REPLICA_LATER);
+	for (unsigned i = 0; i < NAMES; i++)
+		assert_in_range(x->asked[i], 1, 3);
+}
+
+/* So does each subscription, though the first one fails. */
+static void many_subscriptions(void **state)
+{
+	struct fix *x = *state;
+
+	empty_mailstore(x);
+	for (unsigned i = 0; i < NAMES; i++) {
+		char name[8];
+		struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE };
+
+		(void)snprintf(name, sizeof(name), "%u", i);
+		op.name = (struct crdt_str){ (const uint8_t *)name, (uint16_t)strlen(name) };
+		deliver(x, &op, i + 1);
+	}
+	assert_int_equal(apply_all(x, no_text), REPLICA_LATER);
+	for (unsigned i = 0; i < NAMES; i++)
+		assert_in_range(x->asked[i], 1, 3);
+}
+
+static int counting_apply(struct mailstore *ms, struct ms_apply *a)
+{
+	struct fix *x = (struct fix *)((char *)ms - offsetof(struct fix, ms));
+
+	for (size_t i = 0; i < a->n; i++) {
+		assert_int_equal(a->cmds[i].kind, MS_SAVE);
+		a->cmds[i].outcome = MS_CMD_FAILED;
+	}
+	x->asked[0] += (unsigned)a->n;
+	return MS_OK;
+}
+
+static bool empty_text(void *ctx, const struct crdt_content *c, uint64_t size, const uint8_t **text_r,
+		       const char **file_r)
+{
+	(void)ctx;
+	(void)c;
+	assert_int_equal(size, 0);
+	*text_r = NULL;
+	*file_r = NULL;
+	return true;
+}
+
+/* A folder that cannot be made leaves others' mails alone: all of them, not a slice
+ * with each try. */
+static void folder_that_fails_beside_mails(void **state)
+{
+	enum { MAILS = 2000 };
+	struct fix *x = *state;
+	struct crdt_op_folder f = { .id.b = "there", .path = { (const uint8_t *)"there", 5 }, .counter = 1,
+				    .validity = 64 };
+	struct crdt_op op = { .kind = CRDT_OP_CREATE, .folders_n = 1, .folders = &f };
+	struct box b = { .guid.b = "box", .uidvalidity = 64, .uidnext = 1 };
+	char *error;
+
+	empty_mailstore(x);
+	x->ms.apply = counting_apply;
+	(void)replica_txn_begin(x->r);
+	box_set_path(x->r, &b, "there", 5);
+	box_attach(x->r, &b, &f.id);
+	box_free(&b);
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+	deliver(x, &op, 1);
+	for (unsigned i = 0; i < MAILS; i++) {
+		char guid[16];
+		struct crdt_op_mail m = { .uid = i + 64, .content.b = "none" };
+
+		(void)snprintf(guid, sizeof(guid), "guid%u", i);
+		m.guid = (struct crdt_str){ (const uint8_t *)guid, (uint16_t)strlen(guid) };
+		op = (struct crdt_op){ .kind = CRDT_OP_ADD, .folders_n = 1, .folders = &f, .mails_n = 1, .mails = &m };
+		deliver(x, &op, i + 2);
+	}
+	f = (struct crdt_op_folder){ .id.b = "fails", .path = { (const uint8_t *)"1", 1 }, .counter = 1, .validity = 128 };
+	op = (struct crdt_op){ .kind = CRDT_OP_CREATE, .folders_n = 1, .folders = &f };
+	deliver(x, &op, MAILS + 2);
+	assert_int_equal(apply_all(x, empty_text), REPLICA_LATER);
+	assert_int_equal(x->asked[0], MAILS);
+	assert_true(x->asked[1] > 0);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places) };
+	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places),
+		TEST(folders_that_fail), TEST(many_subscriptions),
+		TEST(folder_that_fails_beside_mails) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -199,6 +199,11 @@ static void store_make_options(struct store *s, const struct store_options *opts
 		rocksdb_block_based_options_set_cache_index_and_filter_blocks(table, 1);
 		rocksdb_block_based_options_set_filter_policy(table,
 			rocksdb_filterpolicy_create_bloom_full(10));
+		/* In pieces: the index or filter of a large file in one block does not fit
+		 * into its share of the cache, and is read anew with each get. */
+		rocksdb_block_based_options_set_index_type(table,
+			rocksdb_block_based_table_index_type_two_level_index_search);
+		rocksdb_block_based_options_set_partition_filters(table, 1);
 		rocksdb_options_set_block_based_table_factory(s->options[i], table);
 		rocksdb_block_based_options_destroy(table);
 	}

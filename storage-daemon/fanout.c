@@ -3,8 +3,8 @@
  * [7] fan-out: every peer reads the commit log behind its own cursor.
  *
  * LOG has one row for each merged op, in the order in which they took effect,
- * so a feed is causal.  Ops of a worker's own slot are left out of its feed; an
- * empty FEED moves its cursor over them.  A row goes when every listed worker
+ * so a feed is causal.  Ops of a worker's own slot are left out of its feed,
+ * unless it lost its database; an empty FEED moves its cursor over them.  A row goes when every listed worker
  * has acknowledged it and newer ones of a set number are there.
  */
 #include "hub-private.h"
@@ -162,6 +162,7 @@ bool fanout_hello(struct hub_conn *c, const struct crdt_frame *f)
 		return false;
 	}
 	c->feed_pos = c->feed_sent = start;
+	c->own_upto = f->own ? h->head : 0;
 	c->ride_gsn = 0;
 	c->ride_next = 0;
 	set_cursor(c->peer, start);
@@ -326,7 +327,7 @@ static bool feeder_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t
 		s->c->feed_broken = true;
 		return false;
 	}
-	if (conf->role == HUB_WORKER && row.slot == conf->slot) {
+	if (conf->role == HUB_WORKER && row.slot == conf->slot && row.gsn > s->c->own_upto) {
 		if (s->ops_n > 0 && row.gsn - s->last < HUB_SKIP_MAX) {
 			s->skipped = row.gsn;	/* lies between two of the frame, or behind it */
 			return true;

@@ -476,9 +476,11 @@ static void dirs_make(void)
 }
 
 /*
- * The database says what the mail stores hold and what was sent.  Beginning with
- * an empty one in its place would take the mails here for other ones than those
- * that the daemons send: only a worker that never had one gets a new one.
+ * The database says what the mail stores hold and what was sent.  An empty one in its
+ * place would take the mails here for other ones than those that the daemons send: only
+ * a worker that never had one begins like that.  One whose database is gone makes it
+ * anew (node_rebuild()).  One that is there and cannot be read may only be away for
+ * now, so it is for the administrator to say that it is lost, by moving it away.
  */
 static const char *store_marker(void)
 {
@@ -496,12 +498,49 @@ static void store_mark(void)
 	i_close_fd(&fd);
 }
 
+static const char *rebuild_marker(void)
+{
+	return t_strconcat(set.state_dir, "/db.rebuild", NULL);
+}
+
+/* A database was there, and is gone.  Room is made for a new one; the marker tells that
+ * it is one, should we be killed before it says so itself. */
+static void store_lost(const char *db)
+{
+	const char *away = t_strdup_printf("%s.lost-%ld", db, (long)time(NULL));
+	int fd;
+
+	if (access(store_marker(), F_OK) < 0 || access(t_strconcat(db, "/CURRENT", NULL), F_OK) == 0 ||
+	    errno != ENOENT)
+		return;
+	fd = open(rebuild_marker(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+	if (fd < 0 || fsync(fd) < 0)
+		i_fatal("open(%s) failed: %m", rebuild_marker());
+	i_close_fd(&fd);
+	if (rmdir(db) < 0 && errno != ENOENT && rename(db, away) < 0)
+		i_fatal("rename(%s, %s) failed: %m", db, away);
+	if (mkdir(db, 0700) < 0)
+		i_fatal("mkdir(%s) failed: %m", db);
+	i_warning("The database %s is gone: it is made again from the storage daemons and the mail here. "
+		  "Until that is done nothing is replicated", db);
+}
+
+static int store_rebuild(char **error_r)
+{
+	if (access(rebuild_marker(), F_OK) < 0)
+		return 0;
+	if (node_rebuild(store, error_r) < 0)
+		return -1;
+	i_unlink(rebuild_marker());
+	return 0;
+}
+
 /* FALSE: not now, perhaps not until somebody has put it right.  Ending would let the
  * master try, and log, many times a minute. */
 static bool store_init(void)
 {
-	const struct store_options opts = {
-		.create = access(store_marker(), F_OK) < 0 && errno == ENOENT,
+	const char *db = t_strconcat(set.state_dir, "/db", NULL);
+	struct store_options opts = {
 		.advice = "Mail and its use are not affected, but nothing is replicated: "
 			  "see WORKERS under DAMAGED DATABASE in crdt-stored(8)",
 	};
@@ -509,8 +548,11 @@ static bool store_init(void)
 	const struct spool_limits sent_limits = { SPOOL_SENT_MEMORY, SPOOL_MEMORY_EACH, 0 };
 	char *error;
 
-	store = store_open(t_strconcat(set.state_dir, "/db", NULL), &opts, &error);
-	if (store == NULL) {
+	store_lost(db);
+	opts.create = (access(store_marker(), F_OK) < 0 && errno == ENOENT) || access(rebuild_marker(), F_OK) == 0;
+	store = store_open(db, &opts, &error);
+	if (store == NULL || store_rebuild(&error) < 0) {
+		store_close(&store);
 		i_error("%s", error);
 		free(error);
 		return FALSE;
@@ -530,6 +572,7 @@ static void pool_init(void)
 		.name = set.replica, .slot = set.slot, .threads = POOL_THREADS,
 		.open_mail = mail_open, .connect_mail = mail_connect, .close_mail = mail_close,
 		.list_users = users_list, .external_expunge_max = set.external_expunge_max,
+		.rebuilt = node_was_rebuilt(store),
 		.ctx = i_strconcat(set.base_dir, "/crdt-worker", NULL),
 	};
 	char *error;

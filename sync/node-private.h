@@ -98,6 +98,7 @@ struct node {
 	struct serve *serves;
 	uint64_t serve_id;
 
+	bool refilling;			/* see node_rebuild() */
 	struct walk check;		/* after the start */
 	struct node_report *reports;
 };

@@ -8,6 +8,7 @@
 #include <stdio.h>
 
 #define META_CURSOR 'c'
+#define META_REBUILD 'r'	/* u8: 1 the daemons send what was lost, 2 they have */
 #define MAIL_CHANGED_RETRY_MSECS 1000	/* times failures: a wake-up shortens the wait after trouble to this */
 #define MAIL_FAILURES_LOGGED 4		/* in a row: then it is no hiccup */
 #define AGE_MSECS 30000
@@ -321,8 +322,60 @@ static void storage_init(struct node *n, unsigned i)
 	cfg.daemon = st->endpoint;
 	cfg.daemon_id = st->written_id;
 	cfg.gsn = st->written_gsn;
+	cfg.own = n->refilling;
 	cb.ctx = st;
 	st->uplink = uplink_new(&cfg, &cb);
+}
+
+static int rebuild_put(struct store *s, uint8_t state, char **error_r)
+{
+	struct store_txn *t = store_begin(s);
+	const char key = META_REBUILD;
+
+	store_put(t, STORE_META, &key, 1, &state, 1);
+	return store_commit(&t, true, error_r);
+}
+
+static uint8_t rebuild_get(struct store *s)
+{
+	struct store_txn *t = store_begin(s);
+	struct crdt_buf v = CRDT_BUF_INIT;
+	const char key = META_REBUILD;
+	uint8_t state = store_get(t, STORE_META, &key, 1, &v) && v.len > 0 ? v.data[0] : 0;
+
+	crdt_buf_free(&v);
+	store_abort(&t);
+	return state;
+}
+
+int node_rebuild(struct store *s, char **error_r)
+{
+	return rebuild_put(s, 1, error_r);
+}
+
+bool node_was_rebuilt(struct store *s)
+{
+	return rebuild_get(s) != 0;
+}
+
+/* What is known of the users' mail is complete, or not: now they have their turn. */
+static int refill(struct node *n, char **error_r)
+{
+	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
+		if (!uplink_refilled(n->storages[i].uplink))
+			return 0;
+	}
+	if (rebuild_put(n->cfg.store, 2, error_r) < 0)
+		return -1;
+	n->refilling = false;
+	for (unsigned i = 0; i < n->cfg.storages_n; i++)
+		uplink_own_done(n->storages[i].uplink);
+	for (struct user *u = n->users; u != NULL; u = u->next) {
+		u->apply = true;
+		node_wake(u, SCHED_NOW);
+	}
+	node_log(n, 2, "the storage daemons have sent what the lost database had: mail stores are compared with it");
+	return 0;
 }
 
 struct node *node_new(const struct node_config *cfg, const struct node_callbacks *cb, char **error_r)
@@ -339,6 +392,7 @@ struct node *node_new(const struct node_config *cfg, const struct node_callbacks
 	n->name = xstrdup(cfg->name);
 	n->sched = sched_new();
 	n->check.next_id = 1;
+	n->refilling = rebuild_get(cfg->store) == 1;
 	for (unsigned i = 0; i < cfg->storages_n; i++)
 		storage_init(n, i);
 	return n;
@@ -542,7 +596,7 @@ static struct visit *order(struct user *u)
 	v->feeds = take_feeds(u);
 	if (v->feeds != NULL)
 		u->apply = true;
-	if (n->now >= u->mail_due) {
+	if (n->now >= u->mail_due && !n->refilling) {
 		v->journal = u->journal;
 		v->survey = u->survey && n->cfg.apply && n->now >= u->survey_due;
 		if (v->survey)
@@ -897,6 +951,8 @@ int64_t node_run(struct node *n, int64_t now, char **error_r)
 		due = earlier(due, uplink_tick(n->storages[i].uplink, now));
 		uplink_pump(n->storages[i].uplink);
 	}
+	if (n->refilling && refill(n, error_r) < 0)
+		return -1;
 	due = earlier(due, node_bodies_run(n));
 	due = earlier(due, node_reports_run(n));
 	if (n->age_due <= now) {

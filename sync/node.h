@@ -12,7 +12,8 @@
  * was in the store; the feed is acknowledged after a sync() that began when its
  * ops and the cursor row were.  So one sync serves all that came meanwhile.
  *
- * META rows: 'c' endpoint -> u64 daemon id, u64 gsn (what was durably fed).
+ * META rows: 'c' endpoint -> u64 daemon id, u64 gsn (what was durably fed); 'r': see
+ * node_rebuild().
  *
  * One thread.  Times: milliseconds of a clock that does not go back.
  */
@@ -61,6 +62,14 @@ struct node_callbacks {
 };
 
 struct node;
+/*
+ * The database is new and takes the place of one that was lost: before node_new().  No
+ * mail store is looked at, and no own op made, before every daemon has sent all that it
+ * has, this worker's own ops included (replica-rebuild.c).  0 or -1.
+ */
+int node_rebuild(struct store *s, char **error_r);
+/* So it was, at some time: for replica_config.rebuilt. */
+bool node_was_rebuilt(struct store *s);
 struct node *node_new(const struct node_config *cfg, const struct node_callbacks *cb, char **error_r);
 void node_free(struct node **n);	/* visits that are still open are the driver's to free */
 

@@ -36,6 +36,7 @@ struct pool_config {
 	int (*list_users)(void *ctx, void (*cb)(void *cb_ctx, const char *user), void *cb_ctx, char **error_r);
 	void *ctx;
 	unsigned external_expunge_max;	/* replica.h */
+	bool rebuilt;			/* replica.h */
 };
 
 enum pool_event_type { POOL_MERGED, POOL_OPS, POOL_READ, POOL_VISITED, POOL_SYNCED, POOL_USER, POOL_USERS_END, POOL_LOG };

@@ -23,7 +23,7 @@
 enum look_kind { LOOK_AT = 0, LOOK_MISSING = 1, LOOK_SUBSCRIPTION = 2 };
 
 /* ROW_SURVEY: u8 */
-enum { SURVEY_DONE = 1, SURVEY_DUE = 2 };
+enum { SURVEY_DONE = 1, SURVEY_DUE = 2, REBUILD_DUE = 3, REBUILD_LOOKS = 4 };
 
 /* The compare of one mailbox that goes on: kept in memory only, since what it
  * has noted need not be noted again. */
@@ -191,12 +191,26 @@ static void survey_put(struct replica *r, uint8_t state)
 
 bool compare_survey_is_due(struct replica *r)
 {
-	return survey_get(r) == SURVEY_DUE;
+	unsigned state = survey_get(r);
+
+	return state == SURVEY_DUE || state == REBUILD_DUE;
+}
+
+bool rebuild_is_on(struct replica *r)
+{
+	unsigned state = survey_get(r);
+
+	return state == REBUILD_DUE || state == REBUILD_LOOKS;
+}
+
+void rebuild_begin(struct replica *r)
+{
+	survey_put(r, REBUILD_DUE);
 }
 
 void compare_survey_due(struct replica *r)
 {
-	survey_put(r, SURVEY_DUE);
+	survey_put(r, rebuild_is_on(r) ? REBUILD_DUE : SURVEY_DUE);
 }
 
 void compare_look(struct replica *r, const void *path, size_t len)
@@ -207,7 +221,7 @@ void compare_look(struct replica *r, const void *path, size_t len)
 int replica_survey(struct replica *r, char **error_r)
 {
 	(void)replica_txn_begin(r);
-	survey_put(r, SURVEY_DUE);
+	compare_survey_due(r);
 	return replica_txn_commit(r, false, error_r);
 }
 
@@ -383,7 +397,7 @@ static int take_survey(struct replica *r, char **error_r)
 		(void)replica_txn_begin(r);
 		survey_listed(r, &s);
 		survey_unlisted(r, &s);
-		survey_put(r, SURVEY_DONE);
+		survey_put(r, rebuild_is_on(r) ? REBUILD_LOOKS : SURVEY_DONE);
 		if (replica_txn_commit(r, false, error_r) < 0)
 			ret = REPLICA_FAILED;
 	}
@@ -457,7 +471,7 @@ static int look_nothing(struct replica *r, const struct look *look, char **error
 	if (box_at(r, look->path.p, look->path.n, &b)) {
 		/* Perhaps it was renamed: what is listed is looked at before what is not. */
 		if (look->kind == LOOK_AT)
-			survey_put(r, SURVEY_DUE);
+			compare_survey_due(r);
 		else
 			replica_box_lost(r, &b);
 		box_free(&b);
@@ -578,6 +592,7 @@ struct diff {
 	uint16_t added_n, changed_n, gone_n;
 	struct crdt_str *keywords; size_t keywords_n, keywords_cap;
 	unsigned mails;				/* in the ranges */
+	bool rebuild, wrote;
 };
 
 static struct crdt_str str_copy(struct crdt_str s)
@@ -675,7 +690,10 @@ static bool diff_mail(struct diff *d, const struct ms_look *l)
 		range_add(d, d->added, &d->added_n, l->uid);
 		return true;
 	}
-	if (look_differs(l, &s)) {
+	if (look_differs(l, &s) && d->rebuild) {
+		rebuild_flags(d->r, d->b, l->uid, l->flags, l->keywords, l->keywords_n);
+		d->wrote = true;
+	} else if (look_differs(l, &s)) {
 		room = keywords_note(d, &s);
 		if (room)
 			range_add(d, d->changed, &d->changed_n, l->uid);
@@ -757,7 +775,8 @@ static int mails_lost(struct replica *r, const struct box *b, const struct ms_no
 				break;
 		}
 	}
-	if (lost > 0)
+	/* (While a lost database is made again they may never have been here.) */
+	if (lost > 0 && !rebuild_is_on(r))
 		replica_log(r, 1, "mailbox %s: %llu mails are gone, and nothing shows that somebody removed them: "
 			    "they are restored", b->path, (unsigned long long)lost);
 	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
@@ -824,6 +843,7 @@ static int compare_slice(struct replica *r, const struct look *look, const struc
 	}
 	last = d->n < MS_LOOKS_MAX ? UINT32_MAX : d->looks[d->n - 1].uid;
 	(void)replica_txn_begin(r);
+	d->rebuild = rebuild_is_on(r);
 	if (!c->gone_pass)
 		next = diff_present(d);
 	if (next != 0)
@@ -840,8 +860,13 @@ static int compare_slice(struct replica *r, const struct look *look, const struc
 		if (stop != 0)
 			last = stop - 1;
 	}
-	store_abort(&r->txn);
-	ret = diff_note(d, c, error_r);
+	ret = REPLICA_DONE;
+	if (!d->wrote)
+		store_abort(&r->txn);
+	else if (replica_txn_commit(r, false, error_r) < 0)
+		ret = REPLICA_FAILED;
+	if (ret == REPLICA_DONE)
+		ret = diff_note(d, c, error_r);
 	diff_free(d);
 	free(d);
 	if (ret != REPLICA_DONE || r->compare == NULL)
@@ -977,6 +1002,12 @@ int replica_compare(struct replica *r, bool *more_r, char **error_r)
 	}
 	due = compare_survey_is_due(r);
 	any = look_first(r, &look);
+	if (!any && !due && rebuild_is_on(r)) {
+		rebuild_end(r);
+		survey_put(r, SURVEY_DONE);
+		*more_r = true;
+		return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+	}
 	store_abort(&r->txn);
 	if (!any && !due)
 		return REPLICA_DONE;

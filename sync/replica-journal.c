@@ -69,6 +69,7 @@ static int record_create(struct replica *r, const struct crdt_jrec *rec);
 
 static bool record_box(struct replica *r, const struct crdt_jrec *rec, struct box *b_r)
 {
+	rebuild_box(r, rec);
 	if (box_get(r, &rec->mailbox, b_r))
 		return true;
 	if (rec->path.n > 0 && !rec->applier && record_create(r, rec) == 0 && box_get(r, &rec->mailbox, b_r))
@@ -167,6 +168,8 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 			shadow_free(&s);
 			continue;
 		}
+		if (rebuild_append(r, &b, jm, m))
+			continue;
 		append_key(r, &primary.id, &b, m, i, &keys[n]);
 		replica_context_cap_mail(r, &ctx, &keys[n]);
 		memset(om, 0, sizeof(*om));
@@ -620,6 +623,8 @@ static int record_create(struct replica *r, const struct crdt_jrec *rec)
 		box_free(&b);
 		return 0;
 	}
+	if (rebuild_create(r, rec))
+		return 0;
 	box_new(r, rec, &b);
 	memset(&folder, 0, sizeof(folder));
 	folder.id = is_inbox(rec->path) ? crdt_inbox_id : rec->mailbox;
@@ -692,6 +697,7 @@ static int record_delete(struct replica *r, const struct crdt_jrec *rec)
 	struct box b;
 	int ret = 0;
 
+	rebuild_box(r, rec);
 	if (!box_get(r, &rec->mailbox, &b))
 		return 0;
 	/* A kill may have left UIDs that no record tells of; clients saw them. */

@@ -216,7 +216,17 @@ void row_keys_free(struct row_key *keys, size_t n);
 /* replica-journal.c */
 int replica_journal_record(struct replica *r, const struct ms_record *rec);
 
+/* replica-rebuild.c: what a record means while the shadow is made anew. */
+bool rebuild_create(struct replica *r, const struct crdt_jrec *rec);	/* true: the state knows the mailbox */
+void rebuild_box(struct replica *r, const struct crdt_jrec *rec);	/* makes the mailbox of a record known */
+bool rebuild_append(struct replica *r, const struct box *b, const struct crdt_jrec_mail *jm, const struct ms_mail *m);
+void rebuild_flags(struct replica *r, const struct box *b, uint32_t uid, uint8_t flags,
+		   const struct crdt_str *keywords, unsigned keywords_n);
+void rebuild_end(struct replica *r);
+
 /* replica-compare.c */
+bool rebuild_is_on(struct replica *r);
+void rebuild_begin(struct replica *r);
 /* One slice of looking for changes without a record; *more_r: there is more. */
 int replica_compare(struct replica *r, bool *more_r, char **error_r);
 bool compare_survey_is_due(struct replica *r);

@@ -108,6 +108,8 @@ struct replica *replica_open(struct store *s, const struct replica_config *cfg, 
 	if (!own_get(r)) {
 		r->origin = CRDT_ORIGIN(cfg->slot, cfg->random(cfg->ctx));
 		own_put(r);
+		if (cfg->rebuilt)
+			rebuild_begin(r);
 	}
 	if (replica_txn_commit(r, false, error_r) < 0) {
 		replica_close(&r);
@@ -347,6 +349,9 @@ void replica_applied_vv(struct replica *r, struct crdt_vv *vv_r)
 	*vv_r = *replica_vv(r);
 	for (unsigned i = 0; i < sizeof(rows); i++)
 		rrows(r)->scan(rrows(r), &rows[i], 1, NULL, 0, cap_row, vv_r);
+	/* What the mail store shows of it is not known. */
+	if (rebuild_is_on(r))
+		crdt_vv_init(vv_r);
 	store_abort(&r->txn);
 }
 
@@ -915,7 +920,7 @@ static int later_noted(int ret, char **error_r, char **later)
 
 enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r)
 {
-	bool more_folders = false, more_mails = false, more_looks = false, wants;
+	bool more_folders = false, more_mails = false, more_looks = false, rebuild, wants;
 	const char waiting = ROW_WAIT_BODY;
 	struct row_key key;
 	char *later = NULL;
@@ -924,11 +929,14 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 	if (r->ms == NULL)
 		return REPLICA_LATER;
 	ret = replica_outbound_progress(replica_outbound(r, error_r));
-	if (ret == REPLICA_DONE)
+	(void)replica_txn_begin(r);
+	rebuild = rebuild_is_on(r);
+	store_abort(&r->txn);
+	if (ret == REPLICA_DONE && !rebuild)
 		ret = later_noted(replica_apply_folders(r, &more_folders, error_r), error_r, &later);
-	if (ret == REPLICA_DONE)
+	if (ret == REPLICA_DONE && !rebuild)
 		ret = later_noted(replica_apply_subscriptions(r, error_r), error_r, &later);
-	if (ret == REPLICA_DONE)
+	if (ret == REPLICA_DONE && !rebuild)
 		ret = replica_apply_mails(r, body, ctx, &more_mails, error_r);
 	/* Also when something has to wait: it may be for a change that has no record. */
 	if (ret == REPLICA_DONE && !more_folders && !more_mails) {
@@ -968,6 +976,11 @@ bool replica_collect(struct replica *r, const struct crdt_vv *stable)
 	bool more;
 
 	(void)replica_txn_begin(r);
+	if (rebuild_is_on(r)) {
+		/* it may tell of mails that are to be removed here */
+		store_abort(&r->txn);
+		return false;
+	}
 	sink_init(&s, r);
 	more = crdt_collect(rrows(r), stable, 1000, &s.sink);
 	sink_flush(&s);

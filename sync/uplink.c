@@ -58,6 +58,8 @@ struct uplink {
 	size_t in_flight;		/* bytes in all flights */
 	size_t asked;			/* streams with an open want_ops() */
 
+	bool own;			/* own slot's ops are wanted too; */
+	uint64_t own_until;		/* they come up to here; UINT64_MAX: not heard yet */
 	uint64_t daemon_id;
 	uint64_t received, merged, durable;	/* gsn */
 	struct feed *feeds;		/* received and not contiguously merged; ascending */
@@ -233,6 +235,8 @@ struct uplink *uplink_new(const struct uplink_config *cfg, const struct uplink_c
 	u->name = xstrdup(cfg->name);
 	u->slot = cfg->slot;
 	u->daemon_id = cfg->daemon_id;
+	u->own = cfg->own;
+	u->own_until = UINT64_MAX;
 	u->received = u->merged = u->durable = cfg->gsn;
 	u->due = INT64_MIN;
 	return u;
@@ -361,6 +365,7 @@ void uplink_connected(struct uplink *u, int64_t now)
 	f.slot = (uint8_t)u->slot;
 	f.daemon_id = u->daemon_id;
 	f.gsn = u->durable;
+	f.own = u->own;
 	u->state = HELLO;
 	u->due = now + UPLINK_WELCOME_MSECS;
 	emit(u, &f);
@@ -601,6 +606,16 @@ uint64_t uplink_daemon_id(const struct uplink *u)
 	return u->daemon_id;
 }
 
+bool uplink_refilled(const struct uplink *u)
+{
+	return u->own_until != UINT64_MAX && u->merged >= u->own_until;
+}
+
+void uplink_own_done(struct uplink *u)
+{
+	u->own = false;
+}
+
 size_t uplink_unacked_feed(const struct uplink *u)
 {
 	return u->merged_bytes;
@@ -650,6 +665,10 @@ static void on_welcome(struct uplink *u, const struct crdt_frame *f)
 
 	if (u->state != HELLO)
 		return;
+	if (u->own && f->own && (u->own_until == UINT64_MAX || u->daemon_id != f->daemon_id))
+		u->own_until = f->gsn;
+	else if (u->own && !f->own)
+		log_text(u, 0, "it is too old to send this worker what it lost: upgrade it");
 	if (u->daemon_id != f->daemon_id) {
 		feed_restart(u);
 		u->daemon_id = f->daemon_id;

@@ -64,6 +64,7 @@ struct uplink_config {
 	/* What was durably fed, and by whom: from the last uplink_merged() that was
 	 * made durable. */
 	uint64_t daemon_id, gsn;
+	bool own;			/* own slot's ops are wanted too: the database was lost */
 };
 
 struct uplink;
@@ -107,6 +108,9 @@ uint64_t uplink_merged(const struct uplink *u);
 uint64_t uplink_received(const struct uplink *u);
 uint64_t uplink_durable(const struct uplink *u);
 uint64_t uplink_daemon_id(const struct uplink *u);	/* 0: never seen */
+/* With cfg.own: all that the daemon had when it was first asked is merged. */
+bool uplink_refilled(const struct uplink *u);
+void uplink_own_done(struct uplink *u);		/* own ops are not wanted any more */
 size_t uplink_unacked_feed(const struct uplink *u);	/* bytes merged and not acknowledged */
 void uplink_feed_durable(struct uplink *u, uint64_t daemon_id, uint64_t gsn);
 

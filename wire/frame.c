@@ -40,10 +40,16 @@ void crdt_frame_encode(struct crdt_buf *b, const struct crdt_frame *f)
 		crdt_buf_bytes(b, f->name.p, f->name.n);
 		crdt_buf_u64(b, f->daemon_id);
 		crdt_buf_varint(b, f->gsn);
+		if (f->own)
+			crdt_buf_u8(b, 1);
 		break;
 	case CRDT_FRAME_WELCOME:
 		crdt_buf_bytes(b, f->name.p, f->name.n);
 		crdt_buf_u64(b, f->daemon_id);
+		if (f->own) {
+			crdt_buf_u8(b, 1);
+			crdt_buf_varint(b, f->gsn);
+		}
 		break;
 	case CRDT_FRAME_OPS:
 		put_user(b, f);
@@ -186,10 +192,14 @@ static void get_fields(struct crdt_reader *r, struct crdt_frame *f)
 		get_node_name(r, &f->name);
 		f->daemon_id = crdt_get_u64(r);
 		f->gsn = crdt_get_varint(r);
+		f->own = crdt_reader_left(r) > 0 && crdt_get_u8(r) == 1;
 		break;
 	case CRDT_FRAME_WELCOME:
 		get_node_name(r, &f->name);
 		f->daemon_id = crdt_get_u64(r);
+		f->own = crdt_reader_left(r) > 0 && crdt_get_u8(r) == 1;
+		if (f->own)
+			f->gsn = crdt_get_varint(r);
 		break;
 	case CRDT_FRAME_OPS:
 		get_user(r, f);

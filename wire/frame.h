@@ -57,6 +57,8 @@ struct crdt_frame {
 	uint8_t role, slot;			/* HELLO: 1 worker, 2 storage; slot of a worker */
 	uint64_t daemon_id;			/* WELCOME; HELLO: daemon that `gsn` is of (0: none) */
 	uint64_t gsn;				/* HELLO: last fed and durable; FEED: of the last op in it; FEED_ACK */
+	bool own;				/* HELLO: lost its database: its own slot's ops, too; WELCOME: they
+						 * come, up to gsn */
 	uint64_t gsn_prev;			/* FEED: gsn of the frame before it (a gap shows) */
 	size_t ops_n; struct crdt_bytes *ops;	/* OPS, FEED: encoded ops; array owned */
 	struct crdt_vv vv;			/* ACK, APPLIED, STABLE */

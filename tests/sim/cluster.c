@@ -72,7 +72,7 @@ static struct sim {
 	unsigned workers_n, daemons_n;
 	struct worker workers[WORKERS_MAX];
 	struct daemon daemons[DAEMONS_MAX];
-	uint64_t commands, kills, cuts, frames, rides, odd;
+	uint64_t commands, kills, cuts, frames, rides, odd, lost;
 	/* Texts that no daemon had when asked: they may be gone for good, when the
 	 * only one who had the mail removed it before it was sent, and somebody
 	 * else's rename of its folder keeps the mail itself. */
@@ -576,6 +576,25 @@ static void move_worker(struct worker *w)
 	}
 }
 
+/* Its mail and journals stay.  With several daemons what only one of them has of it
+ * would be missing from the others. */
+static void worker_lose(struct worker *w)
+{
+	struct store_options opts = { .create = true, .in_memory = true };
+	char *error = NULL;
+
+	if (sim.verbose)
+		fprintf(stderr, "%8lld %s loses its database\n", (long long)sim.now, w->name);
+	if (w->node != NULL)
+		worker_kill(w);
+	store_close(&w->store);
+	w->store = store_open("mem", &opts, &error);
+	if (w->store == NULL || node_rebuild(w->store, &error) < 0)
+		fail("%s", error);
+	w->cfg.rebuilt = true;
+	sim.lost++;
+}
+
 static void trouble(void)
 {
 	struct worker *w = &sim.workers[rnd(sim.workers_n)];
@@ -603,6 +622,10 @@ static void trouble(void)
 		break;
 	case 3: case 4:
 		w->links[d].slow = true;
+		break;
+	case 5:
+		if (sim.daemons_n == 1)
+			worker_lose(w);
 		break;
 	default:
 		link_cut(w, d);
@@ -817,7 +840,7 @@ static void run(uint64_t seed, unsigned steps)
 	struct store_options opts = { .create = true, .in_memory = true };
 	char *error = NULL;
 	bool verbose = sim.verbose;
-	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd };
+	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost };
 
 	memset(&sim, 0, sizeof(sim));
 	sim.verbose = verbose;
@@ -827,6 +850,7 @@ static void run(uint64_t seed, unsigned steps)
 	sim.frames = totals[3];
 	sim.rides = totals[4];
 	sim.odd = totals[5];
+	sim.lost = totals[6];
 	sim.seed = seed;
 	sim.rng = seed * 7919 + 17;
 	sim.now = 1000;
@@ -908,8 +932,8 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	for (uint64_t i = 0; i < runs; i++)
 		run(seed + i, steps > 0 ? steps : schedule_length(seed + i));
-	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record: all converged\n",
+	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost: all converged\n",
 	       (unsigned long long)runs, (unsigned long long)sim.commands, (unsigned long long)sim.frames,
-	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts, (unsigned long long)sim.odd);
+	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts, (unsigned long long)sim.odd, (unsigned long long)sim.lost);
 	return 0;
 }

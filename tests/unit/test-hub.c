@@ -586,6 +586,34 @@ static void test_ack_and_feed(void **state)
 	reader_free(&r2);
 }
 
+/* A worker that lost its database gets its own ops too, those of before its HELLO. */
+static void test_own_ops_fed(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	struct crdt_frame f = { .type = CRDT_FRAME_HELLO, .role = HUB_WORKER, .slot = 1, .own = true };
+
+	connect_worker(w, 1);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 1, "a"));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 1);
+	expect_none(&r1);
+	f.name = str("w1");
+	frame(w, CONN1, "w1", &f);
+	commit(w);
+	(void)expect(&r1, CRDT_FRAME_WELCOME);
+	assert_true(r1.f.own);
+	assert_int_equal(r1.f.gsn, 1);
+	(void)expect(&r1, CRDT_FRAME_FEED);
+	assert_int_equal(r1.f.gsn, 1);
+	assert_int_equal(r1.f.ops_n, 1);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 2, "b"));
+	commit(w);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ACK)->vv.e[0].seq, 2);
+	expect_none(&r1);
+	reader_free(&r1);
+}
+
 static void test_status_text(void **state)
 {
 	struct world *w = *state;
@@ -2093,7 +2121,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 		T(test_identity), T(test_nothing_before_hello), T(test_garbage), T(test_foreign_origin),
-		T(test_peer_removed), T(test_ack_and_feed), T(test_status_text), T(test_gap_and_buffer), T(test_unknown_kind),
+		T(test_peer_removed), T(test_ack_and_feed), T(test_own_ops_fed), T(test_status_text), T(test_gap_and_buffer), T(test_unknown_kind),
 		T(test_background_merge_is_synced),
 		T(test_refused_op), T(test_refused_waiting), T(test_refused_deletes), T(test_newer_connection_counts), T(test_restart_keeps_all),
 		T(test_body_before_op), T(test_body_rides_in), T(test_body_none), T(test_missing_text), T(test_body_of_another_size), T(test_empty_body),

@@ -53,13 +53,14 @@ def open_files():
 
 
 def is_stale(path):
-    """Whether the lock file's owner was killed before its pid was in it. Dovecot waits
-    two minutes for such a one; it has it open until the pid is written."""
+    """Whether the lock file's owner was killed: Dovecot finds that out when somebody
+    wants the lock; where its pid was not in it yet only after two minutes.  (The
+    owner has the file open until the pid is written.)"""
     with open(path, "rb") as file:
-        stat, owner = os.fstat(file.fileno()), re.match(rb"\d+:", file.read(100))
-    if owner or time.time() < stat.st_ctime + 1:
-        return False
-    return (stat.st_dev, stat.st_ino) not in set(open_files())
+        stat, owner = os.fstat(file.fileno()), re.match(rb"(\d+):", file.read(100))
+    if owner:
+        return not os.path.exists(f"/proc/{int(owner.group(1))}")
+    return time.time() > stat.st_ctime + 1 and (stat.st_dev, stat.st_ino) not in set(open_files())
 
 
 def lock_files(directory):

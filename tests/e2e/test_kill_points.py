@@ -123,8 +123,10 @@ def outcomes(kind, before, after):
     if kind == "store":
         mail, = set(after["INBOX"]) - set(before["INBOX"])
         name, keyword, flag = mail.split()
+        # A keyword whose name Maildir's file of keywords did not get.
+        unknown = [f"unknown-{letter}" for letter in range(26)]
         partly = [changed(before, INBOX=[*(set(before["INBOX"]) - {name}), f"{name} {one}"])
-                  for one in (keyword, flag)]
+                  for one in (keyword, flag, *unknown, *(rf"\Flagged {each}" for each in unknown))]
     if kind == "rename":
         old, to = set(before) - set(after), set(after) - set(before)
         partly = [changed(before, **{min(old): None, min(to): []})]

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 
-from . import chroot, files, layout, netns, process, status
+from . import chroot, files, layout, mailformat, netns, process, status
 from .errors import ClusterError, Refused
 
 _READY_TIMEOUT = 30
@@ -46,10 +46,13 @@ def _refuse_unsupported(options):
         raise Refused("--director is not supported yet")
     if options.delay:
         raise Refused("--delay is not supported yet")
-    if not set(options.mail_format.split(",")) <= {"maildir", "sdbox", "mdbox"}:
-        raise Refused("--mail-format takes maildir, sdbox, mdbox or a list of these,"
-                      f" not {options.mail_format}")
-    versions = options.dovecot.split(",")
+    formats, versions = options.mail_format.split(","), options.dovecot.split(",")
+    if not all(map(mailformat.is_known, formats)):
+        raise Refused("--mail-format takes FORMAT[+OPTION...] or a list of these, not"
+                      f" {options.mail_format}; formats: {', '.join(mailformat.FORMATS)};"
+                      f" options: {', '.join(mailformat.OPTIONS)}")
+    if "2.4" in versions and "+" in options.mail_format:
+        raise Refused("--mail-format's options are for Dovecot 2.3")
     if not set(versions) <= {"2.3", "2.4"}:
         raise Refused(f"--dovecot takes 2.3, 2.4 or a list of these, not {options.dovecot}")
     if "2.4" in versions:

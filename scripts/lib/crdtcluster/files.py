@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 
-from . import certs, chroot
+from . import certs, chroot, mailformat
 from .errors import ClusterError, Refused
 from .layout import FIRST_MAIL_UID, STORAGE_PORT
 
@@ -166,7 +166,8 @@ def _configure_worker(cluster, node):
         "users_file": _users_file(cluster),
         "mail_root": node.mail_root,
         "mail_format": node.mail_format,
-        "mail_dir": "Maildir" if node.mail_format == "maildir" else node.mail_format,
+        "mail_dir": mailformat.FORMATS.get(node.mail_format),
+        **mailformat.settings(node.mail_format, node.mail_root, node_dir),
         "imap_port": node.imap_port,
         "imaps_port": node.imaps_port,
         "pop3_port": node.pop3_port,

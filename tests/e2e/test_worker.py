@@ -987,7 +987,7 @@ kills_needed = pytest.mark.skipif(not shutil.which("strace"), reason="needs stra
 @kills_needed
 @pytest.mark.parametrize("what", ["save", "move", "changes"])
 @pytest.mark.parametrize("client_first", [False, True])
-def test_killed_at_each_step(dovecot, user, what, client_first, maildir):
+def test_killed_at_each_step(dovecot, user, what, client_first):
     """... and perhaps a client looks before the next worker does."""
     def prepare(t, n):
         path = f"box{n}"

@@ -163,7 +163,10 @@ void rebuild_box(struct replica *r, const struct crdt_jrec *rec)
 		return;
 	}
 	crdt_scan_folders(rrows(r), folder_by_validity, &c);
-	if (c.path.len > 0)
+	/* Where another mailbox is known to be this one is no longer, if it ever was. */
+	if (c.path.len > 0 && box_at(r, c.path.data, c.path.len, &b))
+		box_free(&b);
+	else if (c.path.len > 0)
 		(void)box_adopt(r, &rec->mailbox, (struct crdt_str){ c.path.data, (uint16_t)c.path.len },
 				rec->uidvalidity);
 	crdt_buf_free(&c.path);
@@ -209,9 +212,64 @@ static bool copy_choose(struct replica *r, const struct copies *c, const struct 
 	return true;
 }
 
+struct ids { struct crdt_id *ids; size_t n, cap; };
+
+static bool folder_note(void *vctx, const struct crdt_folder *f)
+{
+	struct ids *c = vctx;
+
+	if (c->n == c->cap) {
+		c->cap = c->cap == 0 ? 64 : c->cap * 2;
+		c->ids = realloc(c->ids, c->cap * sizeof(*c->ids));
+		if (c->ids == NULL)
+			abort();
+	}
+	c->ids[c->n++] = f->id;
+	return true;
+}
+
+static bool copies_of(struct replica *r, const struct crdt_id *folder, const struct box *b, const struct ms_mail *m,
+		      struct copies *c)
+{
+	struct crdt_mail_key want;
+
+	memset(&want, 0, sizeof(want));
+	want.folder = *folder;
+	want.guid_len = (uint8_t)m->guid.n;
+	memcpy(want.guid, m->guid.p, m->guid.n);
+	c->want = &want;
+	c->n = 0;
+	c->validity = b->uidvalidity;
+	crdt_scan_mails(rrows(r), folder, &want, copy_note, c);
+	c->want = NULL;
+	return c->n > 0;
+}
+
+/* A folder that left this mailbox (others renamed it) has mails in it still.  Only
+ * one that was shown at this very UID: a copy in another folder has the same GUID. */
+static bool claimed_elsewhere(struct replica *r, const struct box *b, uint32_t uid, const struct ms_mail *m,
+			      struct copies *c, struct crdt_mail_key *key_r)
+{
+	struct ids f = { NULL, 0, 0 };
+	bool found = false;
+
+	crdt_scan_folders(rrows(r), folder_note, &f);
+	for (size_t i = 0; i < f.n && !found; i++) {
+		if (box_has_folder(b, &f.ids[i]) || !copies_of(r, &f.ids[i], b, m, c))
+			continue;
+		for (size_t k = 0; k < c->n && !found; k++) {
+			found = c->uids[k] == uid;
+			if (found)
+				*key_r = c->keys[k];
+		}
+	}
+	free(f.ids);
+	return found;
+}
+
 bool rebuild_append(struct replica *r, const struct box *b, const struct crdt_jrec_mail *jm, const struct ms_mail *m)
 {
-	struct crdt_mail_key want, key;
+	struct crdt_mail_key key;
 	struct copies *c;
 	bool found = false;
 
@@ -220,17 +278,10 @@ bool rebuild_append(struct replica *r, const struct box *b, const struct crdt_jr
 	c = calloc(1, sizeof(*c));
 	if (c == NULL)
 		abort();
-	for (unsigned i = 0; i < b->folders_n && !found; i++) {
-		memset(&want, 0, sizeof(want));
-		want.folder = b->folders[i];
-		want.guid_len = (uint8_t)m->guid.n;
-		memcpy(want.guid, m->guid.p, m->guid.n);
-		c->want = &want;
-		c->n = 0;
-		c->validity = b->uidvalidity;
-		crdt_scan_mails(rrows(r), &b->folders[i], &want, copy_note, c);
-		found = copy_choose(r, c, &b->guid, jm->uid, &key);
-	}
+	for (unsigned i = 0; i < b->folders_n && !found; i++)
+		found = copies_of(r, &b->folders[i], b, m, c) && copy_choose(r, c, &b->guid, jm->uid, &key);
+	if (!found)
+		found = claimed_elsewhere(r, b, jm->uid, m, c, &key);
 	free(c);
 	if (!found)
 		return false;
@@ -269,22 +320,6 @@ void rebuild_flags(struct replica *r, const struct box *b, uint32_t uid, uint8_t
 }
 
 /* ---- the end ---- */
-
-struct ids { struct crdt_id *ids; size_t n, cap; };
-
-static bool folder_note(void *vctx, const struct crdt_folder *f)
-{
-	struct ids *c = vctx;
-
-	if (c->n == c->cap) {
-		c->cap = c->cap == 0 ? 64 : c->cap * 2;
-		c->ids = realloc(c->ids, c->cap * sizeof(*c->ids));
-		if (c->ids == NULL)
-			abort();
-	}
-	c->ids[c->n++] = f->id;
-	return true;
-}
 
 /* All is to be looked at once, so that what is shown nowhere is brought back. */
 void rebuild_end(struct replica *r)

@@ -9,6 +9,9 @@
  * note looks at each once more, under the lock in which changes get their
  * records, and writes what is missing as the plugin would have.
  */
+#define _GNU_SOURCE
+#include <sys/stat.h>
+#include <fcntl.h>
 #include "apply-txn.h"
 #include "sha2.h"
 #include "mail-namespace.h"
@@ -123,18 +126,30 @@ int worker_survey(struct worker_conn *conn, struct worker_user *user, const char
 
 /* Check */
 
+/* Device, and which directory: one that was put back from a backup is another one, and
+ * what was added since the backup was not removed by anybody. */
+static void sum_directory(buffer_t *buf, const char *path)
+{
+	struct statx stx;
+
+	if (statx(AT_FDCWD, path, 0, STATX_INO | STATX_BTIME, &stx) < 0)
+		return;
+	sum_number(buf, (uint64_t)stx.stx_dev_major << 32 | stx.stx_dev_minor);
+	sum_number(buf, stx.stx_ino);
+	if ((stx.stx_mask & STATX_BTIME) != 0)
+		sum_number(buf, (uint64_t)stx.stx_btime.tv_sec * 1000000000 + stx.stx_btime.tv_nsec);
+}
+
 static uint64_t box_identity(struct mailbox *box)
 {
 	buffer_t *buf = t_buffer_create(64);
 	const char *path;
-	struct stat st;
 
 	sum_number(buf, box->index->indexid);
 	sum_number(buf, box->index->map->hdr.uid_validity);
-	if (stat(box->index->dir, &st) == 0)
-		sum_number(buf, st.st_dev);
-	if (mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 && stat(path, &st) == 0)
-		sum_number(buf, st.st_dev);
+	sum_directory(buf, box->index->dir);
+	if (mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0)
+		sum_directory(buf, path);
 	return sum(buf);
 }
 

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Users whose homes are put back from a backup, and whom userdb cannot list.
+
+Needs root and what was built; see conftest.py.
+"""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from compare_lib import WORKERS, configure, login, reload, views
+from imap_lib import Client
+from test_damage import wait_log
+
+pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.allows_errors]
+NUMBERS = itertools.count(1)
+
+
+@pytest.fixture(scope="module", name="cluster")
+def fixture_cluster(new_cluster):
+    return new_cluster(users=10)
+
+
+@pytest.fixture(name="user")
+def fixture_user():
+    return f"u{next(NUMBERS)}"
+
+
+def equal(cluster, user, mails):
+    cluster.wait(120)
+    seen = views(cluster, user)
+    for view in seen:
+        assert view.mails() == mails, f"{seen[0]}\n{seen[1]}"
+    assert seen[0].named_uids() == seen[1].named_uids()
+
+
+def copy(old, new):
+    shutil.rmtree(new, ignore_errors=True)
+    subprocess.run(["cp", "-a", old, new], check=True)
+
+
+def session(cluster, worker, user):
+    with login(cluster, worker, user) as client:
+        client.select("INBOX")
+
+
+def fill(cluster, user):
+    with Client.login(cluster, "w1", user) as client:
+        client.do("create f", "append INBOX a", "append INBOX b", r"store INBOX a +\Flagged", "append f m")
+    equal(cluster, user, {"INBOX": [r"a \Flagged", "b"], "f": ["m"]})
+
+
+def test_home_from_backup(cluster, user):
+    """What was removed since is back; what was added since is not removed."""
+    fill(cluster, user)
+    backup = cluster.home("w1", user) + ".backup"
+    cluster.kill("w1")
+    copy(cluster.home("w1", user), backup)
+    cluster.start("w1")
+    with Client.login(cluster, "w1", user) as client:
+        client.do("append INBOX c", "expunge INBOX b", "append f n")
+    equal(cluster, user, {"INBOX": [r"a \Flagged", "c"], "f": ["m", "n"]})
+    cluster.kill("w1")
+    copy(backup, cluster.home("w1", user))
+    cluster.start("w1")
+    session(cluster, "w1", user)
+    equal(cluster, user, {"INBOX": [r"a \Flagged", "b", "c"], "f": ["m", "n"]})
+
+
+def test_users_that_cannot_be_listed(cluster, user):
+    """Said once; who logs in, or gets mail, is replicated all the same."""
+    if cluster.node("w1")["dovecot"] != "2.3":
+        pytest.skip("the test knows how to write it for 2.3 only")
+    path = cluster.node("w1")["doveadm_config"]
+    with open(path, encoding="ascii") as file:
+        text = file.read()
+    home = os.stat(cluster.home("w1", user))
+    static = f"""userdb {{
+  driver = static
+  args = uid={home.st_uid} gid={home.st_gid} home={os.path.dirname(cluster.home("w1", user))}/%u
+}}"""
+    said = cluster.log("w1").count("Cannot list the users")
+    with open(path, "w", encoding="ascii") as file:
+        file.write(re.sub(r"(?s)userdb \{.*?\n\}", static, text, count=1))
+    try:
+        configure(cluster, "w1", "crdt_survey_interval", "1 s")
+        wait_log(cluster, "w1", "Cannot list the users", said + 1)
+        fill(cluster, user)
+        cluster.deliver("w1", user, b"Subject: later\r\n\r\nx\r\n")
+        equal(cluster, user, {"INBOX": [r"a \Flagged", "b", "later"], "f": ["m"]})
+        assert cluster.log("w1").count("Cannot list the users") == said + 1
+    finally:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(text)
+        reload(cluster, "w1")

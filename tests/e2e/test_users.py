@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Users whose homes are put back from a backup, and whom userdb cannot list.
+"""Users who are renamed, whose homes are copied or put back, and whom userdb
+cannot list.
 
 Needs root and what was built; see conftest.py.
 """
@@ -12,7 +13,7 @@ import subprocess
 
 import pytest
 
-from compare_lib import WORKERS, configure, login, reload, views
+from compare_lib import WORKERS, configure, login, reload, until, views
 from imap_lib import Client
 from test_damage import wait_log
 
@@ -38,6 +39,15 @@ def equal(cluster, user, mails):
     assert seen[0].named_uids() == seen[1].named_uids()
 
 
+def become_equal(cluster, user, mails):
+    """As equal(), where there are users that never will be: those who are gone."""
+    def seen():
+        first, second = views(cluster, user)
+        return first.mails() == second.mails() == mails and first.named_uids() == second.named_uids()
+
+    until(seen)
+
+
 def copy(old, new):
     shutil.rmtree(new, ignore_errors=True)
     subprocess.run(["cp", "-a", old, new], check=True)
@@ -52,6 +62,34 @@ def fill(cluster, user):
     with Client.login(cluster, "w1", user) as client:
         client.do("create f", "append INBOX a", "append INBOX b", r"store INBOX a +\Flagged", "append f m")
     equal(cluster, user, {"INBOX": [r"a \Flagged", "b"], "f": ["m"]})
+
+
+def forget(cluster, user):
+    """He is no user any more."""
+    path = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(
+        os.path.dirname(cluster.home("w1", user))))), "users")
+    with open(path, encoding="ascii") as file:
+        lines = file.readlines()
+    left = [line for line in lines if not line.startswith(user + ":")]
+    assert len(left) == len(lines) - 1
+    with open(path, "w", encoding="ascii") as file:
+        file.writelines(left)
+
+
+def test_home_of_another_worker(cluster, user):
+    """w2 gets a copy of w1's home, with w1's journal."""
+    fill(cluster, user)
+    with cluster.partition("w1"):
+        with Client.login(cluster, "w1", user) as client:
+            client.do("append INBOX unsent", "expunge INBOX b", "create g", "append g n")
+        for worker in WORKERS:
+            cluster.kill(worker)
+        copy(cluster.home("w1", user), cluster.home("w2", user))
+        for worker in WORKERS:
+            cluster.start(worker)
+    for worker in WORKERS:
+        session(cluster, worker, user)
+    equal(cluster, user, {"INBOX": [r"a \Flagged", "unsent"], "f": ["m"], "g": ["n"]})
 
 
 def test_home_from_backup(cluster, user):
@@ -97,3 +135,25 @@ def test_users_that_cannot_be_listed(cluster, user):
         with open(path, "w", encoding="ascii") as file:
             file.write(text)
         reload(cluster, "w1")
+
+
+def test_renamed(cluster, user):
+    """All that was there, sent or not, is there under the new name, once."""
+    new = f"u{next(NUMBERS)}"
+    fill(cluster, user)
+    with cluster.partition("w1"):
+        with Client.login(cluster, "w1", user) as client:
+            client.do("append INBOX unsent", "expunge INBOX b", r"store f m +\Answered")
+        forget(cluster, user)
+        for worker in WORKERS:
+            cluster.kill(worker)
+            os.rmdir(cluster.home(worker, new))
+            os.rename(cluster.home(worker, user), cluster.home(worker, new))
+            cluster.start(worker)
+    for worker in WORKERS:
+        session(cluster, worker, new)
+    # w2 had not heard of the removal under the old name, and under the new one there was none
+    become_equal(cluster, new, {"INBOX": [r"a \Flagged", "b", "unsent"], "f": [r"m \Answered"]})
+    with Client.login(cluster, "w2", new) as client:
+        client.do("append f more", "expunge INBOX b")
+    become_equal(cluster, new, {"INBOX": [r"a \Flagged", "unsent"], "f": [r"m \Answered", "more"]})

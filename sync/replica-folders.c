@@ -435,10 +435,13 @@ static enum step folder_step(struct replica *r, const struct crdt_id *id, char *
 	struct crdt_folder f;
 	enum step step;
 
-	if (crdt_folder_get(rrows(r), id, &f) && crdt_folder_live(&f))
-		step = folder_live(r, &f, error_r);
-	else
+	if (!crdt_folder_get(rrows(r), id, &f) || !crdt_folder_live(&f))
 		step = folder_dead(r, id, error_r);
+	else if (f.path_len == 0)
+		/* Its mails came, what names it did not: the op that does marks it again. */
+		step = STEP_SETTLED;
+	else
+		step = folder_live(r, &f, error_r);
 	crdt_folder_free(&f);
 	return step;
 }

@@ -578,8 +578,8 @@ static void move_worker(struct worker *w)
 }
 
 /* Its mail and journals stay.  With several daemons what only one of them has of it
- * would be missing from the others.  One database in each schedule: open is why, with a
- * second one, a folder may be made and removed for ever (seed 1460 without that limit). */
+ * would be missing from the others.  One database in each schedule: open is why, after a
+ * second one, a folder may be without its name on one worker (seed 1460 without that limit). */
 static void worker_lose(struct worker *w)
 {
 	struct store_options opts = { .create = true, .in_memory = true };

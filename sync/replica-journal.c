@@ -123,6 +123,36 @@ static struct crdt_str *sorted(const struct crdt_str *list, unsigned n)
 	return copy;
 }
 
+static bool is_inbox(struct crdt_str path)
+{
+	return path.n == 5 && memcmp(path.p, "INBOX", 5) == 0;
+}
+
+static int own_create(struct replica *r, const struct crdt_id *id, struct crdt_str path, uint32_t validity)
+{
+	struct crdt_op_folder folder;
+	struct crdt_folder known;
+	struct crdt_op op;
+	struct crdt_vv ctx;
+
+	memset(&folder, 0, sizeof(folder));
+	folder.id = *id;
+	folder.path = path;
+	folder.counter = 1;
+	folder.validity = validity;
+	folder.numberer = (struct crdt_numberer){ 1, (uint8_t)r->cfg->slot };
+	if (crdt_folder_get(rrows(r), id, &known) && known.path_counter >= folder.counter)
+		folder.counter = known.path_counter + 1;
+	crdt_folder_free(&known);
+	replica_context(r, &ctx);
+	replica_context_cap_folder(r, &ctx, id, false);
+	memset(&op, 0, sizeof(op));
+	op.kind = CRDT_OP_CREATE;
+	op.folders_n = 1;
+	op.folders = &folder;
+	return replica_own_op(r, &op, &ctx);
+}
+
 static int record_append(struct replica *r, const struct ms_record *mrec)
 {
 	const struct crdt_jrec *rec = mrec->rec;
@@ -134,11 +164,13 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 	struct crdt_vv ctx;
 	struct box b;
 	unsigned n = 0;
+	bool gone;
 	int ret = 0;
 
 	if (!record_box(r, rec, &b))
 		return 0;
-	if (!box_primary(r, &b, &primary)) {
+	gone = !box_primary(r, &b, &primary);
+	if (gone) {
 		/* Its folder is gone from the state (a DELETE that is not applied
 		 * yet): the mail brings the folder back. */
 		crdt_folder_free(&primary);
@@ -195,7 +227,13 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 		op.folders = &folder;
 		op.mails_n = (uint16_t)n;
 		op.mails = mails;
-		ret = replica_own_op(r, &op, &ctx);
+		/* Before the database was lost the DELETE may have been applied here, and so
+		 * be stable: others have forgotten the folder, and its name. */
+		if (gone && rebuild_is_on(r))
+			ret = own_create(r, &primary.id, (struct crdt_str){ (const uint8_t *)b.path, (uint16_t)b.path_len },
+					 b.uidvalidity);
+		if (ret == 0)
+			ret = replica_own_op(r, &op, &ctx);
 	}
 	/* Of mails that are gone again, too: clients saw UIDNEXT rise. */
 	if (rec->mails_n > 0 && rec->mails[rec->mails_n - 1].uid >= b.uidnext) {
@@ -572,11 +610,6 @@ static int applier_revalidate(struct replica *r, const struct crdt_jrec *rec)
 
 /* ---- folders ---- */
 
-static bool is_inbox(struct crdt_str path)
-{
-	return path.n == 5 && memcmp(path.p, "INBOX", 5) == 0;
-}
-
 static void box_new(struct replica *r, const struct crdt_jrec *rec, struct box *b)
 {
 	memset(b, 0, sizeof(*b));
@@ -613,10 +646,7 @@ static int applier_create(struct replica *r, const struct crdt_jrec *rec)
 
 static int record_create(struct replica *r, const struct crdt_jrec *rec)
 {
-	struct crdt_op_folder folder;
-	struct crdt_folder known;
-	struct crdt_op op;
-	struct crdt_vv ctx;
+	struct crdt_id id = is_inbox(rec->path) ? crdt_inbox_id : rec->mailbox;
 	struct box b, elsewhere;
 
 	if (box_get(r, &rec->mailbox, &b)) {
@@ -626,31 +656,16 @@ static int record_create(struct replica *r, const struct crdt_jrec *rec)
 	if (rebuild_create(r, rec))
 		return 0;
 	box_new(r, rec, &b);
-	memset(&folder, 0, sizeof(folder));
-	folder.id = is_inbox(rec->path) ? crdt_inbox_id : rec->mailbox;
-	folder.path = rec->path;
-	folder.counter = 1;
-	folder.validity = rec->uidvalidity;
-	folder.numberer = (struct crdt_numberer){ 1, (uint8_t)r->cfg->slot };
-	if (crdt_folder_get(rrows(r), &folder.id, &known) && known.path_counter >= folder.counter)
-		folder.counter = known.path_counter + 1;
-	crdt_folder_free(&known);
-	b.pushed = folder.numberer;
+	b.pushed = (struct crdt_numberer){ 1, (uint8_t)r->cfg->slot };
 	/* Its own mailbox may be back after it was restored as another one. */
-	if (box_of(r, &folder.id, &elsewhere)) {
+	if (box_of(r, &id, &elsewhere)) {
 		box_free(&elsewhere);
-		box_take(r, &b, &folder.id);
+		box_take(r, &b, &id);
 	} else {
-		box_attach(r, &b, &folder.id);
+		box_attach(r, &b, &id);
 	}
-	replica_context(r, &ctx);
-	replica_context_cap_folder(r, &ctx, &folder.id, false);
-	memset(&op, 0, sizeof(op));
-	op.kind = CRDT_OP_CREATE;
-	op.folders_n = 1;
-	op.folders = &folder;
 	box_free(&b);
-	return replica_own_op(r, &op, &ctx);
+	return own_create(r, &id, rec->path, rec->uidvalidity);
 }
 
 /* Mails that the user saw, but whose adds the folder's context cannot cover

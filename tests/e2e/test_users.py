@@ -14,7 +14,6 @@ import subprocess
 import pytest
 
 from compare_lib import WORKERS, configure, login, reload, until, views
-from imap_lib import Client
 from test_damage import wait_log
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.allows_errors]
@@ -59,7 +58,7 @@ def session(cluster, worker, user):
 
 
 def fill(cluster, user):
-    with Client.login(cluster, "w1", user) as client:
+    with login(cluster, "w1", user) as client:
         client.do("create f", "append INBOX a", "append INBOX b", r"store INBOX a +\Flagged", "append f m")
     equal(cluster, user, {"INBOX": [r"a \Flagged", "b"], "f": ["m"]})
 
@@ -80,7 +79,7 @@ def test_home_of_another_worker(cluster, user):
     """w2 gets a copy of w1's home, with w1's journal."""
     fill(cluster, user)
     with cluster.partition("w1"):
-        with Client.login(cluster, "w1", user) as client:
+        with login(cluster, "w1", user) as client:
             client.do("append INBOX unsent", "expunge INBOX b", "create g", "append g n")
         for worker in WORKERS:
             cluster.kill(worker)
@@ -99,7 +98,7 @@ def test_home_from_backup(cluster, user):
     cluster.kill("w1")
     copy(cluster.home("w1", user), backup)
     cluster.start("w1")
-    with Client.login(cluster, "w1", user) as client:
+    with login(cluster, "w1", user) as client:
         client.do("append INBOX c", "expunge INBOX b", "append f n")
     equal(cluster, user, {"INBOX": [r"a \Flagged", "c"], "f": ["m", "n"]})
     cluster.kill("w1")
@@ -142,7 +141,7 @@ def test_renamed(cluster, user):
     new = f"u{next(NUMBERS)}"
     fill(cluster, user)
     with cluster.partition("w1"):
-        with Client.login(cluster, "w1", user) as client:
+        with login(cluster, "w1", user) as client:
             client.do("append INBOX unsent", "expunge INBOX b", r"store f m +\Answered")
         forget(cluster, user)
         for worker in WORKERS:
@@ -154,6 +153,6 @@ def test_renamed(cluster, user):
         session(cluster, worker, new)
     # w2 had not heard of the removal under the old name, and under the new one there was none
     become_equal(cluster, new, {"INBOX": [r"a \Flagged", "b", "unsent"], "f": [r"m \Answered"]})
-    with Client.login(cluster, "w2", new) as client:
+    with login(cluster, "w2", new) as client:
         client.do("append f more", "expunge INBOX b")
     become_equal(cluster, new, {"INBOX": [r"a \Flagged", "unsent"], "f": [r"m \Answered", "more"]})

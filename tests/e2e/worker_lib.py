@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A private Dovecot with the plugin and crdt-worker, and worker-tool to drive it."""
+
+import contextlib
 import os
 import signal
 import subprocess
 import threading
+import time
 
 from plugin_lib import Dovecot, find_built, wait_for
 
@@ -124,6 +127,9 @@ class Tool:
         return outcomes, int(lines[-1].split(" ")[1])
 
 
+STARTS = 0.2    # seconds
+
+
 class WorkerDovecot(Dovecot):
     def __init__(self, extra="", **args):
         worker = find_built("crdt-worker", "CRDT_WORKER")
@@ -180,8 +186,12 @@ service crdt-worker {{
         return pids
 
     def kill_workers(self):
+        """Not while they start: Dovecot would wait up to a minute until it starts the next."""
         for pid in self.worker_pids():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                while time.time() < os.stat(f"/proc/{pid}").st_ctime + STARTS:
+                    time.sleep(0.02)
+                os.kill(pid, signal.SIGKILL)
 
     def wait_for_worker(self):
         return wait_for("crdt-worker", self.worker_pids)

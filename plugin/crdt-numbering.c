@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * UIDs (crdt/uid.h has the rules).  Rule 1: native UIDs come from own blocks.
- * Rule 3: what a client's session opens, it takes over.
+ * Rule 3: what a client's session opens, it takes over; then modseqs begin anew, too
+ * (crdt-modseq.h).
  *
  * Dovecot chooses UIDs inside transaction_save_commit_pre, with the uidlist (on
  * Maildir) and the index log locked.  A preset UID at or above UIDNEXT is kept.
@@ -10,11 +11,14 @@
  * begins.  It runs more than once for a save, each time with better knowledge.
  */
 #include "crdt-private.h"
+#include "crdt-modseq.h"
 #include "fdatasync-path.h"
 #include "mail-index-private.h"
 #include "mail-index-transaction-private.h"
 #include "maildir-storage.h"
 #include "maildir-uidlist.h"
+
+#define TAKEOVER_TRIES 20
 
 static bool is_maildir(const struct mailbox *box)
 {
@@ -183,18 +187,50 @@ static int write_numbering(struct crdt_mailbox *cbox, const struct crdt_uid_fold
 	return ret;
 }
 
-/* Under the uidlist's and the index log's lock.  1: taken over; 0: not needed
- * any more, another session of ours was first; -1 error, logged. */
-static int takeover_locked(struct crdt_mailbox *cbox)
+static int index_error(struct mailbox *box)
 {
-	struct mailbox *box = cbox->box;
-	struct crdt_user *cuser = cbox->cuser;
-	uint32_t next = box->index->map->hdr.next_uid;
-	struct crdt_uid_folder numbering, taken;
+	mailbox_set_index_error(box);
+	e_error(box->event, "crdt: Can't take over: %s", mailbox_get_last_internal_error(box, NULL));
+	return -1;
+}
+
+static int record_takeover(struct crdt_mailbox *cbox, const struct crdt_uid_folder *taken)
+{
 	struct crdt_mailbox_ext ext;
 	struct crdt_jrec rec;
 	struct crdt_dot last;
 	const char *error;
+
+	crdt_index_read_ext(cbox, &ext);
+	i_zero(&rec);
+	rec.kind = CRDT_JREC_TAKEOVER;
+	if (crdt_mailbox_read_guid(cbox, &rec.mailbox) < 0)
+		return -1;
+	rec.uidvalidity = taken->validity;
+	rec.seen = ext.seen;
+	rec.numberer = taken->numberer;
+	rec.uidnext = taken->next;
+	rec.before = ext.stamp;
+	if (crdt_record(cbox->cuser, &rec, 1, &last, &error) < 0) {
+		e_error(cbox->box->event, "crdt: Can't take over: %s", error);
+		return -1;
+	}
+	if (write_numbering(cbox, taken, &last) < 0) {
+		e_error(cbox->box->event, "crdt: Can't take over: %s",
+			mailbox_get_last_internal_error(cbox->box, NULL));
+		crdt_record_abort(cbox->cuser, &last, 1);
+		return -1;
+	}
+	return 0;
+}
+
+/* Under the uidlist's and the index log's lock, nothing pending.  1: taken over; 0: not
+ * needed any more, another session of ours was first; -1 error, logged. */
+static int takeover_locked(struct crdt_mailbox *cbox)
+{
+	struct mailbox *box = cbox->box;
+	uint32_t next = box->index->map->hdr.next_uid;
+	struct crdt_uid_folder numbering, taken;
 
 	if (!is_numbered_elsewhere(cbox, &numbering))
 		return 0;
@@ -205,47 +241,33 @@ static int takeover_locked(struct crdt_mailbox *cbox)
 		next = I_MAX(next, uidlist_next);
 	}
 	/* No release is known here: always with the gap. */
-	if (crdt_uid_takeover(&numbering, cuser->set.slot, next, NULL, FALSE, &taken) < 0) {
+	if (crdt_uid_takeover(&numbering, cbox->cuser->set.slot, next, NULL, FALSE, &taken) < 0) {
 		e_error(box->event, "crdt: Can't take over: UIDs or terms are used up");
 		return -1;
 	}
-	/* UIDNEXT first, durably; then the record, then who numbers.  A kill in
-	 * between leaves a gap, and the next session takes over again. */
+	/* UIDNEXT and modseqs first, durably; then the record, then who numbers.  A kill
+	 * in between leaves a gap, and the next session takes over again. */
 	if (is_maildir(box) && raise_uidlist(box, taken.next) < 0) {
 		e_error(box->event, "crdt: Can't take over: %s", mailbox_get_last_internal_error(box, NULL));
 		return -1;
 	}
-	crdt_index_read_ext(cbox, &ext);
-	i_zero(&rec);
-	rec.kind = CRDT_JREC_TAKEOVER;
-	if (crdt_mailbox_read_guid(cbox, &rec.mailbox) < 0)
+	if (crdt_modseq_restart(box->index, crdt_modseq_of_term(taken.numberer.term, FALSE)) < 0)
+		return index_error(box);
+	if (record_takeover(cbox, &taken) < 0)
 		return -1;
-	rec.uidvalidity = taken.validity;
-	rec.seen = ext.seen;
-	rec.numberer = taken.numberer;
-	rec.uidnext = taken.next;
-	rec.before = ext.stamp;
-	if (crdt_record(cuser, &rec, 1, &last, &error) < 0) {
-		e_error(box->event, "crdt: Can't take over: %s", error);
-		return -1;
-	}
-	if (write_numbering(cbox, &taken, &last) < 0) {
-		e_error(box->event, "crdt: Can't take over: %s", mailbox_get_last_internal_error(box, NULL));
-		crdt_record_abort(cuser, &last, 1);
-		return -1;
-	}
 	e_info(box->event, "crdt: Took over the numbering from slot %u: term %u, UIDNEXT %u",
 	       numbering.numberer.slot, taken.numberer.term, taken.next);
 	return 1;
 }
 
-static int takeover(struct crdt_mailbox *cbox)
+/* Once: 1, 0 and -1 as takeover_locked(); -2: something is pending. */
+static int try_takeover(struct crdt_mailbox *cbox)
 {
 	struct mailbox *box = cbox->box;
 	struct maildir_uidlist *uidlist =
 		is_maildir(box) ? ((struct maildir_mailbox *)box)->uidlist : NULL;
 	bool unlock;
-	int ret;
+	int ret = -1;
 
 	if (uidlist != NULL) {
 		if (maildir_uidlist_lock(uidlist) <= 0)
@@ -255,11 +277,13 @@ static int takeover(struct crdt_mailbox *cbox)
 			return -1;
 		}
 	}
-	if (crdt_index_lock(box->index, &unlock) < 0) {
-		ret = -1;
-	} else {
+	if (crdt_index_lock(box->index, &unlock) == 0) {
 		T_BEGIN {
-			ret = takeover_locked(cbox);
+			ret = crdt_modseq_pending(box->index);
+			if (ret == 0)
+				ret = takeover_locked(cbox);
+			else
+				ret = ret < 0 ? index_error(box) : -2;
 		} T_END;
 		if (unlock)
 			crdt_index_unlock(box->index);
@@ -267,6 +291,26 @@ static int takeover(struct crdt_mailbox *cbox)
 	if (uidlist != NULL)
 		maildir_uidlist_unlock(uidlist);
 	return ret;
+}
+
+/* What others change meanwhile is carried over to the mails by a sync, which takes the
+ * locks in its own order: so never under ours. */
+static int takeover(struct crdt_mailbox *cbox)
+{
+	int ret;
+
+	for (unsigned int i = 0; i < TAKEOVER_TRIES; i++) {
+		if ((ret = try_takeover(cbox)) != -2)
+			return ret;
+		if (mailbox_sync(cbox->box, 0) < 0) {
+			e_error(cbox->box->event, "crdt: Can't take over: %s",
+				mailbox_get_last_internal_error(cbox->box, NULL));
+			return -1;
+		}
+		usleep(i * 10 * 1000);
+	}
+	e_error(cbox->box->event, "crdt: Can't take over: It is changed all the time");
+	return -1;
 }
 
 void crdt_numbering_session_opened(struct crdt_mailbox *cbox)

@@ -13,6 +13,7 @@
 #include "maildir-storage.h"
 #include "maildir-uidlist.h"
 #include "../plugin/crdt-private.h"
+#include "../plugin/crdt-modseq.h"
 
 #include <dirent.h>
 
@@ -74,6 +75,8 @@ static void create_update(struct worker_user *user, struct mailbox *box, const s
 	i_zero(update_r);
 	update_r->uid_validity = req->box.uidvalidity;
 	update_r->min_next_uid = I_MAX(req->uidnext, 1);
+	/* It may have been here, or be shown elsewhere, under this numberer. */
+	update_r->min_highest_modseq = crdt_modseq_of_term(req->numberer.term, TRUE);
 	/* INBOX has one id for all users: its GUID has to be another one each */
 	if (!box->inbox_user && guid_is_free(user, box, &req->box.guid))
 		memcpy(update_r->mailbox_guid, req->box.guid.b, sizeof(update_r->mailbox_guid));

@@ -12,12 +12,11 @@
  * files), journal.  Open sessions are ended by Dovecot.
  */
 #include "apply-txn.h"
+#include "../plugin/crdt-modseq.h"
 #include "hash.h"
 #include "sort.h"
 #include "ostream.h"
 #include "mail-search-build.h"
-#include "mail-transaction-log.h"
-#include "mail-transaction-log-view-private.h"
 #include "maildir-storage.h"
 #include "maildir-uidlist.h"
 #include "maildir-filename.h"
@@ -60,54 +59,6 @@ static int fail_errno(struct reval *rv, const char *what, const char *path)
 	return MS_TEMP;
 }
 
-/* Pending work */
-
-/* A change that is in the index log and was not carried over to the files. */
-static bool is_pending(const struct mail_transaction_header *hdr)
-{
-	if ((hdr->type & MAIL_TRANSACTION_EXTERNAL) != 0)
-		return FALSE;
-	switch (hdr->type & MAIL_TRANSACTION_TYPE_MASK) {
-	case MAIL_TRANSACTION_EXPUNGE | MAIL_TRANSACTION_EXPUNGE_PROT:
-	case MAIL_TRANSACTION_EXPUNGE_GUID | MAIL_TRANSACTION_EXPUNGE_PROT:
-	case MAIL_TRANSACTION_FLAG_UPDATE:
-	case MAIL_TRANSACTION_KEYWORD_UPDATE:
-	case MAIL_TRANSACTION_KEYWORD_RESET:
-		return TRUE;
-	}
-	return FALSE;
-}
-
-/* Under the log's lock, with its head mapped.  1, 0, or -1. */
-static int log_is_pending(struct mail_index *index)
-{
-	const struct mail_transaction_header *hdr;
-	struct mail_transaction_log_view *view;
-	const void *data;
-	const char *reason;
-	uint32_t seq;
-	uoff_t offset;
-	bool reset;
-	int ret;
-
-	mail_transaction_log_get_head(index->log, &seq, &offset);
-	view = mail_transaction_log_view_open(index->log);
-	ret = mail_transaction_log_view_set(view, index->map->hdr.log_file_seq,
-					    index->map->hdr.log_file_tail_offset,
-					    seq, offset, &reset, &reason);
-	if (ret <= 0) {
-		/* cannot be told: as if there were something */
-		ret = 1;
-	} else {
-		while ((ret = mail_transaction_log_view_next(view, &hdr, &data)) > 0) {
-			if (is_pending(hdr))
-				break;
-		}
-	}
-	mail_transaction_log_view_close(&view);
-	return ret;
-}
-
 static void unlock(struct reval *rv)
 {
 	apply_log_unlock(rv->box->index);
@@ -129,7 +80,7 @@ static int lock(struct reval *rv)
 			return MS_TEMP;
 		}
 		i_assert(unlock_log);
-		if ((ret = log_is_pending(rv->box->index)) == 0)
+		if ((ret = crdt_modseq_pending(rv->box->index)) == 0)
 			return MS_OK;
 		unlock(rv);
 		if (ret < 0)

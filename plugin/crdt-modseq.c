@@ -1,0 +1,109 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "crdt-modseq.h"
+#include "fdatasync-path.h"
+#include "mail-index-private.h"
+#include "mail-index-modseq.h"
+#include "mail-transaction-log-private.h"
+
+static bool is_pending(const struct mail_transaction_header *hdr)
+{
+	if ((hdr->type & MAIL_TRANSACTION_EXTERNAL) != 0)
+		return FALSE;
+	switch (hdr->type & MAIL_TRANSACTION_TYPE_MASK) {
+	case MAIL_TRANSACTION_EXPUNGE | MAIL_TRANSACTION_EXPUNGE_PROT:
+	case MAIL_TRANSACTION_EXPUNGE_GUID | MAIL_TRANSACTION_EXPUNGE_PROT:
+	case MAIL_TRANSACTION_FLAG_UPDATE:
+	case MAIL_TRANSACTION_KEYWORD_UPDATE:
+	case MAIL_TRANSACTION_KEYWORD_RESET:
+		return TRUE;
+	}
+	return FALSE;
+}
+
+int crdt_modseq_pending(struct mail_index *index)
+{
+	const struct mail_transaction_header *hdr;
+	struct mail_transaction_log_view *view;
+	const void *data;
+	const char *reason;
+	uint32_t seq;
+	uoff_t offset;
+	bool reset;
+	int ret;
+
+	mail_transaction_log_get_head(index->log, &seq, &offset);
+	view = mail_transaction_log_view_open(index->log);
+	ret = mail_transaction_log_view_set(view, index->map->hdr.log_file_seq,
+					    index->map->hdr.log_file_tail_offset,
+					    seq, offset, &reset, &reason);
+	if (ret <= 0) {
+		/* cannot be told: as if there were something */
+		ret = 1;
+	} else {
+		while ((ret = mail_transaction_log_view_next(view, &hdr, &data)) > 0) {
+			if (is_pending(hdr))
+				break;
+		}
+	}
+	mail_transaction_log_view_close(&view);
+	return ret;
+}
+
+static int raise_all(struct mail_index *index, uint64_t min)
+{
+	struct mail_index_view *view = mail_index_view_open(index);
+	struct mail_index_transaction *trans;
+	uint64_t highest = mail_index_modseq_get_highest(view);
+	uint32_t mails = mail_index_view_get_messages_count(view);
+	int ret;
+
+	/* what a killed one may have shown was the minimum */
+	min = I_MAX(min, highest + 1);
+	trans = mail_index_transaction_begin(view, MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL |
+					     MAIL_INDEX_TRANSACTION_FLAG_FSYNC);
+	for (uint32_t seq = 1; seq <= mails; seq++)
+		mail_index_update_modseq(trans, seq, min);
+	mail_index_update_highest_modseq(trans, min);
+	ret = mail_index_transaction_commit(&trans);
+	mail_index_view_close(&view);
+	return ret;
+}
+
+/* Dovecot compares UIDs with those that a client knows only for modseqs that the log does
+ * not reach back to; it keeps two files of it.  So: a new one, and one more. */
+static int forget_log(struct mail_index *index)
+{
+	if (mail_index_map(index, MAIL_INDEX_SYNC_HANDLER_HEAD) <= 0)
+		return -1;
+	mail_index_write(index, TRUE, "crdt: takeover");
+	if (MAIL_INDEX_IS_IN_MEMORY(index)) {
+		mail_index_set_error(index, "crdt: Index %s could not be written", index->filepath);
+		return -1;
+	}
+	return mail_transaction_log_rotate(index->log, FALSE);
+}
+
+static int sync_files(struct mail_index *index)
+{
+	const char *const paths[] = { index->filepath, index->log->head->filepath, index->dir };
+
+	for (unsigned int i = 0; i < N_ELEMENTS(paths); i++) {
+		if (fdatasync_path(paths[i]) < 0) {
+			mail_index_set_error(index, "fdatasync_path(%s) failed: %m", paths[i]);
+			return -1;
+		}
+	}
+	return 0;
+}
+
+int crdt_modseq_restart(struct mail_index *index, uint64_t min)
+{
+	i_assert(index->log_sync_locked);
+	mail_index_modseq_enable(index);
+	/* (that was a transaction of its own) */
+	if (mail_index_map(index, MAIL_INDEX_SYNC_HANDLER_HEAD) <= 0)
+		return -1;
+	if (raise_all(index, min) < 0 || forget_log(index) < 0)
+		return -1;
+	return sync_files(index);
+}

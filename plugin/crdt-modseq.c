@@ -5,6 +5,8 @@
 #include "mail-index-modseq.h"
 #include "mail-transaction-log-private.h"
 
+#include <unistd.h>
+
 static bool is_pending(const struct mail_transaction_header *hdr)
 {
 	if ((hdr->type & MAIL_TRANSACTION_EXTERNAL) != 0)
@@ -85,8 +87,13 @@ static int forget_log(struct mail_index *index)
 
 static int sync_files(struct mail_index *index)
 {
-	const char *const paths[] = { index->filepath, index->log->head->filepath, index->dir };
+	const char *const paths[] = { index->filepath, index->dir };
 
+	/* (To open and close the log by its path would take its fcntl lock away.) */
+	if (fdatasync(index->log->head->fd) < 0) {
+		mail_index_set_error(index, "fdatasync(%s) failed: %m", index->log->head->filepath);
+		return -1;
+	}
 	for (unsigned int i = 0; i < N_ELEMENTS(paths); i++) {
 		if (fdatasync_path(paths[i]) < 0) {
 			mail_index_set_error(index, "fdatasync_path(%s) failed: %m", paths[i]);

@@ -206,9 +206,11 @@ def test_beside_other_sessions(cluster, user):
                     turn, chance.randint(1, 90), chance.randint(0, 9)))
             for client in clients:
                 until_tagged(client.imap, b"T%d " % turn)
-        cluster.wait()
         for each in WORKERS:
+            cluster.wait()
             cache.resync(cluster, each, user)
+    for worker in WORKERS:
+        assert "Corrupted" not in cluster.log(worker)
 
 
 def until_tagged(imap, tag):

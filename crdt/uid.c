@@ -49,17 +49,17 @@ uint32_t crdt_uid_own_run(unsigned int slot, uint32_t next)
 	return uid == 0 ? 0 : CRDT_UID_BLOCK - uid % CRDT_UID_BLOCK;
 }
 
-uint32_t crdt_uidvalidity_next(unsigned int slot, uint32_t highest_known)
+uint32_t crdt_uidvalidity_next(unsigned int slot, enum crdt_uidvalidity_chooser chooser,
+			       uint32_t highest_known)
 {
 	uint64_t value;
 
 	if (slot >= CRDT_SLOTS)
 		return 0;
 	value = (uint64_t)highest_known / CRDT_SLOTS * CRDT_SLOTS + slot;
-	if (value <= highest_known)
+	while (value <= highest_known || value < CRDT_SLOTS ||
+	       value / CRDT_SLOTS % 2 != (uint64_t)chooser)
 		value += CRDT_SLOTS;
-	if (value < CRDT_SLOTS)
-		value += CRDT_SLOTS; /* k >= 1 */
 	return value <= UINT32_MAX ? (uint32_t)value : 0;
 }
 

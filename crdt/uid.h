@@ -74,7 +74,8 @@
  * that no peer heard of had raised UIDNEXT by a gap; this covers 15. */
 #define CRDT_UID_GAP_RESTORED (1u << 22)
 
-/* How far such a replica raises what it calls the highest UIDVALIDITY known. */
+/* How far a replica that may have lost something (a reboot without what was not synced,
+ * a copied home) raises what it calls the highest UIDVALIDITY known. */
 #define CRDT_UIDVALIDITY_GAP (1u << 16)
 
 /* Highest UID that is ever given. The last block of the 32-bit space stays
@@ -98,12 +99,20 @@ uint32_t crdt_uid_own_next(unsigned int slot, uint32_t next);
  * crdt_uid_own_next(slot, next) on: 1..64, or 0 if there is none. */
 uint32_t crdt_uid_own_run(unsigned int slot, uint32_t next);
 
-/* UIDVALIDITY of a new mailbox: the smallest 64*k + slot, k >= 1, above
- * highest_known, the highest UIDVALIDITY that this replica knows in any folder
- * of the user, removed ones included (plus CRDT_UIDVALIDITY_GAP for each time
- * that this replica came from a backup). So no value is chosen twice.
+/* Who chooses a UIDVALIDITY. Two may choose at once on one replica, each without
+ * knowing of the other's choice: they have values of their own. */
+enum crdt_uidvalidity_chooser {
+	CRDT_CHOOSER_MAIL_PROCESS = 0,	/* k is even */
+	CRDT_CHOOSER_ENGINE = 1		/* k is odd */
+};
+
+/* UIDVALIDITY of a new mailbox: the smallest 64*k + slot, k >= 1 and of the
+ * chooser, above highest_known, the highest UIDVALIDITY that this replica knows in
+ * any folder of the user, removed ones included (plus CRDT_UIDVALIDITY_GAP for each
+ * time that it may have lost some). So no value is chosen twice.
  * Returns 0 if slot is not 0..63 or nothing is left. */
-uint32_t crdt_uidvalidity_next(unsigned int slot, uint32_t highest_known);
+uint32_t crdt_uidvalidity_next(unsigned int slot, enum crdt_uidvalidity_chooser chooser,
+			       uint32_t highest_known);
 
 /*
  * Numberer (rule 2)

@@ -9,7 +9,9 @@
  *  - killed between "base_seq" and the truncation of a trim: frames below
  *    base_seq are legal and skipped.
  *  - power loss: the boot id differs, the whole file is set aside and nobody
- *    appends to it again, so no seq is given twice (begin_origin).
+ *    appends to it again, so no seq is given twice (begin_origin), nor a
+ *    UIDVALIDITY (uidvalidity_above).  A new file's header is synced: it says
+ *    above what.
  */
 #define _GNU_SOURCE
 #include "journal-private.h"
@@ -145,7 +147,7 @@ int journal_temp_finish(struct crdt_journal *j, int fd, const struct ident *id,
 	char path[PATH_SIZE];
 
 	temp_path(j, path);
-	if (write_header(fd, id, c) < 0)
+	if (write_header(fd, id, c) < 0 || fsync(fd) < 0)
 		(void)journal_fail_errno(error_r, "write", path);
 	else if (rename(path, j->path) < 0)
 		(void)journal_fail_errno(error_r, "rename", path);
@@ -349,6 +351,12 @@ static void add_closed(struct crdt_journal *j, struct crdt_vv *closed, crdt_orig
 	(void)crdt_vv_raise(closed, origin, seq);
 }
 
+/* What was chosen last may not be in the header that we have: it is not synced. */
+static uint32_t uidvalidity_above(uint32_t high)
+{
+	return high <= UINT32_MAX - 2 * CRDT_UIDVALIDITY_GAP ? high + CRDT_UIDVALIDITY_GAP : high;
+}
+
 static int replace_file(struct crdt_journal *j, const struct ident *id, const struct copy *c,
 			const char **error_r)
 {
@@ -366,7 +374,7 @@ static int replace_file(struct crdt_journal *j, const struct ident *id, const st
 		if (j->info.next_seq > 1)
 			add_closed(j, &next.closed, id->origin, j->info.next_seq - 1);
 		copy.seen = c->seen;
-		copy.uidvalidity_high = c->uidvalidity_high;
+		copy.uidvalidity_high = uidvalidity_above(c->uidvalidity_high);
 		copy.flags = c->flags & COPY_INBOX_MADE;
 	}
 	return journal_temp_finish(j, fd, &next, &copy, error_r);
@@ -466,7 +474,7 @@ static int check_file(struct crdt_journal *j, bool first, struct stat *st, const
 		new_ident(j, &id, &file);
 		memset(&c, 0, sizeof(c));
 		c.base_seq = 1;
-		if (write_header(j->fd, &id, &c) < 0)
+		if (write_header(j->fd, &id, &c) < 0 || fsync(j->fd) < 0)
 			return journal_fail_errno(error_r, "write", j->path);
 		st->st_size = CRDT_JOURNAL_HEADER_SIZE;
 	}
@@ -691,12 +699,18 @@ int crdt_journal_set_seen(struct crdt_journal *j, const struct crdt_vv *seen, co
 int crdt_journal_raise_uidvalidity(struct crdt_journal *j, uint32_t value, const char **error_r)
 {
 	struct copy c = j->copy;
+	uint32_t old = c.uidvalidity_high;
 
 	assert(j->locked);
-	if (value <= c.uidvalidity_high)
+	if (value <= old)
 		return 0;
 	c.uidvalidity_high = value;
-	return journal_write_copy(j, &c, error_r);
+	if (journal_write_copy(j, &c, error_r) < 0)
+		return -1;
+	/* What is on disk stays less than the gap behind. */
+	if (value / (CRDT_UIDVALIDITY_GAP / 2) != old / (CRDT_UIDVALIDITY_GAP / 2))
+		return crdt_journal_sync(j, error_r);
+	return 0;
 }
 
 int crdt_journal_set_inbox_made(struct crdt_journal *j, const char **error_r)

@@ -155,6 +155,7 @@ int crdt_journal_append(struct crdt_journal *j, struct crdt_jrec *recs, size_t n
 int crdt_journal_sync(struct crdt_journal *j, const char **error_r);
 /* Header updates, under the lock: written before return, not synced. */
 int crdt_journal_set_seen(struct crdt_journal *j, const struct crdt_vv *seen, const char **error_r);
+/* (Synced now and then: never is the file on disk CRDT_UIDVALIDITY_GAP behind.) */
 int crdt_journal_raise_uidvalidity(struct crdt_journal *j, uint32_t value, const char **error_r);
 int crdt_journal_set_inbox_made(struct crdt_journal *j, const char **error_r);
 

@@ -178,7 +178,7 @@ uint32_t crdt_record_choose_uidvalidity(struct crdt_user *cuser, bool inbox, uin
 	if (inbox && !info->inbox_made) {
 		value = crdt_inbox_uidvalidity(cuser->user->username);
 	} else {
-		value = crdt_uidvalidity_next(cuser->set.slot,
+		value = crdt_uidvalidity_next(cuser->set.slot, CRDT_CHOOSER_MAIL_PROCESS,
 					      I_MAX(info->uidvalidity_high, highest_known));
 		if (value == 0)
 			*error_r = "UIDVALIDITY values are used up";

@@ -299,7 +299,8 @@ int replica_raise_validity(struct replica *r, const struct crdt_id *folder, uint
 	memset(&op, 0, sizeof(op));
 	memset(&of, 0, sizeof(of));
 	of.id = *folder;
-	of.validity = crdt_uidvalidity_next(r->cfg->slot, highest > above ? highest : above);
+	of.validity = crdt_uidvalidity_next(r->cfg->slot, CRDT_CHOOSER_ENGINE,
+					    highest > above ? highest : above);
 	of.numberer = (struct crdt_numberer){ 1, (uint8_t)r->cfg->slot };
 	of.uidnext = 1;
 	op.kind = CRDT_OP_TAKEOVER;

@@ -8,6 +8,7 @@
 #include "str-sanitize.h"
 #include "unichar.h"
 #include "mail-user.h"
+#include "mail-index-alloc-cache.h"
 #include "mail-namespace.h"
 #include "mailbox-list.h"
 #include "mail-storage-service.h"
@@ -241,6 +242,20 @@ int worker_box_alloc(struct worker_user *user, const struct crdt_str *path,
 
 /* Mailboxes */
 
+/* Dovecot keeps the index of a closed mailbox open for a while, also one whose log is
+ * damaged (after a power loss, say): it would fail each time it is opened.  By another
+ * process, or once that is gone, it is mended. */
+static bool index_in_doubt;
+
+static void box_free(struct mailbox **box)
+{
+	mailbox_free(box);
+	if (index_in_doubt) {
+		mail_index_alloc_cache_destroy_unrefed();
+		index_in_doubt = FALSE;
+	}
+}
+
 int worker_box_error(struct mailbox *box, const char *what, const char **error_r)
 {
 	enum mail_error code;
@@ -258,6 +273,7 @@ int worker_box_error(struct mailbox *box, const char *what, const char **error_r
 		return MS_FAIL;
 	default:
 		/* disk full, lock timeouts, permissions that an administrator mends */
+		index_in_doubt = TRUE;
 		return MS_TEMP;
 	}
 }
@@ -268,7 +284,7 @@ void worker_box_close(struct worker_user *user, struct worker_box *wbox)
 		worker_body_free(&user->body);
 	if (wbox->box != NULL) {
 		apply_unwatch(wbox->box);
-		mailbox_free(&wbox->box);
+		box_free(&wbox->box);
 	}
 }
 
@@ -409,7 +425,7 @@ static int box_try(struct worker_user *user, struct worker_box *wbox, struct mai
 	int ret;
 
 	if ((ret = worker_box_exists(box, error_r)) != MS_OK) {
-		mailbox_free(&box);
+		box_free(&box);
 		return ret == MS_GONE ? 0 : -1;
 	}
 	if (mailbox_open(box) < 0 ||
@@ -417,12 +433,12 @@ static int box_try(struct worker_user *user, struct worker_box *wbox, struct mai
 		/* Marked as deleted but still there: its removal was interrupted, and
 		 * Dovecot takes the mark back after a while. */
 		ret = worker_box_error(box, "open", error_r) == MS_GONE && !box->mailbox_deleted ? 0 : -1;
-		mailbox_free(&box);
+		box_free(&box);
 		return ret;
 	}
 	if ((guid != NULL && memcmp(metadata.guid, guid->b, sizeof(guid->b)) != 0) ||
 	    box_stat(box, &wbox->st) < 0) {
-		mailbox_free(&box);
+		box_free(&box);
 		return 0;
 	}
 	wbox->box = box;

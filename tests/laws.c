@@ -519,7 +519,7 @@ static void act_create(struct world *w, struct kit_replica *r)
 			kit_create_id(r, kit_id(0), "INBOX", 64 * (1 + kit_random(&w->random, 9)) + slot);
 	} else if (!kit_has_path(r, path) && w->folders < 9) {
 		kit_create_id(r, kit_id(++w->folders), path,
-			      crdt_uidvalidity_next(slot, crdt_validity_highest(&r->m.rows)));
+			      crdt_uidvalidity_next(slot, CRDT_CHOOSER_MAIL_PROCESS, crdt_validity_highest(&r->m.rows)));
 	}
 }
 

@@ -1101,7 +1101,7 @@ static void step_reset(struct state *s, unsigned int r)
 	uint32_t highest = rep->folder.validity +
 		rep->restored * CRDT_UIDVALIDITY_GAP;
 	struct crdt_uid_folder folder = {
-		.validity = crdt_uidvalidity_next(rep->slot, highest),
+		.validity = crdt_uidvalidity_next(rep->slot, CRDT_CHOOSER_MAIL_PROCESS, highest),
 		.numberer = { .term = 1, .slot = rep->slot },
 		.next = crdt_uid_own_next(rep->slot, 1),
 	};

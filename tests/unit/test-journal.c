@@ -629,7 +629,7 @@ static void test_new_identity(void **state)
 		/* same user: the mail store holds what it held */
 		assert_int_equal(crdt_vv_get(&info->closed, origin), i < 2 ? 2 : 0);
 		assert_int_equal(crdt_vv_get(&info->seen, CRDT_ORIGIN(9, 9)), i < 2 ? 9 : 0);
-		assert_int_equal(info->uidvalidity_high, i < 2 ? 6400 : 0);
+		assert_int_equal(info->uidvalidity_high, i < 2 ? 6400 + (i + 1) * CRDT_UIDVALIDITY_GAP : 0);
 		append_names(j, "x", 2);
 		origin = info->origin;
 		crdt_journal_close(&j);
@@ -710,9 +710,12 @@ static void test_other_boot_and_copies(void **state)
 	struct crdt_journal *j = open_ok(&ident_a);
 	crdt_origin origin = crdt_journal_info(j)->origin;
 	char cmd[2048], aside[1024];
+	const char *error = "?";
 
 	(void)state;
 	append_names(j, "a", 1);
+	assert_int_equal(crdt_journal_lock(j, &error), 0);
+	assert_int_equal(crdt_journal_raise_uidvalidity(j, 1000000, &error), 0);
 	crdt_journal_close(&j);
 	/* restored from a copy: another inode; twice, so the name is taken */
 	for (unsigned i = 1; i <= 2; i++) {
@@ -726,6 +729,8 @@ static void test_other_boot_and_copies(void **state)
 		j = open_ok(&ident_a);
 		assert_true(crdt_journal_info(j)->origin != origin);
 		assert_int_equal(crdt_vv_get(&crdt_journal_info(j)->closed, origin), 1);
+		/* what the copy does not know was given may have been */
+		assert_int_equal(crdt_journal_info(j)->uidvalidity_high, 1000000 + CRDT_UIDVALIDITY_GAP);
 		append_names(j, "x", 1);
 		crdt_journal_close(&j);
 		assert_int_equal(count_aside(aside, sizeof(aside)), i);

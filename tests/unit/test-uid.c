@@ -93,21 +93,30 @@ static void test_own_run(void **state)
 static void test_uidvalidity(void **state)
 {
 	(void)state;
-	assert_int_equal(crdt_uidvalidity_next(0, 0), 64);
-	assert_int_equal(crdt_uidvalidity_next(5, 0), 69);
-	assert_int_equal(crdt_uidvalidity_next(5, 68), 69);
-	assert_int_equal(crdt_uidvalidity_next(5, 69), 133);
-	assert_int_equal(crdt_uidvalidity_next(63, 64), 127);
-	for (unsigned int slot = 0; slot < CRDT_SLOTS; slot++) {
-		uint32_t v = crdt_uidvalidity_next(slot, 1700000000);
+	const enum crdt_uidvalidity_chooser mail = CRDT_CHOOSER_MAIL_PROCESS, engine = CRDT_CHOOSER_ENGINE;
 
-		assert_true(v > 1700000000 && v <= 1700000064);
-		assert_int_equal(v % CRDT_SLOTS, slot);
+	assert_int_equal(crdt_uidvalidity_next(0, mail, 0), 128);
+	assert_int_equal(crdt_uidvalidity_next(0, engine, 0), 64);
+	assert_int_equal(crdt_uidvalidity_next(5, engine, 0), 69);
+	assert_int_equal(crdt_uidvalidity_next(5, engine, 68), 69);
+	assert_int_equal(crdt_uidvalidity_next(5, engine, 69), 197);
+	assert_int_equal(crdt_uidvalidity_next(5, mail, 69), 133);
+	assert_int_equal(crdt_uidvalidity_next(63, engine, 64), 127);
+	for (unsigned int slot = 0; slot < CRDT_SLOTS; slot++) {
+		uint32_t m = crdt_uidvalidity_next(slot, mail, 1700000000);
+		uint32_t e = crdt_uidvalidity_next(slot, engine, 1700000000);
+
+		assert_true(m > 1700000000 && m <= 1700000128);
+		assert_true(e > 1700000000 && e <= 1700000128);
+		assert_int_equal(m % CRDT_SLOTS, slot);
+		assert_int_equal(e % CRDT_SLOTS, slot);
+		assert_true(m != e);
 	}
-	assert_int_equal(crdt_uidvalidity_next(63, UINT32_MAX - 1), UINT32_MAX);
-	assert_int_equal(crdt_uidvalidity_next(63, UINT32_MAX), 0);
-	assert_int_equal(crdt_uidvalidity_next(0, UINT32_MAX - 10), 0);
-	assert_int_equal(crdt_uidvalidity_next(64, 0), 0);
+	assert_int_equal(crdt_uidvalidity_next(63, engine, UINT32_MAX - 1), UINT32_MAX);
+	assert_int_equal(crdt_uidvalidity_next(63, mail, UINT32_MAX - 1), 0);
+	assert_int_equal(crdt_uidvalidity_next(63, engine, UINT32_MAX), 0);
+	assert_int_equal(crdt_uidvalidity_next(0, engine, UINT32_MAX - 10), 0);
+	assert_int_equal(crdt_uidvalidity_next(64, mail, 0), 0);
 }
 
 static void test_numberer_order(void **state)

@@ -342,6 +342,42 @@ static enum step make_room(struct replica *r, struct box *there, char **error_r)
 	return step;
 }
 
+/*
+ * Dovecot takes children along: when a mailbox above b is renamed to where b is to
+ * go too, one rename does it.  (And where names are directories, b's own would make
+ * one that is in the way of the other.)  STEP_SETTLED: there is none, or it cannot be.
+ */
+static enum step parent_rename(struct replica *r, const struct box *b, const struct crdt_folder *f, char **error_r)
+{
+	enum step step = STEP_SETTLED;
+
+	for (size_t n = 1; n < b->path_len && step == STEP_SETTLED; n++) {
+		size_t rest = b->path_len - n;
+		struct box parent, there;
+
+		if (b->path[n] != '/' || f->path_len <= rest || (f->path_len == b->path_len && memcmp(f->path, b->path, n) == 0) ||
+		    memcmp(f->path + f->path_len - rest, b->path + n, rest) != 0 || !box_at(r, b->path, n, &parent))
+			continue;
+		if (box_at(r, f->path, f->path_len - rest, &there))
+			box_free(&there);
+		else if (parent.folders_n > 0 && box_all_at(r, &parent, f->path, f->path_len - rest))
+			step = do_rename(r, &parent, f->path, f->path_len - rest, error_r);
+		box_free(&parent);
+	}
+	if (step != STEP_LATER)
+		return step;
+	free(*error_r);
+	*error_r = NULL;
+	return STEP_SETTLED;
+}
+
+static enum step box_rename(struct replica *r, struct box *b, const struct crdt_folder *f, char **error_r)
+{
+	enum step step = parent_rename(r, b, f, error_r);
+
+	return step == STEP_SETTLED ? do_rename(r, b, f->path, f->path_len, error_r) : step;
+}
+
 /* f is live and shown at b, or (b == NULL) nowhere. */
 static enum step folder_place(struct replica *r, const struct crdt_folder *f, struct box *b, char **error_r)
 {
@@ -350,7 +386,7 @@ static enum step folder_place(struct replica *r, const struct crdt_folder *f, st
 
 	if (!box_at(r, f->path, f->path_len, &there)) {
 		if (b != NULL && !crdt_id_equal(&f->id, &crdt_inbox_id) && box_all_at(r, b, f->path, f->path_len))
-			return do_rename(r, b, f->path, f->path_len, error_r);
+			return box_rename(r, b, f, error_r);
 		return do_create(r, f, error_r);
 	}
 	if (there.folders_n > 0 && !box_any_at(r, &there, f->path, f->path_len)) {

@@ -438,12 +438,83 @@ static void folder_that_fails_beside_mails(void **state)
 	assert_true(x->asked[1] > 0);
 }
 
+/* A tree is renamed by its root: the mail store takes the rest along. */
+
+enum { RENAMES = 64 };
+static struct { char from[8], to[8]; } renamed[RENAMES];
+static unsigned renamed_n;
+
+static int failing_rename(struct mailstore *ms, const struct ms_mailbox *box, const char *path)
+{
+	(void)ms;
+	assert_true(renamed_n < RENAMES);
+	(void)snprintf(renamed[renamed_n].from, sizeof(renamed[0].from), "%.*s", (int)box->path.n,
+		       (const char *)box->path.p);
+	(void)snprintf(renamed[renamed_n++].to, sizeof(renamed[0].to), "%s", path);
+	return MS_TEMP;
+}
+
+/* When this was asked for first; RENAMES: never. */
+static unsigned asked_rename(const char *from, const char *to)
+{
+	for (unsigned i = 0; i < renamed_n; i++) {
+		if (strcmp(renamed[i].from, from) == 0 && strcmp(renamed[i].to, to) == 0)
+			return i;
+	}
+	return RENAMES;
+}
+
+/* A folder shown at one path whose op says another one. */
+static void put_renamed(struct fix *x, const char *id, const char *from, const char *to, uint64_t seq)
+{
+	struct crdt_op_folder f = { .counter = 1, .validity = 64 };
+	struct crdt_op op = { .kind = CRDT_OP_CREATE, .folders_n = 1, .folders = &f };
+	struct box b = { .uidvalidity = 64, .uidnext = 1 };
+	char *error;
+
+	(void)snprintf((char *)f.id.b, sizeof(f.id.b), "%s", id);
+	(void)snprintf((char *)b.guid.b, sizeof(b.guid.b), "box %s", id);
+	f.path = (struct crdt_str){ (const uint8_t *)to, (uint16_t)strlen(to) };
+	(void)replica_txn_begin(x->r);
+	box_set_path(x->r, &b, from, strlen(from));
+	box_attach(x->r, &b, &f.id);
+	box_free(&b);
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+	deliver(x, &op, seq);
+}
+
+static void parents_first(void **state)
+{
+	struct fix *x = *state;
+
+	empty_mailstore(x);
+	x->ms.rename = failing_rename;
+	renamed_n = 0;
+	/* Folders come in the order of their ids. */
+	put_renamed(x, "1", "a/b/c", "z/b/c", 1);
+	assert_int_equal(apply_all(x, no_text), REPLICA_LATER);
+	assert_int_equal(asked_rename("a/b/c", "z/b/c"), 0);
+	renamed_n = 0;
+	put_renamed(x, "2", "a", "z", 2);
+	put_renamed(x, "0", "a/d", "y/d", 3);
+	put_renamed(x, "3", "zz/e", "z/e", 4);
+	assert_int_equal(apply_all(x, no_text), REPLICA_LATER);
+	/* nobody's wish but its own */
+	assert_int_equal(asked_rename("a/d", "y/d"), 0);
+	assert_in_range(asked_rename("zz/e", "z/e"), 1, RENAMES - 1);
+	assert_int_equal(asked_rename("a", "y"), RENAMES);
+	assert_int_equal(asked_rename("zz", "z"), RENAMES);
+	/* the parent, and as that fails, itself */
+	assert_int_equal(asked_rename("a", "z"), 1);
+	assert_int_equal(asked_rename("a/b/c", "z/b/c"), 2);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places),
 		TEST(folders_that_fail), TEST(many_subscriptions),
-		TEST(folder_that_fails_beside_mails) };
+		TEST(folder_that_fails_beside_mails), TEST(parents_first) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

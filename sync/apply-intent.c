@@ -17,7 +17,8 @@
  *
  * A new UIDVALIDITY is noted likewise: killed between its switch and its records,
  * who looks next takes all mails for new ones.  And a new mailbox: killed before its
- * record, nobody knows of it, and its folder may be gone or elsewhere by now.
+ * record, nobody knows of it, and its folder may be gone or elsewhere by now.  And a
+ * mailbox that is renamed: on the way it has names that are nobody's wish.
  *
  * All in the lock file, little-endian:
  *    0       u32 length (0: none), bytes, 8 bytes of checksum
@@ -29,6 +30,7 @@
 #include "ioloop.h"
 #include "strnum.h"
 #include "sha2.h"
+#include "mail-namespace.h"
 #include "maildir-storage.h"
 #include "maildir-uidlist.h"
 
@@ -39,7 +41,7 @@
 
 #define INTENT_MAX (WORKER_CMDS_MAX * (CRDT_GUID_MAX + CRDT_JREC_KEY_MAX + 64) + 128)
 #define CHECK_SIZE 8
-enum { INTENT_SAVE = 1, INTENT_REVALIDATE = 2, INTENT_CREATE = 3 };
+enum { INTENT_SAVE = 1, INTENT_REVALIDATE = 2, INTENT_CREATE = 3, INTENT_RENAME = 4 };
 #define DONE_OFFSET (512 * 1024)
 #define DONE_MAX APPLY_DONE_MAX		/* the oldest were read long ago */
 static_assert(INTENT_MAX + 64 < DONE_OFFSET, "they do not overlap");
@@ -61,7 +63,7 @@ struct intent {
 	struct crdt_id mailbox;
 	uint32_t uidvalidity, uidnext;	/* what it saved is not below */
 	ARRAY(struct intent_mail) mails;
-	struct worker_msg create;	/* INTENT_CREATE: the request */
+	struct worker_msg req;		/* INTENT_CREATE, INTENT_RENAME */
 };
 
 /* Bytes */
@@ -116,11 +118,11 @@ static bool intent_decode(const uint8_t *p, size_t n, struct intent *intent)
 	size_t len;
 
 	intent->kind = crdt_get_u8(&r);
-	if (intent->kind == INTENT_CREATE) {
+	if (intent->kind == INTENT_CREATE || intent->kind == INTENT_RENAME) {
 		const char *error;
 
-		return worker_msg_decode(p + 1, n - 1, &intent->create, &error) == 0 &&
-			intent->create.type == WORKER_CREATE;
+		return worker_msg_decode(p + 1, n - 1, &intent->req, &error) == 0 &&
+			intent->req.type == (intent->kind == INTENT_CREATE ? WORKER_CREATE : WORKER_RENAME);
 	}
 	bytes = crdt_get_bytes(&r, 32, &len);
 	intent->pid = bytes == NULL ? "" : p_strndup(intent->pool, bytes, len);
@@ -171,14 +173,14 @@ static int intent_read(struct worker_user *user, struct intent *intent, const ch
 	return intent_decode(p + 4, size, intent) ? 1 : 0;
 }
 
-static int intent_write(struct worker_user *user, struct mailbox *box, struct crdt_buf *b,
+static int intent_write(struct worker_user *user, struct mail_storage *storage, struct crdt_buf *b,
 			const char **error_r)
 {
 	int ret = MS_OK;
 
 	i_assert(user->lock_fd != -1);
 	if (pwrite(user->lock_fd, b->data, b->len, 0) != (ssize_t)b->len ||
-	    (box->storage->set->parsed_fsync_mode != FSYNC_MODE_NEVER && fdatasync(user->lock_fd) < 0)) {
+	    (storage->set->parsed_fsync_mode != FSYNC_MODE_NEVER && fdatasync(user->lock_fd) < 0)) {
 		*error_r = t_strdup_printf("write(%s) failed: %m", user->lock_path);
 		ret = MS_TEMP;
 	}
@@ -194,7 +196,7 @@ int apply_intent_write(struct worker_user *user, struct mailbox *box, struct ms_
 	if (strcmp(box->storage->name, MAILDIR_STORAGE_NAME) != 0)
 		return MS_OK;
 	intent_encode(&b, user, INTENT_SAVE, worker_uidvalidity(box), apply_uidnext(box), cmds, n);
-	return intent_write(user, box, &b, error_r);
+	return intent_write(user, box->storage, &b, error_r);
 }
 
 int apply_intent_write_revalidate(struct worker_user *user, uint32_t uidvalidity, uint32_t uidnext,
@@ -203,21 +205,32 @@ int apply_intent_write_revalidate(struct worker_user *user, uint32_t uidvalidity
 	struct crdt_buf b = CRDT_BUF_INIT;
 
 	intent_encode(&b, user, INTENT_REVALIDATE, uidvalidity, uidnext, NULL, 0);
-	return intent_write(user, user->box.box, &b, error_r);
+	return intent_write(user, user->box.box->storage, &b, error_r);
 }
 
-int apply_intent_write_create(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
-			      const char **error_r)
+static int intent_write_request(struct worker_user *user, struct mail_storage *storage, uint8_t kind,
+				const struct worker_msg *req, const char **error_r)
 {
 	struct crdt_buf b = CRDT_BUF_INIT, msg = CRDT_BUF_INIT;
 
 	worker_msg_encode(&msg, req);
 	crdt_buf_u32(&b, 0);
-	crdt_buf_u8(&b, INTENT_CREATE);
+	crdt_buf_u8(&b, kind);
 	crdt_buf_raw(&b, msg.data + 4, msg.len - 4);	/* without its length */
 	crdt_buf_free(&msg);
 	intent_end(&b);
-	return intent_write(user, box, &b, error_r);
+	return intent_write(user, storage, &b, error_r);
+}
+
+int apply_intent_write_create(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
+			      const char **error_r)
+{
+	return intent_write_request(user, box->storage, INTENT_CREATE, req, error_r);
+}
+
+int apply_intent_write_rename(struct worker_user *user, const struct worker_msg *req, const char **error_r)
+{
+	return intent_write_request(user, mail_namespace_get_default_storage(user->ns), INTENT_RENAME, req, error_r);
 }
 
 void apply_intent_clear(struct worker_user *user)
@@ -451,7 +464,9 @@ static int intent_recover(struct worker_user *user, struct intent *intent, const
 	int ret;
 
 	if (intent->kind == INTENT_CREATE)
-		return apply_create_recover(user, &intent->create, error_r);
+		return apply_create_recover(user, &intent->req, error_r);
+	if (intent->kind == INTENT_RENAME)
+		return apply_rename_recover(user, &intent->req, error_r);
 	ret = worker_box_open(user, &user->box, &msbox, &box, error_r);
 	if (ret == MS_OK && intent->kind == INTENT_REVALIDATE)
 		ret = apply_dbox_clean(box, error_r);
@@ -491,7 +506,7 @@ int apply_intent_recover(struct worker_user *user, const char **error_r)
 		apply_intent_clear(user);
 	else
 		*error_r = t_strdup(*error_r);
-	worker_msg_free(&intent.create);
+	worker_msg_free(&intent.req);
 	pool_unref(&intent.pool);
 	return ret;
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * [9] Mailboxes: create, remove, rename, subscribe.  Records of mailboxes are
+ * [9] Mailboxes: create, remove, subscribe (apply-rename.c: rename).  Records of mailboxes are
  * written while the lock of the mailbox list is held, as the plugin does, so
  * their order is that of the changes.  A kill before the record leaves a change
  * that the next call of the same kind finds done, and records.
@@ -9,7 +9,6 @@
 #include "index-storage.h"
 #include "mail-namespace.h"
 #include "mailbox-list-private.h"
-#include "mailbox-list-iter.h"
 #include "maildir-storage.h"
 #include "maildir-uidlist.h"
 #include "../plugin/crdt-private.h"
@@ -18,30 +17,6 @@
 #include <dirent.h>
 
 #define CHANGE_FLAGS (MAILBOX_TRANSACTION_FLAG_SYNC | MAILBOX_TRANSACTION_FLAG_NO_NOTIFY)
-/* Where a mailbox waits that is renamed to a place below itself. */
-#define RENAME_TEMP_PREFIX "crdt-rename-"
-
-static int list_lock(struct mailbox_list *list, const char **error_r)
-{
-	if (mailbox_list_lock(list) == 0)
-		return MS_OK;
-	*error_r = t_strdup_printf("mailbox list: %s", mailbox_list_get_last_internal_error(list, NULL));
-	return MS_TEMP;
-}
-
-static const char *box_path_name(struct mailbox *box, const char **error_r)
-{
-	const char *path = crdt_path(box);
-
-	if (path == NULL)
-		*error_r = t_strdup_printf("mailbox %s has a name that is not replicated", box->vname);
-	return path;
-}
-
-static struct crdt_jrec applier_record(enum crdt_jrec_kind kind)
-{
-	return (struct crdt_jrec){ .kind = kind, .applier = TRUE };
-}
 
 /* Create */
 
@@ -105,7 +80,7 @@ static int create_describe(struct worker_user *user, struct mailbox *box, struct
 	const char *path;
 	int ret;
 
-	if ((path = box_path_name(box, error_r)) == NULL)
+	if ((path = worker_box_path(box, error_r)) == NULL)
 		return MS_FAIL;
 	if (mailbox_open(box) < 0 || mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0)
 		return worker_box_error(box, "open", error_r);
@@ -122,7 +97,7 @@ static int create_describe(struct worker_user *user, struct mailbox *box, struct
 
 static int create_record(struct worker_user *user, const struct ms_mailbox *made, const char **error_r)
 {
-	struct crdt_jrec rec = applier_record(CRDT_JREC_CREATE);
+	struct crdt_jrec rec = apply_record(CRDT_JREC_CREATE);
 	int ret = worker_journal_get(user, TRUE, error_r);
 
 	if (ret != MS_OK)
@@ -232,7 +207,7 @@ static int create_at_path(struct worker_user *user, const struct worker_msg *req
 
 	if (ret != MS_OK)
 		return ret;
-	if ((ret = list_lock(box->list, error_r)) == MS_OK) {
+	if ((ret = worker_list_lock(box->list, error_r)) == MS_OK) {
 		struct mailbox_list *list = box->list;
 
 		ret = recover ? recover_locked(user, box, req, error_r) :
@@ -312,7 +287,7 @@ static int mark_deleted(struct mailbox *box)
 
 static int remove_box(struct mailbox *box)
 {
-	struct crdt_jrec rec = applier_record(CRDT_JREC_DELETE);
+	struct crdt_jrec rec = apply_record(CRDT_JREC_DELETE);
 
 	rec.mailbox = removing.req->box.guid;
 	rec.uidvalidity = removing.req->box.uidvalidity;
@@ -368,203 +343,16 @@ int apply_remove(struct worker_user *user, const struct worker_msg *req, const c
 		*error_r = removing.error;
 	}
 	worker_boxes_close(user);
+	if (ret == MS_OK)
+		apply_part_clean(user, &req->box.path);
 	return ret;
-}
-
-/* Rename */
-
-struct rename_ctx {
-	struct worker_user *user;
-	const struct worker_msg *req;
-	struct mailbox *src, *dest;
-	struct crdt_str path, new_path;
-	ARRAY(struct crdt_jrec) recs;
-};
-
-/* A record for the mailbox; the engine takes an applier's RENAME for one
- * mailbox. */
-static void rename_record(struct rename_ctx *ctx, const struct crdt_id *mailbox, const char *path,
-			  const char *new_path)
-{
-	struct crdt_jrec *rec;
-
-	if (*path == '\0' || strlen(path) > CRDT_PATH_MAX || strlen(new_path) > CRDT_PATH_MAX)
-		return;
-	rec = array_append_space(&ctx->recs);
-	*rec = applier_record(CRDT_JREC_RENAME);
-	if (mailbox != NULL)
-		rec->mailbox = *mailbox;
-	rec->path = worker_str(path);
-	rec->new_path = worker_str(new_path);
-}
-
-static bool path_exists(struct worker_user *user, const char *path)
-{
-	struct crdt_str str = worker_str(path);
-	struct mailbox *box;
-	const char *error;
-	int ret = worker_box_alloc(user, &str, &box, &error);
-
-	if (ret != MS_OK)
-		return FALSE;
-	ret = worker_box_exists(box, &error);
-	mailbox_free(&box);
-	return ret != MS_GONE;
-}
-
-/* Dovecot takes the children along: each gets its record.  parent_box: where they
- * are now; found: at the new path, after an earlier try. */
-static int rename_children(struct rename_ctx *ctx, struct mailbox *parent_box, bool found,
-			   const char **error_r)
-{
-	struct mailbox_list *list = parent_box->list;
-	const char *parent = t_strdup_printf("%s%c", parent_box->vname, mail_namespace_get_sep(list->ns));
-	const char *path = worker_cstr(&ctx->path), *new_path = worker_cstr(&ctx->new_path);
-	const char *here = found ? new_path : path;
-	struct mailbox_list_iterate_context *iter;
-	const struct mailbox_info *info;
-
-	iter = mailbox_list_iter_init(list, t_strconcat(parent, "*", NULL),
-				      MAILBOX_LIST_ITER_NO_AUTO_BOXES | MAILBOX_LIST_ITER_RAW_LIST);
-	while ((info = mailbox_list_iter_next(iter)) != NULL) {
-		struct mailbox *child;
-		const char *child_path;
-
-		/* the pattern may match others: '*' can be part of a name */
-		if (!str_begins_with(info->vname, parent) ||
-		    (info->flags & (MAILBOX_NONEXISTENT | MAILBOX_NOSELECT)) != 0)
-			continue;
-		child = mailbox_alloc(list, info->vname, MAILBOX_FLAG_IGNORE_ACLS);
-		child_path = crdt_path(child);
-		if (child_path != NULL && str_begins_with(child_path, here)) {
-			const char *rest = child_path + strlen(here);
-			const char *old_child = t_strconcat(path, rest, NULL);
-
-			/* one that was not moved, or a new one */
-			if (!found || !path_exists(ctx->user, old_child))
-				rename_record(ctx, NULL, old_child, t_strconcat(new_path, rest, NULL));
-		}
-		mailbox_free(&child);
-	}
-	if (mailbox_list_iter_deinit(&iter) < 0) {
-		*error_r = t_strdup_printf("list children: %s",
-					   mailbox_list_get_last_internal_error(list, NULL));
-		return MS_TEMP;
-	}
-	return MS_OK;
-}
-
-static int rename_step_locked(struct rename_ctx *ctx, const char **error_r)
-{
-	int ret;
-
-	ret = worker_box_exists(ctx->dest, error_r);
-	if (ret == MS_OK) {
-		*error_r = t_strdup_printf("mailbox %s exists already", ctx->dest->vname);
-		return MS_RETRY;
-	}
-	if (ret != MS_GONE)
-		return ret;
-	rename_record(ctx, &ctx->req->box.guid, worker_cstr(&ctx->path), worker_cstr(&ctx->new_path));
-	if ((ret = rename_children(ctx, ctx->src, FALSE, error_r)) != MS_OK)
-		return ret;
-	if (mailbox_rename(ctx->src, ctx->dest) < 0) {
-		bool exists = mailbox_get_last_mail_error(ctx->src) == MAIL_ERROR_EXISTS;
-
-		ret = worker_box_error(ctx->src, "rename", error_r);
-		return exists ? MS_RETRY : ret;
-	}
-	return worker_journal_add(ctx->user, array_front_modifiable(&ctx->recs),
-				  array_count(&ctx->recs), error_r);
-}
-
-static int rename_step(struct worker_user *user, const struct worker_msg *req,
-		       const char *path, const char *new_path, const char **error_r)
-{
-	struct rename_ctx ctx = {
-		.user = user, .req = req, .path = worker_str(path), .new_path = worker_str(new_path),
-	};
-	int ret;
-
-	if ((ret = worker_box_alloc(user, &ctx.path, &ctx.src, error_r)) != MS_OK)
-		return ret;
-	if ((ret = worker_box_alloc(user, &ctx.new_path, &ctx.dest, error_r)) != MS_OK) {
-		mailbox_free(&ctx.src);
-		return ret;
-	}
-	t_array_init(&ctx.recs, 8);
-	/* mailbox_rename() locks the list of dest */
-	if ((ret = list_lock(ctx.dest->list, error_r)) == MS_OK) {
-		struct mailbox_list *list = ctx.dest->list;
-
-		ret = rename_step_locked(&ctx, error_r);
-		mailbox_list_unlock(list);
-	}
-	mailbox_free(&ctx.src);
-	mailbox_free(&ctx.dest);
-	return ret;
-}
-
-/* What an earlier try did, without its records. */
-static int rename_found(struct worker_user *user, const struct worker_msg *req, const char **error_r)
-{
-	struct rename_ctx ctx = {
-		.user = user, .req = req, .path = req->box.path, .new_path = req->path,
-	};
-	int ret;
-
-	if ((ret = worker_box_alloc(user, &ctx.new_path, &ctx.dest, error_r)) != MS_OK)
-		return ret;
-	t_array_init(&ctx.recs, 8);
-	rename_record(&ctx, &req->box.guid, worker_cstr(&ctx.path), worker_cstr(&ctx.new_path));
-	ret = rename_children(&ctx, ctx.dest, TRUE, error_r);
-	mailbox_free(&ctx.dest);
-	if (ret != MS_OK)
-		return ret;
-	return worker_journal_add(user, array_front_modifiable(&ctx.recs), array_count(&ctx.recs), error_r);
-}
-
-int apply_rename(struct worker_user *user, const struct worker_msg *req, const char **error_r)
-{
-	struct ms_mailbox any = req->box;
-	const char *path, *new_path, *temp;
-	struct mailbox *box;
-	int ret;
-
-	any.uidvalidity = 0;
-	worker_boxes_close(user);
-	if ((ret = worker_user_lock(user, error_r)) != MS_OK ||
-	    (ret = worker_box_open(user, &user->box, &any, &box, error_r)) != MS_OK)
-		return ret;
-	if (box->inbox_user) {
-		*error_r = "INBOX cannot be renamed";
-		return MS_FAIL;
-	}
-	if ((path = box_path_name(box, error_r)) == NULL)
-		return MS_FAIL;
-	path = t_strdup(path);
-	worker_boxes_close(user);
-	new_path = worker_cstr(&req->path);
-	if (strcmp(path, new_path) == 0)
-		return rename_found(user, req, error_r);
-	if (strcmp(path, worker_cstr(&req->box.path)) != 0 && !str_begins_with(path, RENAME_TEMP_PREFIX)) {
-		*error_r = t_strdup_printf("mailbox is now called %s", path);
-		return MS_RETRY;
-	}
-	if (str_begins_with(new_path, t_strconcat(path, "/", NULL))) {
-		temp = t_strdup_printf(RENAME_TEMP_PREFIX"%s", guid_128_to_string(req->box.guid.b));
-		if ((ret = rename_step(user, req, path, temp, error_r)) != MS_OK)
-			return ret;
-		path = temp;
-	}
-	return rename_step(user, req, path, new_path, error_r);
 }
 
 /* Subscribe */
 
 int apply_subscribe(struct worker_user *user, const struct worker_msg *req, const char **error_r)
 {
-	struct crdt_jrec rec = applier_record(req->flag ? CRDT_JREC_SUBSCRIBE : CRDT_JREC_UNSUBSCRIBE);
+	struct crdt_jrec rec = apply_record(req->flag ? CRDT_JREC_SUBSCRIBE : CRDT_JREC_UNSUBSCRIBE);
 	struct mailbox_list *list;
 	struct mailbox *box;
 	int ret;
@@ -574,7 +362,7 @@ int apply_subscribe(struct worker_user *user, const struct worker_msg *req, cons
 	    (ret = worker_box_alloc(user, &req->path, &box, error_r)) != MS_OK)
 		return ret;
 	list = box->list;
-	if ((ret = list_lock(list, error_r)) == MS_OK) {
+	if ((ret = worker_list_lock(list, error_r)) == MS_OK) {
 		if (mailbox_set_subscribed(box, req->flag) < 0)
 			ret = worker_box_error(box, "subscribe", error_r);
 		else

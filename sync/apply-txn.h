@@ -25,6 +25,11 @@
 #include "mail-index-transaction-private.h"
 #include "../journal/mailbox-ext.h"
 
+static inline struct crdt_jrec apply_record(enum crdt_jrec_kind kind)
+{
+	return (struct crdt_jrec){ .kind = kind, .applier = TRUE };
+}
+
 /* The UID that a new mail is to have. */
 struct apply_uid {
 	uint32_t want;			/* 0: an own one, at or above floor */
@@ -121,6 +126,8 @@ int apply_intent_write_revalidate(struct worker_user *user, uint32_t uidvalidity
 /* The same for a mailbox that is going to be made (user->box is none). */
 int apply_intent_write_create(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
 			      const char **error_r);
+/* The same for a mailbox that is going to be renamed. */
+int apply_intent_write_rename(struct worker_user *user, const struct worker_msg *req, const char **error_r);
 void apply_intent_clear(struct worker_user *user);
 /* Without the lock: whether somebody may have been killed. */
 bool apply_intent_exists(struct worker_user *user);

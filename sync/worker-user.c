@@ -17,6 +17,7 @@
 #include "worker-service.h"
 #include "apply-txn.h"
 #include "../plugin/crdt-compat.h"
+#include "../plugin/crdt-private.h"
 #include "../plugin/crdt-settings.h"
 
 #include <fcntl.h>
@@ -240,6 +241,15 @@ int worker_box_alloc(struct worker_user *user, const struct crdt_str *path,
 	return MS_OK;
 }
 
+const char *worker_box_path(struct mailbox *box, const char **error_r)
+{
+	const char *path = crdt_path(box);
+
+	if (path == NULL)
+		*error_r = t_strdup_printf("mailbox %s has a name that is not replicated", box->vname);
+	return path;
+}
+
 /* Mailboxes */
 
 /* Dovecot keeps the index of a closed mailbox open for a while, also one whose log is
@@ -333,17 +343,17 @@ static bool is_unborn_inbox(struct mailbox *box)
 		stat(t_strconcat(path, "/cur", NULL), &st) < 0 && errno == ENOENT;
 }
 
-static int list_lock(struct mailbox_list *list, const char **error_r)
+int worker_list_lock(struct mailbox_list *list, const char **error_r)
 {
 	if (mailbox_list_lock(list) == 0)
 		return MS_OK;
-	*error_r = t_strdup(mailbox_list_get_last_internal_error(list, NULL));
+	*error_r = t_strdup_printf("mailbox list: %s", mailbox_list_get_last_internal_error(list, NULL));
 	return MS_TEMP;
 }
 
 int worker_box_lock(struct worker_box *wbox, const char **error_r)
 {
-	int ret = list_lock(wbox->box->list, error_r);
+	int ret = worker_list_lock(wbox->box->list, error_r);
 
 	if (ret == MS_OK && !worker_box_in_place(wbox)) {
 		mailbox_list_unlock(wbox->box->list);
@@ -500,7 +510,7 @@ static int box_open(struct worker_user *user, struct worker_box *wbox,
 	for (ns = user->user->namespaces; ret == 0 && ns != NULL; ns = ns->next) {
 		if (!worker_ns_is_recorded(user, ns))
 			continue;
-		if (list_lock(ns->list, error_r) != MS_OK)
+		if (worker_list_lock(ns->list, error_r) != MS_OK)
 			return MS_TEMP;
 		ret = box_find(user, wbox, ns->list, msbox, error_r);
 		mailbox_list_unlock(ns->list);
@@ -549,7 +559,7 @@ int worker_box_open_at(struct worker_user *user, struct worker_box *wbox, const 
 	if ((ret = worker_box_alloc(user, path, &box, error_r)) != MS_OK)
 		return ret;
 	struct mailbox_list *list = box->list;
-	if (list_lock(list, error_r) != MS_OK) {
+	if (worker_list_lock(list, error_r) != MS_OK) {
 		mailbox_free(&box);
 		return MS_TEMP;
 	}

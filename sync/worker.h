@@ -15,7 +15,8 @@
  *  apply-intent.c       what a killed applier leaves
  *  apply-txn.c          transactions: index header, UIDs, journal records, locks
  *  apply-mails.c        SAVE, MOVE, FLAGS, EXPUNGE
- *  apply-mailbox.c      create, remove, rename, subscribe
+ *  apply-mailbox.c      create, remove, subscribe
+ *  apply-rename.c       rename
  *  apply-revalidate.c   a new UIDVALIDITY; apply-dbox.c: on sdbox and mdbox
  *
  * Functions that return enum ms_result set *error_r (data stack, or static)
@@ -101,6 +102,9 @@ bool worker_box_in_place(struct worker_box *wbox);
 int worker_box_sync(struct worker_box *wbox, enum mailbox_sync_flags flags, const char **error_r);
 void worker_box_close(struct worker_user *user, struct worker_box *wbox);
 void worker_boxes_close(struct worker_user *user);
+int worker_list_lock(struct mailbox_list *list, const char **error_r);
+/* crdt_path(), or NULL and an error. */
+const char *worker_box_path(struct mailbox *box, const char **error_r);
 /* What the last error of this mailbox means. */
 int worker_box_error(struct mailbox *box, const char *what, const char **error_r);
 /* The current journal.  MS_GONE: there is none and create is FALSE. */
@@ -208,6 +212,10 @@ int apply_create(struct worker_user *user, const struct worker_msg *req,
 		 struct ms_mailbox *made_r, bool *existed_r, const char **error_r);
 int apply_remove(struct worker_user *user, const struct worker_msg *req, const char **error_r);
 int apply_rename(struct worker_user *user, const struct worker_msg *req, const char **error_r);
+/* After a kill: the same. */
+int apply_rename_recover(struct worker_user *user, const struct worker_msg *req, const char **error_r);
+/* A mailbox has left path: what apply_rename() made for it to be in goes, if it is empty. */
+void apply_part_clean(struct worker_user *user, const struct crdt_str *path);
 int apply_subscribe(struct worker_user *user, const struct worker_msg *req, const char **error_r);
 int apply_revalidate(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
 		     const struct ms_reuid *map, size_t map_n, const char **error_r);

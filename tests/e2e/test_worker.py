@@ -2,7 +2,7 @@
 """crdt-worker with a real Dovecot, driven by worker-tool in crdt-sync's place.
 
 Needs root (Dovecot's master) and what was built; see plugin_lib.find_built().
-CRDT_MAIL_FORMAT=sdbox or mdbox runs what is not for Maildir alone on those.
+CRDT_MAIL_FORMAT=sdbox or mdbox runs what is not for Maildir alone on those; maildir+fs takes LAYOUT=fs.
 """
 import contextlib
 import hashlib
@@ -32,7 +32,9 @@ REVALIDATE = 12
 
 @pytest.fixture(scope="module")
 def dovecot():
-    with WorkerDovecot(slot=SLOT, mail_format=os.environ.get("CRDT_MAIL_FORMAT", "maildir")) as d:
+    mail_format, *options = os.environ.get("CRDT_MAIL_FORMAT", "maildir").split("+")
+    location = "maildir:~/Maildir:LAYOUT=fs" if options == ["fs"] else None
+    with WorkerDovecot(slot=SLOT, mail_format=mail_format, location=location) as d:
         yield d
 
 
@@ -403,6 +405,76 @@ def test_rename_to_a_place_below_itself(dovecot, user, tool):
         at = {k: r["to"] if v == r["path"] else v for k, v in at.items()}
     assert at == {"a": "a/b", "a/x": "a/b/x"}
     tool.list(child)
+
+
+def places(recs, boxes):
+    """Where the records say that mailboxes are: {path then: path now}"""
+    at = {path: path for path in boxes}
+    for r in recs:
+        at = {k: r["to"] if v == r["path"] else v for k, v in at.items()}
+    return at
+
+
+def mailbox_names(dovecot, user):
+    """What a client sees, and whether it can select it."""
+    with dovecot.imap(user) as c:
+        lines = [line.decode() for line in ok(c.list())]
+    return {line.rsplit(" ", 1)[1]: "noselect" not in line.lower() and "nonexistent" not in line.lower()
+            for line in lines}
+
+
+def check_places(dovecot, user, tool, boxes, at):
+    """Each mailbox is where it is said to be, with its mail."""
+    names = mailbox_names(dovecot, user)
+    for path, guid in boxes.items():
+        tool.call("list", guid=guid, path=at[path])
+        assert names[at[path]], (path, at, names)
+    return names
+
+
+def fill_boxes(dovecot, tool, *paths):
+    boxes = {path: tool.create(path)["guid"] for path in paths}
+    for path, guid in boxes.items():
+        tool.apply(guid, [dovecot.save(path.encode() + b": x\r\n\r\n")])
+    return boxes
+
+
+def test_rename_to_where_other_mailboxes_are(dovecot, user, tool):
+    boxes = fill_boxes(dovecot, tool, "a", "a/x", "b/y", "b/z/z", "a/w/w")
+    after = last_seq(tool)
+    tool.call("rename", guid=boxes["a"], path="a", to="b")
+    at = places(records(tool, after, kind=RENAME), boxes)
+    assert at == {"a": "b", "a/x": "b/x", "b/y": "b/y", "b/z/z": "b/z/z", "a/w/w": "b/w/w"}
+    names = check_places(dovecot, user, tool, boxes, at)
+    assert set(names) - {"INBOX"} == {"b", "b/x", "b/y", "b/z", "b/z/z", "b/w", "b/w/w"}
+    assert all(r["applier"] == "1" for r in records(tool, after))
+
+
+def test_rename_to_where_mailboxes_of_the_same_names_are(dovecot, user, tool):
+    """Those that are in the way wait aside; each goes where the engine wants it."""
+    boxes = fill_boxes(dovecot, tool, "a", "a/x", "a/x/u", "a/v", "b/x/y", "b/v")
+    tool.call("rename", guid=boxes["a"], path="a", to="b")
+    at = places(records(tool, kind=RENAME), boxes)
+    part = f"crdt-part-{boxes['a']}/"
+    assert at == {"a": "b", "a/x": part + "x", "a/x/u": part + "x/u", "a/v": part + "v", "b/x/y": "b/x/y",
+                  "b/v": "b/v"}
+    check_places(dovecot, user, tool, boxes, at)
+    tool.call("rename", guid=boxes["a/x"], path=at["a/x"], to="b/x")
+    tool.call("remove", guid=boxes["a/v"], path=at["a/v"], pos=tool.position())
+    boxes.pop("a/v")
+    at = places(records(tool, kind=RENAME), boxes)
+    assert at == {"a": "b", "a/x": "b/x", "a/x/u": "b/x/u", "b/x/y": "b/x/y", "b/v": "b/v"}
+    names = check_places(dovecot, user, tool, boxes, at)
+    assert set(names) - {"INBOX"} == {"b", "b/x", "b/x/u", "b/x/y", "b/v"}
+
+
+def test_rename_to_the_directory_that_it_is_in(dovecot, user, tool):
+    boxes = fill_boxes(dovecot, tool, "a/b", "a/b/x", "a/c", "a/d/e")
+    tool.call("rename", guid=boxes["a/b"], path="a/b", to="a")
+    at = places(records(tool, kind=RENAME), boxes)
+    assert at == {"a/b": "a", "a/b/x": "a/x", "a/c": "a/c", "a/d/e": "a/d/e"}
+    names = check_places(dovecot, user, tool, boxes, at)
+    assert set(names) - {"INBOX"} == {"a", "a/x", "a/c", "a/d", "a/d/e"}
 
 
 def test_subscribe(dovecot, user, tool):
@@ -1071,21 +1143,45 @@ def test_killed_while_removing(dovecot, user, maildir):
 
 @pytest.mark.allows_errors
 @kills_needed
-def test_killed_while_renaming(dovecot, user, maildir):
+def test_killed_while_renaming(dovecot, user):
     def prepare(t, n):
         boxes = {path: t.create(path)["guid"] for path in (f"a{n}", f"a{n}/x", f"a{n}/y/z")}
         return n, boxes, dict(guid=boxes[f"a{n}"], path=f"a{n}", to=f"b{n}")
     for t, (n, boxes, args), _, step in kill_at_each_step(dovecot, user, prepare,
                                                           lambda t, it: t.send("rename", **it[2])):
         again(t, "rename", **args)
-        at = {path: path for path in boxes}
-        for r in records(t, kind=RENAME):
-            at = {k: r["to"] if v == r["path"] else v for k, v in at.items()}
         # what the journal says is where they are
-        for path, guid in boxes.items():
-            t.call("list", guid=guid, path=at[path])
-            assert (dovecot.mail / user / "Maildir" / ("." + at[path].replace("/", "."))).exists(), step
+        at = places(records(t, kind=RENAME), boxes)
+        check_places(dovecot, user, t, boxes, at)
         assert at[f"a{n}"] == f"b{n}", step
+
+
+@pytest.mark.allows_errors
+@kills_needed
+@pytest.mark.parametrize("below", [False, True])
+def test_killed_while_renaming_to_where_others_are(dovecot, user, below):
+    """... or to a place below itself; and the request is not repeated."""
+    def prepare(t, n):
+        t.call("connect")
+        boxes = {path: t.create(path)["guid"] for path in (f"a{n}", f"a{n}/x", f"a{n}/y", f"b{n}/x", f"b{n}/z/z")}
+        return n, boxes, dict(guid=boxes[f"a{n}"], path=f"a{n}", to=f"a{n}/a" if below else f"b{n}"), last_seq(t)
+
+    for t, (n, boxes, args, after), code, step in kill_at_each_step(dovecot, user, prepare,
+                                                                    lambda t, it: t.send("rename", **it[2])):
+        # any request puts things in order
+        again(t, "subscribe", path="any", on=n % 2)
+        at = places(records(t, after, kind=RENAME), boxes)
+        assert not native_changes(t, after), step
+        assert at[f"b{n}/x"] == f"b{n}/x" and at[f"b{n}/z/z"] == f"b{n}/z/z", step
+        assert at[f"a{n}"] in ((f"a{n}", args["to"]) if code != OK else (args["to"],)), step
+        # (Maildir++ renames one after the other)
+        assert at[f"a{n}/y"] in (at[f"a{n}"] + "/y", f"a{n}/y"), step
+        names = check_places(dovecot, user, t, boxes, at)
+        assert not [name for name in names if "crdt-aside" in name or "crdt-rename" in name], step
+        again(t, "rename", **args)
+        at = places(records(t, after, kind=RENAME), boxes)
+        assert at[f"a{n}"] == args["to"], step
+        check_places(dovecot, user, t, boxes, at)
 
 
 @pytest.mark.allows_errors

@@ -19,14 +19,10 @@ static void digest_flush(struct digest *d)
 	crdt_buf_clear(&d->buf);
 }
 
-static bool digest_mail(void *ctx, const struct crdt_mail *m)
+void crdt_digest_mail(struct crdt_buf *b, const struct crdt_mail *m, uint32_t validity)
 {
-	struct digest *d = ctx;
-	struct crdt_buf *b = &d->buf;
 	uint16_t i;
 
-	if (!m->live)
-		return true;
 	crdt_buf_u8(b, 'M');
 	crdt_buf_bytes(b, m->key.guid, m->key.guid_len);
 	crdt_buf_varint(b, m->key.copy);
@@ -38,7 +34,24 @@ static bool digest_mail(void *ctx, const struct crdt_mail *m)
 	for (i = 0; i < m->keywords_n; i++)
 		crdt_buf_bytes(b, m->keywords[i].name, m->keywords[i].name_len);
 	/* a claim under another UIDVALIDITY says nothing */
-	crdt_buf_varint(b, m->uid.validity == d->validity ? m->uid.claim : 0);
+	crdt_buf_varint(b, m->uid.validity == validity ? m->uid.claim : 0);
+}
+
+void crdt_digest_folder(struct crdt_buf *b, const struct crdt_folder *f)
+{
+	crdt_buf_u8(b, 'F');
+	crdt_buf_raw(b, f->id.b, sizeof(f->id.b));
+	crdt_buf_bytes(b, f->path, f->path_len);
+	crdt_buf_varint(b, f->validity);
+}
+
+static bool digest_mail(void *ctx, const struct crdt_mail *m)
+{
+	struct digest *d = ctx;
+
+	if (!m->live)
+		return true;
+	crdt_digest_mail(&d->buf, m, d->validity);
 	digest_flush(d);
 	return true;
 }
@@ -47,10 +60,7 @@ static void digest_folder(struct digest *d, struct crdt_rows *rows, const struct
 {
 	if (!crdt_folder_listed(f))
 		return;
-	crdt_buf_u8(&d->buf, 'F');
-	crdt_buf_raw(&d->buf, f->id.b, sizeof(f->id.b));
-	crdt_buf_bytes(&d->buf, f->path, f->path_len);
-	crdt_buf_varint(&d->buf, f->validity);
+	crdt_digest_folder(&d->buf, f);
 	digest_flush(d);
 	d->validity = f->validity;
 	crdt_scan_mails(rows, &f->id, NULL, digest_mail, d);

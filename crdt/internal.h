@@ -95,6 +95,11 @@ void crdt_mail_uid_delete(struct crdt_mail *m, uint16_t i);
 void crdt_mail_prune_removals(struct crdt_mail *m);
 int crdt_mail_body_compare(const struct crdt_mail_body *a, const struct crdt_mail_body *b);
 
+/* ---- digest.c: what a digest is made of ---- */
+
+void crdt_digest_folder(struct crdt_buf *b, const struct crdt_folder *f);
+void crdt_digest_mail(struct crdt_buf *b, const struct crdt_mail *m, uint32_t validity);
+
 /* ---- dots ---- */
 
 static inline int crdt_dot_compare(struct crdt_dot a, struct crdt_dot b)

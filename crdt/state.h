@@ -239,6 +239,52 @@ bool crdt_collect(struct crdt_rows *rows, const struct crdt_vv *stable, unsigned
  * key order: equal states, equal digests. */
 void crdt_digest(struct crdt_rows *rows, void (*update)(void *ctx, const void *p, size_t n), void *ctx);
 
+/*
+ * A digest of each folder (folder-digest.c), for a look at what differs.  It is a
+ * sum of hashes, so it does not matter in which order the parts come, and a walk can
+ * be cut into slices.  The sum finds accidents; it withstands nobody who makes mails
+ * to fit.
+ */
+typedef void crdt_hash(const void *p, size_t n, uint8_t out[32]);	/* SHA-256 */
+struct crdt_sum { uint64_t lanes[4]; };		/* zeroed before first use */
+void crdt_sum_add(struct crdt_sum *s, const uint8_t hash[32]);
+void crdt_sum_get(const struct crdt_sum *s, uint8_t out[32]);
+
+struct crdt_folder_digest {
+	struct crdt_id id;
+	struct crdt_str path;
+	uint32_t validity;
+	uint64_t mails;			/* live ones */
+	uint8_t digest[32];
+};
+/* Zeroed before the first slice. */
+struct crdt_digest_walk {
+	bool begun, in_folder;
+	struct crdt_id folder;
+	struct crdt_mail_key mail;	/* in_folder: goes on with this one */
+	uint64_t mails;
+	struct crdt_sum sum;
+};
+/* Some rows_max rows more; cb for each folder that is done.  true: there is more.
+ * What it is worth if the rows changed meanwhile is for the caller to know. */
+bool crdt_folder_digests(struct crdt_rows *rows, struct crdt_digest_walk *w, unsigned rows_max, crdt_hash *hash,
+			 void (*cb)(void *ctx, const struct crdt_folder_digest *d), void *ctx);
+
+/* A mail as a mailbox shows it: what the mail store has and what the state wants it
+ * to have are compared by the sums of the hashes of these bytes. */
+struct crdt_shown {
+	uint32_t uid;
+	struct crdt_str guid;
+	uint8_t flags;
+	uint16_t keywords_n;
+	const struct crdt_str *keywords;	/* ascending */
+	struct crdt_content content;
+	uint64_t size;
+	int64_t received;
+};
+/* text: with content, size and date. */
+void crdt_shown_bytes(struct crdt_buf *b, const struct crdt_shown *s, bool text);
+
 /* Walks all rows and tests what must hold of any state (indexes agree, counts
  * agree, ...).  Returns NULL, or a malloc'ed text naming the first fault. */
 char *crdt_check(struct crdt_rows *rows);

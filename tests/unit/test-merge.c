@@ -487,6 +487,86 @@ static void digest(void **state)
 	crdt_buf_free(&two);
 }
 
+/* Not SHA-256, but of what it is told, too. */
+static void any_hash(const void *p, size_t n, uint8_t out[32])
+{
+	const uint8_t *bytes = p;
+	uint64_t h = 1469598103934665603u;
+	size_t i;
+
+	for (i = 0; i < n; i++)
+		h = (h ^ bytes[i]) * 1099511628211u;
+	for (i = 0; i < 32; i++)
+		out[i] = (uint8_t)((h * (2 * i + 1)) >> 56);
+}
+
+struct folders { unsigned n; struct { char path[8]; uint64_t mails; uint8_t digest[32]; } f[8]; };
+
+static void note_folder(void *ctx, const struct crdt_folder_digest *d)
+{
+	struct folders *f = ctx;
+
+	assert_in_range(f->n, 0, 7);
+	snprintf(f->f[f->n].path, sizeof(f->f->path), "%.*s", d->path.n, (const char *)d->path.p);
+	f->f[f->n].mails = d->mails;
+	memcpy(f->f[f->n++].digest, d->digest, 32);
+}
+
+static struct folders folders(struct kit_replica *r, unsigned slice)
+{
+	struct crdt_digest_walk walk;
+	struct folders f;
+
+	memset(&walk, 0, sizeof(walk));
+	memset(&f, 0, sizeof(f));
+	while (crdt_folder_digests(&r->m.rows, &walk, slice, any_hash, note_folder, &f))
+		;
+	assert_false(r->m.rows.failed);
+	return f;
+}
+
+static void folder_digests(void **state)
+{
+	struct world *w = *state;
+	struct folders one, two;
+	unsigned slice;
+
+	kit_create_id(&w->a, kit_id(1), "f", 65);
+	kit_create_id(&w->a, kit_id(2), "g", 129);
+	kit_create_id(&w->a, kit_id(3), "h", 193);
+	for (unsigned i = 0; i < 5; i++)
+		kit_add_id(&w->a, kit_id(2), (const char *[]){ "m", "n", "o", "p", "q" }[i], 0, i == 3 ? "k" : NULL, 0);
+	kit_delete(&w->a, "h");
+	kit_expunge(&w->a, "g", "o");
+	one = folders(&w->a, 1000000);
+	assert_int_equal(one.n, 2);
+	assert_string_equal(one.f[1].path, "g");
+	assert_int_equal(one.f[0].mails, 0);
+	assert_int_equal(one.f[1].mails, 4);
+	/* in whatever slices */
+	for (slice = 1; slice < 9; slice++) {
+		two = folders(&w->a, slice);
+		assert_memory_equal(&one, &two, sizeof(one));
+	}
+	/* whoever merged the same has the same */
+	kit_catch_up(&w->b);
+	two = folders(&w->b, 2);
+	assert_memory_equal(&one, &two, sizeof(one));
+	/* a difference shows, in its folder and no other */
+	kit_store(&w->b, "g", "p", CRDT_FLAG_SEEN, 0);
+	two = folders(&w->b, 2);
+	assert_memory_equal(&one.f[0], &two.f[0], sizeof(one.f[0]));
+	assert_memory_not_equal(one.f[1].digest, two.f[1].digest, 32);
+	/* moving a keyword from one mail to another is one */
+	kit_store(&w->b, "g", "p", 0, CRDT_FLAG_SEEN);
+	two = folders(&w->b, 2);
+	assert_memory_equal(&one, &two, sizeof(one));
+	kit_keyword(&w->b, "g", "p", NULL, "k");
+	kit_keyword(&w->b, "g", "q", "k", NULL);
+	two = folders(&w->b, 2);
+	assert_memory_not_equal(one.f[1].digest, two.f[1].digest, 32);
+}
+
 /* ---- rows ---- */
 
 static void golden_mail(const char *name)
@@ -678,7 +758,7 @@ int main(void)
 		test(optional_kind_passes), test(invalid_passes), test(too_many_origins),
 		test(too_many_waiting), test(too_many_deletes), test(paths),
 		test(validity_outlives_folder), test(hand_over), test(claims), test(bodies),
-		test(collect_in_steps), test(scan_mails), test(digest), test(golden_rows),
+		test(collect_in_steps), test(scan_mails), test(digest), test(folder_digests), test(golden_rows),
 		test(collect_spares_what_waiting_ops_need), test(check_finds_damage), test(damage_is_no_remove), test(many_keywords),
 		test(many_removals),
 	};

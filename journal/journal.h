@@ -218,5 +218,6 @@ uint32_t crdt_inbox_uidvalidity(const char *user);
  */
 int crdt_dirty_mark(const char *state_dir, const char *user, const char **error_r);
 int crdt_dirty_clear(const char *state_dir, const char *user, const char **error_r);
+bool crdt_dirty_is_marked(const char *state_dir, const char *user);
 int crdt_dirty_list(const char *state_dir, void (*cb)(void *ctx, const char *user), void *ctx, const char **error_r);
 #endif

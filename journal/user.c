@@ -132,6 +132,14 @@ static int unhex(char c)
 }
 
 /* false: not a name of ours */
+bool crdt_dirty_is_marked(const char *state_dir, const char *user)
+{
+	char path[PATH_MAX];
+	const char *error;
+
+	return dirty_path(state_dir, user, path, sizeof(path), &error) && access(path, F_OK) == 0;
+}
+
 static bool dirty_user_decode(const char *name, char *user)
 {
 	for (; *name != '\0'; name++) {

@@ -3,13 +3,15 @@
 #define CRDT_DOVECOT_COMPAT_H
 /*
  * How Dovecot versions differ: 2.3.19+ and 2.4.  This header, crdt-compat.c (what
- * needs no lib-storage), crdt-compat-user.c (what does) and crdt-settings-24.c (the
- * settings module of 2.4) are the only places that ask for the version.
+ * needs no lib-storage), crdt-compat-user.c (what does), crdt-compat-doveadm.c and
+ * crdt-settings-24.c (the settings module of 2.4) are the only places that ask for the
+ * version.
  * (The guard is not COMPAT_H: Dovecot has that one, and it would be empty.)
  */
 #include "lib.h"
 
 struct mail_user;
+struct doveadm_mail_cmd_context;
 struct master_service;
 struct mail_storage_service_ctx;
 struct mail_storage_service_user;
@@ -41,6 +43,18 @@ int crdt_compat_service_settings(struct master_service *service, const char *con
 const char *crdt_compat_setting(const char *const *names_values, const char *name);
 /* "30 mins" and the like.  0 or -1. */
 int crdt_compat_parse_interval(const char *value, unsigned int *secs_r);
+
+/* ---- doveadm ---- */
+
+/* Arguments of a command's v.init; options are taken with doveadm_cmd_param_*(). */
+#if CRDT_DOVECOT_24
+#  define CRDT_COMPAT_DOVEADM_INIT_ARGS(ctx) struct doveadm_mail_cmd_context *ctx
+#else
+#  define CRDT_COMPAT_DOVEADM_INIT_ARGS(ctx) \
+	struct doveadm_mail_cmd_context *ctx, const char *const args[] ATTR_UNUSED
+#endif
+/* Lets it have options of its own: 2.3 refuses those that no parse_arg() takes. */
+void crdt_compat_doveadm_options(struct doveadm_mail_cmd_context *ctx);
 
 /* ---- crdt-sync ---- */
 

@@ -4,7 +4,8 @@
 /*
  * The parts of the hub.  hub.c: peers, connections, frames, commit, status;
  * ingest.c: OPS to merged ops; bodies.c: texts in and out; fanout.c: the feed;
- * stable.c: what every member has applied, and collection.
+ * stable.c: what every member has applied, and collection; asks.c: an administrator's
+ * questions.
  *
  * State is in the store; what is kept in memory belongs to a connection, is
  * bounded by a limit here or in wire/frame.h, and may be lost at any time.
@@ -50,6 +51,9 @@
 #define HUB_COLLECT_ROWS 200
 #define HUB_STABLE_USERS 16
 #define HUB_LOG_KEEP_DEFAULT 1000000
+#define HUB_ASKS_MAX 4			/* questions of one connection that take their time */
+#define HUB_ASK_ROWS 4096		/* looked at in one slice for one */
+#define HUB_ASK_TRIES 5			/* the user changed meanwhile */
 
 struct hub_user { uint64_t id; uint32_t gen; char name[CRDT_USER_MAX + 1]; };
 
@@ -129,6 +133,8 @@ struct feed_flight { uint64_t gsn; size_t bytes; };
 
 struct hub_queued { struct hub_queued *next; size_t n; uint8_t p[]; };
 
+struct hub_ask;
+
 struct hub_conn {
 	struct hub_conn *next;
 	struct hub *h;
@@ -162,6 +168,9 @@ struct hub_conn {
 	size_t flights_first, flights_n, flights_cap, flight_bytes;
 
 	uint64_t stable_pos;		/* STABLE is sent up to this number */
+
+	struct hub_ask *asks;		/* in their order */
+	unsigned int asks_n;
 };
 
 struct hub_id_set { uint64_t *ids; size_t n, cap; };	/* ascending */
@@ -278,6 +287,11 @@ void fanout_log_put(struct hub *h, uint64_t user, uint8_t slot, bool fresh, cons
 void fanout_before_commit(struct hub *h);
 bool fanout_trim(struct hub *h);
 void fanout_conn_drop(struct hub_conn *c);
+
+/* ---- asks.c ---- */
+void asks_on_ask(struct hub_conn *c, const struct crdt_frame *f);
+bool asks_background(struct hub *h);
+void asks_conn_drop(struct hub_conn *c);
 
 /* ---- stable.c ---- */
 void stable_init(struct hub *h);

@@ -163,6 +163,7 @@ static void conn_reset(struct hub_conn *c)
 	ingest_conn_drop(c);
 	bodies_conn_drop(c);
 	fanout_conn_drop(c);
+	asks_conn_drop(c);
 	while ((q = c->queue) != NULL) {
 		c->queue = q->next;
 		free(q);
@@ -522,6 +523,9 @@ static void on_frame(struct hub_conn *c, const struct crdt_frame *f)
 	case CRDT_FRAME_APPLIED:
 		stable_on_applied(c, f);
 		break;
+	case CRDT_FRAME_ASK:
+		asks_on_ask(c, f);
+		break;
 	case CRDT_FRAME_ERROR:
 		hub_log(c->h, 1, "peer %s: reports error %u: %.*s", c->peer->conf.name, f->code,
 			(int)f->name.n, (const char *)f->name.p);
@@ -531,6 +535,7 @@ static void on_frame(struct hub_conn *c, const struct crdt_frame *f)
 	case CRDT_FRAME_ACK:
 	case CRDT_FRAME_FEED:
 	case CRDT_FRAME_STABLE:
+	case CRDT_FRAME_TOLD:
 		hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent a frame of type %u, which only a daemon sends", f->type);
 		break;
 	}
@@ -648,6 +653,7 @@ bool hub_background(struct hub *h)
 	more = ingest_background(h) || more;
 	more = fanout_trim(h) || more;
 	more = bodies_background(h) || more;
+	more = asks_background(h) || more;
 	/* Synced only if ops took effect: what else is lost with the power is done
 	 * again.  Unless frames came in since the last commit; then it is theirs too. */
 	for (c = h->conns; c != NULL && c->touched_n == 0; c = c->next) ;
@@ -712,7 +718,7 @@ void hub_status(struct hub *h, bool digest, struct crdt_buf *out)
 {
 	struct status s = { h, store_begin(h->s), out, digest };
 	struct status_node node = { .name = h->name, .slot = -1 };
-	struct status_peer peer = { .head = h->head };
+	struct status_peer peer = { .head = h->head, .acked_ago = -1 };
 	size_t i;
 
 	status_put_node(out, &node);

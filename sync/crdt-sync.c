@@ -11,6 +11,7 @@
 #include "ioloop.h"
 #include "istream.h"
 #include "llist.h"
+#include "net.h"
 #include "restrict-access.h"
 #include "master-service.h"
 #include "node.h"
@@ -31,6 +32,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#define ACK_LISTENER "crdt-ack"		/* mail processes of all users */
 #define WAKE_LINE_MAX 1024		/* "!\t", a user name and "\n" */
 #define LINK_FRAMES_MAX 64		/* taken from a link in one go */
 #define RUN_ROUNDS_MAX 8		/* before other events get their turn */
@@ -402,13 +404,23 @@ static void wake_fifos_destroy(void)
 	}
 }
 
+static bool is_for_mail(struct master_service_connection *conn)
+{
+	const char *path, *name;
+
+	if (net_getunixname(conn->listen_fd, &path) < 0)
+		return TRUE;	/* the one that may do less */
+	name = strrchr(path, '/');
+	return strcmp(name == NULL ? path : name + 1, ACK_LISTENER) == 0;
+}
+
 static void client_connected(struct master_service_connection *conn)
 {
 	master_service_client_connection_accept(conn);
 	if (conn->fifo) {
 		wake_fifo_create(conn->fd);
 	} else if (node != NULL) {
-		status_client_create(&status_source, conn->fd);
+		status_client_create(&status_source, conn->fd, is_for_mail(conn));
 	} else {
 		/* starting, or crdt_mode = off: there is nothing to tell */
 		i_close_fd(&conn->fd);

@@ -4,7 +4,8 @@
 /*
  * Inside of the node.  node.c: users, visits, syncs.  node-bodies.c: texts that
  * are fetched and texts that are asked of us.  node-report.c: the walk over all
- * users, for the status and after a start.
+ * users, for the status and after a start.  node-ask.c: questions about one user,
+ * and to the daemons.
  */
 #include "node.h"
 #include "scheduler.h"
@@ -32,6 +33,9 @@ struct user {
 	int64_t trim_due, applied_due;	/* 0: no reason to */
 	struct crdt_vv *stable;
 	struct report_entry *entries;
+	struct node_question *questions;	/* of which he is the subject */
+	bool repair;			/* all his mail is to be compared, or that of */
+	char *repair_path;		/* NULL: of all mailboxes */
 
 	/* ---- known ---- */
 	crdt_origin origin;		/* 0: not looked yet */
@@ -44,6 +48,7 @@ struct user {
 	/* ---- trouble with the mail store ---- */
 	int64_t mail_due;		/* not before */
 	unsigned failures;		/* in a row */
+	char *trouble;			/* text of the last one; NULL: none */
 	bool no_user;
 
 	struct fetch *fetches;
@@ -101,11 +106,15 @@ struct node {
 	bool refilling;			/* see node_rebuild() */
 	struct walk check;		/* after the start */
 	struct node_report *reports;
+	struct node_question *questions;
+	uint64_t question_id;
 };
 
 /* node.c */
 struct user *node_user(struct node *n, const char *name, uint32_t gen);	/* made if unknown */
 struct user *node_user_find(struct node *n, const char *name, uint32_t gen);
+/* Own ops that every daemon, that some daemon has acknowledged. */
+void node_user_acked(const struct user *u, uint64_t *all_r, uint64_t *any_r);
 void node_wake(struct user *u, enum sched_urgency urgency);
 void node_wake_at(struct user *u, int64_t due);
 void node_log(struct node *n, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
@@ -123,7 +132,16 @@ void node_body_wanted(struct node *n, unsigned storage, const char *user, uint32
 		      const struct crdt_content *c, uint64_t offset, uint64_t credit);
 void node_body_ride(struct node *n, unsigned storage, const char *user, uint32_t gen, const struct crdt_content *c);
 
+/* node-ask.c */
+void node_questions_order(struct user *u, struct visit *v);	/* what they need of the visit */
+void node_questions_visited(struct user *u, struct visit *v);
+void node_questions_link_down(struct node *n, unsigned storage);
+void node_told(struct node *n, unsigned storage, uint64_t id, const uint8_t *p, size_t len, bool last);
+int64_t node_questions_run(struct node *n);
+void node_questions_free(struct node *n);
+
 /* node-report.c */
+uint64_t node_unsent(const struct user *u, const struct replica_status *st);
 void node_report_visited(struct user *u, const struct visit *v);
 bool node_report_wants_digest(const struct user *u);
 int64_t node_reports_run(struct node *n);

@@ -56,8 +56,9 @@ static struct user *walk_next(struct node *n, struct walk *w)
 /* ---- lines ---- */
 
 /* Own ops that some daemon within reach has not acknowledged; without any
- * within reach, those that no daemon has. */
-static uint64_t unsent(const struct user *u)
+ * within reach, those that no daemon has.  (What they said before this process
+ * started is not known, but what is forgotten was acknowledged by all.) */
+uint64_t node_unsent(const struct user *u, const struct replica_status *st)
 {
 	uint64_t best = 0, worst = UINT64_MAX, acked;
 
@@ -71,6 +72,8 @@ static uint64_t unsent(const struct user *u)
 			worst = acked;
 	}
 	acked = worst == UINT64_MAX ? best : worst;
+	if (acked < st->acked_seq)
+		acked = st->acked_seq;
 	return u->last_seq > acked ? u->last_seq - acked : 0;
 }
 
@@ -78,10 +81,11 @@ static void put_user(struct node_report *r, const struct user *u, const struct r
 		     const uint8_t *digest)
 {
 	static const struct replica_status busy = { .pending = 1 };
-	struct status_user line = { .name = u->name, .gen = u->gen, .unsent = unsent(u) };
+	struct status_user line = { .name = u->name, .gen = u->gen };
 
 	if (st == NULL)
 		st = &busy;
+	line.unsent = node_unsent(u, st);
 	line.vv = &st->vv;
 	line.pending = st->pending + (u->survey ? 1 : 0);
 	line.held = st->held;

@@ -83,6 +83,8 @@ static void user_free(struct user *u)
 		u->reads = r->next;
 		visit_read_free(r);
 	}
+	free(u->repair_path);
+	free(u->trouble);
 	free(u->stable);
 	free(u->applied);
 	free(u->name);
@@ -99,8 +101,7 @@ void node_wake_at(struct user *u, int64_t due)
 	sched_wake_at(u->n->sched, &u->item, due);
 }
 
-/* Own ops that every daemon, that some daemon has acknowledged. */
-static void user_acked(const struct user *u, uint64_t *all_r, uint64_t *any_r)
+void node_user_acked(const struct user *u, uint64_t *all_r, uint64_t *any_r)
 {
 	*all_r = UINT64_MAX;
 	*any_r = 0;
@@ -127,8 +128,8 @@ static bool user_forgettable(const struct user *u, int64_t now)
 	const struct node *n = u->n;
 
 	if (u->item.state != SCHED_IDLE || u->item.timer != 0 || now - u->touched < NODE_IDLE_MSECS ||
-	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->survey || u->check || u->stable != NULL ||
-	    u->entries != NULL || u->ops_waiting > 0 || u->fetches != NULL || u->wanting || u->no_user ||
+	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->survey || u->repair || u->check || u->stable != NULL ||
+	    u->entries != NULL || u->questions != NULL || u->ops_waiting > 0 || u->fetches != NULL || u->wanting || u->no_user ||
 	    u->serves > 0)
 		return false;
 	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
@@ -262,6 +263,13 @@ static void on_ride(void *ctx, const char *user, uint32_t gen, const struct crdt
 	node_body_ride(st->n, st->i, user, gen, c);
 }
 
+static void on_told(void *ctx, uint64_t id, const uint8_t *p, size_t len, bool last)
+{
+	struct storage *st = ctx;
+
+	node_told(st->n, st->i, id, p, len, last);
+}
+
 static void on_stable(void *ctx, const char *user, uint32_t gen, const struct crdt_vv *vv)
 {
 	struct storage *st = ctx;
@@ -310,6 +318,7 @@ static void storage_init(struct node *n, unsigned i)
 		.send = on_send, .reconnect = on_reconnect, .log = on_log, .up = on_up,
 		.want_ops = on_want_ops, .acked = on_acked, .feed = on_feed, .body = on_body,
 		.body_want = on_body_want, .body_none = on_body_none, .stable = on_stable, .ride = on_ride,
+		.told = on_told,
 	};
 	struct storage *st = &n->storages[i];
 	struct uplink_callbacks cb = callbacks;
@@ -416,6 +425,7 @@ void node_free(struct node **_n)
 		return;
 	*_n = NULL;
 	node_reports_free(n);
+	node_questions_free(n);
 	node_bodies_free(n);
 	while (n->users != NULL) {
 		if (n->users->item.state == SCHED_RUNNING)
@@ -435,6 +445,12 @@ void node_free(struct node **_n)
 
 /* ---- links ---- */
 
+static void link_is_down(struct node *n, unsigned storage)
+{
+	node_bodies_link_down(n, storage);
+	node_questions_link_down(n, storage);
+}
+
 void node_link_up(struct node *n, int64_t now, unsigned storage)
 {
 	n->now = now;
@@ -445,14 +461,14 @@ void node_link_down(struct node *n, int64_t now, unsigned storage)
 {
 	n->now = now;
 	uplink_disconnected(n->storages[storage].uplink);
-	node_bodies_link_down(n, storage);
+	link_is_down(n, storage);
 }
 
 void node_link_refused(struct node *n, int64_t now, unsigned storage)
 {
 	n->now = now;
 	uplink_refused(n->storages[storage].uplink, now);
-	node_bodies_link_down(n, storage);
+	link_is_down(n, storage);
 }
 
 void node_frame(struct node *n, int64_t now, unsigned storage, const void *p, size_t len)
@@ -463,7 +479,7 @@ void node_frame(struct node *n, int64_t now, unsigned storage, const void *p, si
 	n->now = now;
 	uplink_frame(u, now, p, len);
 	if (was_up && !uplink_is_up(u))
-		node_bodies_link_down(n, storage);
+		link_is_down(n, storage);
 }
 
 void node_storage_state(const struct node *n, unsigned storage, bool *up_r, uint64_t *gsn_r, uint64_t *head_r)
@@ -473,6 +489,13 @@ void node_storage_state(const struct node *n, unsigned storage, bool *up_r, uint
 	*up_r = uplink_is_up(u);
 	*gsn_r = uplink_durable(u);
 	*head_r = uplink_received(u);
+}
+
+int64_t node_storage_acked_ago(const struct node *n, int64_t now, unsigned storage)
+{
+	int64_t at = uplink_acked_at(n->storages[storage].uplink);
+
+	return at == INT64_MIN ? -1 : (now - at) / 1000;
 }
 
 /* ---- wake-ups ---- */
@@ -531,7 +554,7 @@ void node_marked(struct node *n, int64_t now, const char *user)
 
 	n->now = now;
 	if (u != NULL)
-		user_acked(u, &all, &any);
+		node_user_acked(u, &all, &any);
 	if (u != NULL && (u->journal || u->trim_due != 0 || u->mail_due > now || u->ops_waiting > 0 ||
 			  (u->origin != 0 && any < u->last_seq)))
 		return;
@@ -601,7 +624,13 @@ static struct visit *order(struct user *u)
 		v->survey = u->survey && n->cfg.apply && n->now >= u->survey_due;
 		if (v->survey)
 			u->surveyed = n->now;
-		v->apply = (u->apply || v->survey) && n->cfg.apply;
+		v->repair = u->repair && n->cfg.apply;
+		if (v->repair) {
+			v->repair_path = u->repair_path;
+			u->repair_path = NULL;
+			u->repair = false;
+		}
+		v->apply = (u->apply || v->survey || v->repair) && n->cfg.apply;
 		v->apply_news = n->cfg.apply;
 		u->survey = u->survey && !v->survey && n->cfg.apply;
 		u->journal = u->apply = false;
@@ -609,7 +638,7 @@ static struct visit *order(struct user *u)
 		u->reads = NULL;
 		if (u->trim_due != 0 && u->trim_due <= n->now) {
 			v->acknowledge = true;
-			user_acked(u, &v->acked, &v->acked_any);
+			node_user_acked(u, &v->acked, &v->acked_any);
 			u->trim_due = 0;
 		}
 		v->mail = v->journal || v->apply || v->reads != NULL || v->acknowledge;
@@ -620,6 +649,7 @@ static struct visit *order(struct user *u)
 	}
 	v->status = u->check || u->entries != NULL;
 	v->digest = node_report_wants_digest(u);
+	node_questions_order(u, v);
 	if (v->feeds == NULL && !v->mail) {
 		v->stable = u->stable;
 		u->stable = NULL;
@@ -648,7 +678,7 @@ static void set_timers(struct user *u)
 {
 	struct node *n = u->n;
 
-	if (u->mail_due > n->now && (u->journal || u->apply || u->survey || u->reads != NULL))
+	if (u->mail_due > n->now && (u->journal || u->apply || u->survey || u->repair || u->reads != NULL))
 		node_wake_at(u, u->mail_due);
 	if (u->survey && u->survey_due > n->now)
 		node_wake_at(u, u->survey_due > u->mail_due ? u->survey_due : u->mail_due);
@@ -708,6 +738,8 @@ static void visited_mail(struct user *u, struct visit *v)
 		u->failures = 0;
 		u->mail_due = 0;
 		u->no_user = false;
+		free(u->trouble);
+		u->trouble = NULL;
 		return;
 	case VISIT_MAIL_NO_USER:
 		u->mail_due = n->now + NODE_NO_USER_MSECS;
@@ -725,6 +757,8 @@ static void visited_mail(struct user *u, struct visit *v)
 		else
 			node_log(n, 3, "user %s: the mail store fails: %s", u->name, v->error == NULL ? "?" : v->error);
 		u->mail_due = n->now + sched_backoff(u->failures);
+		free(u->trouble);
+		u->trouble = xstrdup(v->error == NULL ? "?" : v->error);
 		break;
 	}
 	/* what was ordered and not done */
@@ -733,6 +767,11 @@ static void visited_mail(struct user *u, struct visit *v)
 	if (v->survey && !v->applied) {
 		u->survey = true;
 		u->surveyed = 0;
+	}
+	if (v->repair && !v->applied && !u->repair) {
+		u->repair = true;
+		u->repair_path = v->repair_path;
+		v->repair_path = NULL;
 	}
 	if (v->acknowledge)
 		trim_soon(u);
@@ -820,6 +859,7 @@ int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
 		}
 		node_report_visited(u, v);
 	}
+	node_questions_visited(u, v);
 	v->reads = NULL;
 	node_read(n, now, reads);
 	set_timers(u);
@@ -955,6 +995,7 @@ int64_t node_run(struct node *n, int64_t now, char **error_r)
 		return -1;
 	due = earlier(due, node_bodies_run(n));
 	due = earlier(due, node_reports_run(n));
+	due = earlier(due, node_questions_run(n));
 	if (n->age_due <= now) {
 		forget_settled(n);
 		n->full_logged = false;

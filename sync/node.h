@@ -19,7 +19,7 @@
  */
 #include "visit.h"
 
-#define NODE_STORAGES_MAX 8
+#define NODE_STORAGES_MAX VISIT_STORAGES_MAX
 #define NODE_USERS_MAX 200000		/* in memory; more changed ones wait for the next look at the markers */
 #define NODE_FEED_SYNC_MSECS 20		/* feed is acknowledged so late at most, or */
 #define NODE_FEED_SYNC_BYTES (256 * 1024)	/* when so much waits */
@@ -33,6 +33,8 @@
 #define NODE_SERVES_MAX 256		/* texts that are being sent, of each daemon */
 #define NODE_REPORT_MSECS 5000		/* a user who is busy that long is reported as such */
 #define NODE_REPORT_USERS 8		/* looked at at a time */
+#define NODE_QUESTION_MSECS 30000	/* then the answer is what is known */
+#define NODE_QUESTION_TEXT_MAX (8 * 1024 * 1024)	/* bytes that a daemon may answer */
 #define NODE_SURVEY_LOGIN_MSECS 60000
 #define NODE_SURVEY_CHANGED_MSECS 2000
 #define NODE_IDLE_MSECS 60000		/* forget a user who is settled */
@@ -105,6 +107,8 @@ int64_t node_run(struct node *n, int64_t now, char **error_r);
 /* ---- status ---- */
 /* gsn: what is durably fed; head: what came. */
 void node_storage_state(const struct node *n, unsigned storage, bool *up_r, uint64_t *gsn_r, uint64_t *head_r);
+/* Seconds since it acknowledged something; -1: not since the start. */
+int64_t node_storage_acked_ago(const struct node *n, int64_t now, unsigned storage);
 /*
  * Looks at all users of the store; then done() once, with the `user` lines of
  * the status protocol.  Cancelled by node_report_cancel() or node_free()
@@ -114,5 +118,31 @@ struct node_report;
 struct node_report *node_report_start(struct node *n, int64_t now, bool digest,
 				      void (*done)(void *ctx, const char *text, size_t len), void *ctx);
 void node_report_cancel(struct node_report **r);
+
+/*
+ * One question about a user or to the daemons; then done() once, with the lines of
+ * the status protocol.  Cancelled by node_question_cancel() or node_free() (without
+ * done()).  done() may be called from within node_ask().
+ */
+enum node_ask {
+	NODE_ASK_USER,		/* `user`, and an `ack` for each daemon */
+	NODE_ASK_SYNC,		/* the same; his journal and mail store are looked at now */
+	NODE_ASK_REPAIR,	/* the same; all his mail is compared (that of path) */
+	NODE_ASK_DIGESTS,	/* `user`, `folder`s, `mailbox`es */
+	/* To every daemon: a `storage`, and behind it what it answers. */
+	NODE_ASK_MEMBERS,	/* `member`s */
+	NODE_ASK_STORAGES,	/* `user` */
+	NODE_ASK_STORAGE_DIGESTS,	/* `user`, `folder`s */
+};
+struct node_question;
+typedef void node_answer(void *ctx, const char *text, size_t len);
+void node_ask(struct node *n, int64_t now, enum node_ask what, const char *user, const char *path,
+	      node_answer *done, void *ctx, struct node_question **q_r);
+/* A mail process waits until some daemon has what the user's journal has up to this
+ * record: `acked ok=1`, or after msecs `acked ok=0`. */
+void node_await(struct node *n, int64_t now, const char *user, const struct ms_position *record, int64_t msecs,
+		node_answer *done, void *ctx, struct node_question **q_r);
+void node_question_cancel(struct node_question **q);
+
 bool node_is_settled(const struct node *n);	/* no visit, sync or fetch is open or due now (tests) */
 #endif

@@ -157,6 +157,12 @@ static uint64_t random_bits(void *ctx)
 	return n;
 }
 
+static uint64_t unix_time(void *ctx)
+{
+	(void)ctx;
+	return (uint64_t)time(NULL);
+}
+
 static void text_seen(void *ctx, const char *user, const struct crdt_content *c, const void *text, size_t n)
 {
 	struct pool *p = ctx;
@@ -400,6 +406,7 @@ struct pool *pool_new(const struct pool_config *cfg, char **error_r)
 	p->replica_cfg.slot = cfg->slot;
 	p->replica_cfg.name = p->name;
 	p->replica_cfg.random = random_bits;
+	p->replica_cfg.time = unix_time;
 	p->replica_cfg.log = on_log;
 	p->replica_cfg.text_seen = text_seen;
 	p->replica_cfg.ctx = p;

@@ -6,6 +6,7 @@
  * the local rows.  replica-texts.c: where texts are.  replica-journal.c: what a
  * journal record means.
  * replica-folders.c and replica-mails.c: bringing the mail store to the state.
+ * replica-admin.c: what an administrator asks.
  */
 #include "replica.h"
 
@@ -38,6 +39,10 @@
 #define ROW_HELD 'h'		/* held by the UID rule */
 #define ROW_ASIDE 'a'		/* the mail store refused it: tried again in the next session */
 extern const char replica_mail_states[4];	/* the last four */
+
+/* In STORE_LOG: own ops, and times at which some of them were made. */
+#define LOG_OP 'o'
+#define LOG_TIME 't'
 
 struct box {
 	struct crdt_id guid;
@@ -98,11 +103,14 @@ struct replica {
 	struct store_rows rows;
 	struct crdt_vv vv;		/* merged; kept in step with row 'V' */
 	bool vv_loaded;
+	bool timed;			/* the time is in the store already */
 };
 
 static inline struct crdt_rows *rrows(struct replica *r) { return &r->rows.rows; }
 
 /* replica.c */
+void replica_log_key(struct replica *r, struct crdt_buf *k, char first, uint64_t seq);	/* of an own op */
+uint64_t replica_rows_count(struct replica *r, char first);
 int replica_txn_begin(struct replica *r);
 int replica_txn_commit(struct replica *r, bool sync, char **error_r);
 void replica_txn_abort(struct replica *r);

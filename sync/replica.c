@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The engine: life, inbound [8], own ops. */
-#include <openssl/evp.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,6 +30,7 @@ int replica_txn_begin(struct replica *r)
 	r->txn = store_begin(r->store);
 	store_rows_init(&r->rows, r->txn, r->id);
 	r->vv_loaded = false;
+	r->timed = false;
 	return 0;
 }
 
@@ -469,7 +469,7 @@ static bool count_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t 
 	return true;
 }
 
-static uint64_t count(struct replica *r, char first)
+uint64_t replica_rows_count(struct replica *r, char first)
 {
 	uint64_t n = 0;
 
@@ -500,7 +500,7 @@ static void refused_put(struct replica *r, const struct crdt_op *op, const struc
 	uint64_t n;
 
 	refused_key(&k, op->dot);
-	n = rrows(r)->get(rrows(r), k.data, k.len, &v) ? 1 : count(r, ROW_REFUSED);	/* 1: comes again */
+	n = rrows(r)->get(rrows(r), k.data, k.len, &v) ? 1 : replica_rows_count(r, ROW_REFUSED);	/* 1: comes again */
 	if (n == 0)
 		replica_log(r, 1, "op %llu of origin %016llx cannot be merged now (%s): put by, and tried again",
 			    (unsigned long long)op->dot.seq, (unsigned long long)op->dot.origin, why);
@@ -607,13 +607,28 @@ int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, c
 
 /* ---- own ops ---- */
 
-/* LOG key of an own op: 'o', user id (be64), origin (be64), seq (be64). */
-static void log_key(struct replica *r, struct crdt_buf *k, uint64_t seq)
+void replica_log_key(struct replica *r, struct crdt_buf *k, char first, uint64_t seq)
 {
-	crdt_buf_u8(k, 'o');
+	crdt_buf_u8(k, (uint8_t)first);
 	crdt_buf_be64(k, r->id);
 	crdt_buf_be64(k, r->origin);
 	crdt_buf_be64(k, seq);
+}
+
+/* When this op, and those that follow it without a time of theirs, was made: for
+ * people to look at. */
+static void time_put(struct replica *r, uint64_t seq)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	if (r->timed || r->cfg->time == NULL)
+		return;
+	r->timed = true;
+	replica_log_key(r, &k, LOG_TIME, seq);
+	crdt_buf_u64(&v, r->cfg->time(r->cfg->ctx));
+	store_put(r->txn, STORE_LOG, k.data, k.len, v.data, v.len);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
 }
 
 int replica_own_op(struct replica *r, struct crdt_op *op, const struct crdt_vv *ctx)
@@ -637,8 +652,9 @@ int replica_own_op(struct replica *r, struct crdt_op *op, const struct crdt_vv *
 		return -1;
 	}
 	r->last_seq++;
-	log_key(r, &k, op->dot.seq);
+	replica_log_key(r, &k, LOG_OP, op->dot.seq);
 	store_put(r->txn, STORE_LOG, k.data, k.len, b.data, b.len);
+	time_put(r, op->dot.seq);
 	own_put(r);
 	crdt_buf_free(&k);
 	crdt_buf_free(&b);
@@ -662,7 +678,7 @@ void replica_unsent(struct replica *r, uint64_t after,
 	struct crdt_buf k = CRDT_BUF_INIT;
 
 	(void)replica_txn_begin(r);
-	log_key(r, &k, after + 1);
+	replica_log_key(r, &k, LOG_OP, after + 1);
 	store_scan(r->txn, STORE_LOG, k.data, 17, k.data, k.len, false, unsent_row, &c);
 	crdt_buf_free(&k);
 	store_abort(&r->txn);
@@ -678,6 +694,45 @@ crdt_origin replica_own_origin(struct replica *r)
 	return r->origin;
 }
 
+/* Times of ops up to seq, but for that of the first one that stays. */
+enum { N_TIMES = 64 };
+struct times { uint64_t upto, seqs[N_TIMES]; unsigned n; };
+
+static bool time_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct times *t = ctx;
+	struct crdt_reader rd = crdt_reader(key + klen - 8, 8);
+	uint64_t seq = crdt_get_be64(&rd);
+
+	(void)val;
+	(void)vlen;
+	if (seq > t->upto + 1 || t->n == N_TIMES)
+		return false;
+	t->seqs[t->n++] = seq;
+	return true;
+}
+
+static void forget_times(struct replica *r, uint64_t seq)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+	struct times t = { .upto = seq };
+	unsigned go;
+
+	do {
+		t.n = 0;
+		crdt_buf_clear(&k);
+		replica_log_key(r, &k, LOG_TIME, 0);
+		store_scan(r->txn, STORE_LOG, k.data, 17, NULL, 0, false, time_row, &t);
+		go = t.n > 0 && seq < r->last_seq ? t.n - 1 : t.n;
+		for (unsigned i = 0; i < go; i++) {
+			crdt_buf_clear(&k);
+			replica_log_key(r, &k, LOG_TIME, t.seqs[i]);
+			store_del(r->txn, STORE_LOG, k.data, k.len);
+		}
+	} while (t.n == N_TIMES);
+	crdt_buf_free(&k);
+}
+
 static int forget_ops(struct replica *r, uint64_t seq, char **error_r)
 {
 	struct crdt_buf k = CRDT_BUF_INIT;
@@ -685,9 +740,10 @@ static int forget_ops(struct replica *r, uint64_t seq, char **error_r)
 	(void)replica_txn_begin(r);
 	for (uint64_t s = r->acked_seq + 1; s <= seq; s++) {
 		crdt_buf_clear(&k);
-		log_key(r, &k, s);
+		replica_log_key(r, &k, LOG_OP, s);
 		store_del(r->txn, STORE_LOG, k.data, k.len);
 	}
+	forget_times(r, seq);
 	r->acked_seq = seq;
 	own_put(r);
 	crdt_buf_free(&k);
@@ -864,6 +920,12 @@ struct ms_position replica_known(const struct replica *r)
 	return r->pos_n == 0 ? none : r->pos[r->pos_n - 1];
 }
 
+size_t replica_positions(const struct replica *r, struct ms_position *pos_r)
+{
+	memcpy(pos_r, r->pos, r->pos_n * sizeof(*r->pos));
+	return r->pos_n;
+}
+
 /* With the journal read to its end the renumbering of a mailbox is complete: a mail
  * of before that was not told of is gone. */
 static int drop_left_shadows(struct replica *r, char **error_r)
@@ -968,7 +1030,7 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 	return wants ? REPLICA_WANTS_BODIES : REPLICA_DONE;
 }
 
-/* ---- collection, status ---- */
+/* ---- collection ---- */
 
 bool replica_collect(struct replica *r, const struct crdt_vv *stable)
 {
@@ -992,40 +1054,4 @@ bool replica_collect(struct replica *r, const struct crdt_vv *stable)
 		return false;
 	}
 	return more;
-}
-
-void replica_status(struct replica *r, struct replica_status *st_r)
-{
-	memset(st_r, 0, sizeof(*st_r));
-	(void)replica_txn_begin(r);
-	st_r->vv = *replica_vv(r);
-	st_r->held = count(r, ROW_HELD);
-	st_r->pending = count(r, ROW_DIRTY_FOLDER) + count(r, ROW_DIRTY_SUBSCRIPTION) + count(r, ROW_DIRTY_MAIL) +
-			count(r, ROW_WAIT_BODY) + count(r, ROW_ASIDE) + count(r, ROW_EXTRA) +
-			count(r, ROW_LOOK) + (r->ms != NULL && compare_survey_is_due(r) ? 1 : 0);
-	st_r->buffered = count(r, 'B') + count(r, ROW_REFUSED);
-	st_r->last_seq = r->last_seq;
-	store_abort(&r->txn);
-}
-
-static void digest_update(void *ctx, const void *p, size_t n)
-{
-	(void)EVP_DigestUpdate(ctx, p, n);
-}
-
-void replica_digest(struct replica *r, uint8_t digest_r[32])
-{
-	EVP_MD_CTX *md = EVP_MD_CTX_new();
-	unsigned len = 32;
-
-	memset(digest_r, 0, 32);
-	if (md == NULL || EVP_DigestInit_ex(md, EVP_sha256(), NULL) != 1) {
-		EVP_MD_CTX_free(md);
-		return;
-	}
-	(void)replica_txn_begin(r);
-	crdt_digest(rrows(r), digest_update, md);
-	store_abort(&r->txn);
-	(void)EVP_DigestFinal_ex(md, digest_r, &len);
-	EVP_MD_CTX_free(md);
 }

@@ -24,6 +24,8 @@ struct replica_config {
 	const char *name;
 	/* Random 56 bits for a new origin.  (Simulation: seeded.) */
 	uint64_t (*random)(void *ctx);
+	/* Seconds since 1970, to be shown with ops that are not sent yet.  May be NULL. */
+	uint64_t (*time)(void *ctx);
 	void (*log)(void *ctx, int level, const char *text);	/* 0 error, 1 warning, 2 info, 3 debug */
 	/* A text that was read on the way (size <= CRDT_BODY_RIDE): may be kept for
 	 * sending soon.  May be NULL. */
@@ -54,6 +56,10 @@ int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, c
  * the number of records read, or one of these. */
 enum { REPLICA_OUTBOUND_FAILED = -1 /* database */, REPLICA_OUTBOUND_LATER = -2 /* mail store */ };
 int replica_outbound(struct replica *r, char **error_r);
+
+/* The journals that there are, and how far each is translated; how many (at most
+ * MS_JOURNALS_MAX).  After replica_outbound(). */
+size_t replica_positions(const struct replica *r, struct ms_position *pos_r);
 
 enum replica_progress {
 	REPLICA_DONE,		/* the mail store shows the merged state */
@@ -103,8 +109,21 @@ struct replica_status {
 	struct crdt_vv vv;		/* merged */
 	/* dirty rows; of them held by the UID rule; ops that wait, or are put by */
 	uint64_t pending, held, buffered;
+	uint64_t looks;			/* in pending: mailboxes to be compared */
+	bool survey_due;		/* the mail store is to be looked through */
 	uint64_t last_seq;
+	uint64_t acked_seq;		/* own ops that every daemon has, and that are forgotten here */
 };
 void replica_status(struct replica *r, struct replica_status *st_r);
 void replica_digest(struct replica *r, uint8_t digest_r[32]);
+
+/* Own ops with seq > after; how many seconds ago the oldest of them was made. */
+struct replica_backlog { uint64_t ops, bytes, age; };
+void replica_backlog(struct replica *r, uint64_t after, struct replica_backlog *b_r);
+/* Lines of the status protocol: a digest of each folder of the state, and of each
+ * mailbox as the mail store should show it. */
+void replica_digests(struct replica *r, struct crdt_buf *out);
+/* All mailboxes (path NULL) or one are held against the state, every mail of them, by
+ * replica_apply(): what is missing is restored, what nobody recorded is recorded.  0 or -1. */
+int replica_repair(struct replica *r, const char *path, char **error_r);
 #endif

@@ -4,14 +4,16 @@
 #include "istream.h"
 #include "ostream.h"
 #include "llist.h"
+#include "strnum.h"
 #include "master-service.h"
 #include "status-socket.h"
 #include "../wire/status.h"
 
 #include <unistd.h>
 
-#define STATUS_LINE_MAX 256
 #define STATUS_CLIENT_TIMEOUT_MSECS (60 * 1000)
+#define STATUS_KEPT_TIMEOUT_MSECS (3600 * 1000)	/* it may be reading mail meanwhile */
+#define STATUS_AWAIT_MAX_MSECS (50 * 1000)
 
 struct status_client {
 	struct status_client *prev, *next;
@@ -21,7 +23,10 @@ struct status_client {
 	struct istream *input;
 	struct ostream *output;
 	struct timeout *to;
+	bool mail;
+	bool keep;			/* it will ask more */
 	struct node_report *report;
+	struct node_question *question;
 };
 
 static struct status_client *clients = NULL;
@@ -30,6 +35,7 @@ static void client_destroy(struct status_client *client)
 {
 	DLLIST_REMOVE(&clients, client);
 	node_report_cancel(&client->report);
+	node_question_cancel(&client->question);
 	timeout_remove(&client->to);
 	io_remove(&client->io);
 	i_stream_destroy(&client->input);
@@ -40,12 +46,30 @@ static void client_destroy(struct status_client *client)
 	master_service_client_connection_destroyed(master_service);
 }
 
+static void client_input(struct status_client *client);
+
+static void client_listen(struct status_client *client)
+{
+	timeout_remove(&client->to);
+	if (client->keep)
+		client->to = timeout_add(STATUS_KEPT_TIMEOUT_MSECS, client_destroy, client);
+	else
+		client->to = timeout_add(STATUS_CLIENT_TIMEOUT_MSECS, client_destroy, client);
+	client->io = io_add(client->fd, IO_READ, client_input, client);
+	/* a line that came with the one before */
+	io_set_pending(client->io);
+}
+
 static int client_flush(struct status_client *client)
 {
 	int ret = o_stream_flush(client->output);
 
-	if (ret != 0)
+	if (ret < 0 || (ret > 0 && !client->keep))
 		client_destroy(client);
+	else if (ret > 0) {
+		o_stream_unset_flush_callback(client->output);
+		client_listen(client);
+	}
 	return ret;
 }
 
@@ -76,17 +100,110 @@ static void client_head(struct status_client *client, unsigned int dirty)
 		struct status_peer peer = { .name = set->storages[i].endpoint };
 
 		node_storage_state(client->src->node, i, &peer.connected, &peer.gsn, &peer.head);
+		peer.acked_ago = node_storage_acked_ago(client->src->node, client->src->now(), i);
 		status_put_peer(&b, &peer);
 	}
 	o_stream_nsend(client->output, b.data, b.len);
 	crdt_buf_free(&b);
 }
 
+static bool user_valid(const char *name)
+{
+	const char *p;
+
+	for (p = name; *p != '\0'; p++) {
+		if ((unsigned char)*p < 0x20 || *p == 0x7f)
+			return FALSE;
+	}
+	return p > name && p - name <= CRDT_USER_MAX;
+}
+
+/* Words about one user; path: may have one more argument. */
+static const struct question {
+	const char *word;
+	enum node_ask what;
+	bool user, path;
+} questions[] = {
+	{ "user", NODE_ASK_USER, TRUE, FALSE },
+	{ "sync", NODE_ASK_SYNC, TRUE, FALSE },
+	{ "repair", NODE_ASK_REPAIR, TRUE, TRUE },
+	{ "digests", NODE_ASK_DIGESTS, TRUE, FALSE },
+	{ "storages", NODE_ASK_STORAGES, TRUE, FALSE },
+	{ "storage-digests", NODE_ASK_STORAGE_DIGESTS, TRUE, FALSE },
+	{ "members", NODE_ASK_MEMBERS, FALSE, FALSE },
+};
+
+static bool client_ask(struct status_client *client, char *const *words, unsigned int n)
+{
+	const struct status_source *src = client->src;
+	const struct question *q = NULL;
+	unsigned int need;
+
+	for (unsigned int i = 0; i < N_ELEMENTS(questions) && q == NULL; i++) {
+		if (strcmp(words[0], questions[i].word) == 0)
+			q = &questions[i];
+	}
+	if (q == NULL)
+		return FALSE;
+	need = q->user ? 2 : 1;
+	if (n < need || n > need + (q->path ? 1 : 0) || (q->user && !user_valid(words[1])))
+		return FALSE;
+	/* A wake-up may have been lost. */
+	if (q->user && crdt_dirty_is_marked(src->set->state_dir, words[1]))
+		node_marked(src->node, src->now(), words[1]);
+	node_ask(src->node, src->now(), q->what, q->user ? words[1] : NULL, n > 2 ? words[2] : NULL,
+		 client_report_done, client, &client->question);
+	return TRUE;
+}
+
+/* ack, user, journal, seq, msecs */
+static bool client_await(struct status_client *client, char *const *words, unsigned int n)
+{
+	const struct status_source *src = client->src;
+	struct ms_position record;
+	unsigned int msecs;
+
+	if (n != 5 || strcmp(words[0], "ack") != 0 || !user_valid(words[1]) ||
+	    str_to_uint64_hex(words[2], &record.journal) < 0 || str_to_uint64(words[3], &record.seq) < 0 ||
+	    str_to_uint(words[4], &msecs) < 0 || msecs > STATUS_AWAIT_MAX_MSECS)
+		return FALSE;
+	node_await(src->node, src->now(), words[1], &record, msecs, client_report_done, client, &client->question);
+	return TRUE;
+}
+
+static bool client_request(struct status_client *client, char *line)
+{
+	const struct status_source *src = client->src;
+	char *words[STATUS_WORDS_MAX];
+	unsigned int n = status_words(line, words);
+
+	if (n == 0)
+		return FALSE;
+	if (client->mail)
+		return client_await(client, words, n);
+	if (n == 1 && strcmp(words[0], "keep") == 0) {
+		client->keep = TRUE;
+		client_report_done(client, "", 0);
+		return TRUE;
+	}
+	if (n == 1 && (strcmp(words[0], "status") == 0 || strcmp(words[0], "digest") == 0)) {
+		client_head(client, src->dirty());
+		client->report = node_report_start(src->node, src->now(), strcmp(words[0], "digest") == 0,
+						   client_report_done, client);
+		return TRUE;
+	}
+	if (n == 1 && strcmp(words[0], "node") == 0) {
+		client_head(client, src->dirty());
+		client_report_done(client, "", 0);
+		return TRUE;
+	}
+	return client_ask(client, words, n);
+}
+
 static void client_input(struct status_client *client)
 {
 	const struct status_source *src = client->src;
 	const char *line;
-	bool digest;
 
 	line = i_stream_read_next_line(client->input);
 	if (line == NULL) {
@@ -95,29 +212,24 @@ static void client_input(struct status_client *client)
 			client_destroy(client);
 		return;
 	}
-	digest = strcmp(line, "digest") == 0;
-	if (!digest && strcmp(line, "status") != 0) {
-		client_destroy(client);
-		return;
-	}
 	io_remove(&client->io);
 	o_stream_cork(client->output);
-	client_head(client, src->dirty());
-	client->report = node_report_start(src->node, src->now(), digest, client_report_done, client);
+	if (!client_request(client, t_strdup_noconst(line)))
+		client_destroy(client);
 	src->run();
 }
 
-void status_client_create(const struct status_source *src, int fd)
+void status_client_create(const struct status_source *src, int fd, bool mail)
 {
 	struct status_client *client = i_new(struct status_client, 1);
 
 	client->src = src;
 	client->fd = fd;
+	client->mail = mail;
 	client->input = i_stream_create_fd(fd, STATUS_LINE_MAX);
 	client->output = o_stream_create_fd(fd, SIZE_MAX);
 	o_stream_set_no_error_handling(client->output, TRUE);
-	client->io = io_add(fd, IO_READ, client_input, client);
-	client->to = timeout_add(STATUS_CLIENT_TIMEOUT_MSECS, client_destroy, client);
+	client_listen(client);
 	DLLIST_PREPEND(&clients, client);
 }
 

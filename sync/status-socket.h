@@ -2,8 +2,9 @@
 #ifndef CRDT_STATUS_SOCKET_H
 #define CRDT_STATUS_SOCKET_H
 /*
- * One client of the status socket; wire/status.h has the protocol.  "digest"
- * takes a look at all mails of all users.
+ * One client of the status socket or of that of mail processes that wait for an
+ * acknowledgement; doc/FORMATS.md ("Status") has the protocol.  "digest" takes a look
+ * at all mails of all users.
  */
 #include "node.h"
 #include "sync-settings.h"
@@ -18,7 +19,8 @@ struct status_source {
 	void (*run)(void);		/* let the node do what is due */
 };
 
-/* src must stay until status_clients_destroy(). */
-void status_client_create(const struct status_source *src, int fd);
+/* src must stay until status_clients_destroy().  mail: a mail process, whose user may
+ * be anybody: all that it can ask for is to wait. */
+void status_client_create(const struct status_source *src, int fd, bool mail);
 void status_clients_destroy(void);
 #endif

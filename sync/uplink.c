@@ -45,6 +45,7 @@ struct uplink {
 	enum state state;
 	int64_t due;			/* INT64_MIN: not known yet when */
 	int64_t down_since;		/* while DOWN */
+	int64_t acked_at;		/* the last ACK; INT64_MIN: none */
 	unsigned failures;		/* in a row, for the delay */
 	unsigned logged;		/* bit per kind of trouble: once until the next WELCOME */
 	char error[256];
@@ -239,6 +240,7 @@ struct uplink *uplink_new(const struct uplink_config *cfg, const struct uplink_c
 	u->own_until = UINT64_MAX;
 	u->received = u->merged = u->durable = cfg->gsn;
 	u->due = INT64_MIN;
+	u->acked_at = INT64_MIN;
 	return u;
 }
 
@@ -548,6 +550,11 @@ uint64_t uplink_acked(struct uplink *u, const char *user, uint32_t gen)
 	return s == NULL ? 0 : s->acked;
 }
 
+int64_t uplink_acked_at(const struct uplink *u)
+{
+	return u->acked_at;
+}
+
 bool uplink_forget(struct uplink *u, const char *user, uint32_t gen)
 {
 	struct stream *s = stream_find(u, user, gen);
@@ -764,6 +771,7 @@ static void on_frame(struct uplink *u, int64_t now, const struct crdt_frame *f, 
 		return;		/* of the connection before */
 	switch ((enum crdt_frame_type)f->type) {
 	case CRDT_FRAME_ACK:
+		u->acked_at = now;
 		on_ack(u, user, f);
 		break;
 	case CRDT_FRAME_FEED:
@@ -780,6 +788,10 @@ static void on_frame(struct uplink *u, int64_t now, const struct crdt_frame *f, 
 		break;
 	case CRDT_FRAME_STABLE:
 		u->cb.stable(u->cb.ctx, user, f->gen, &f->vv);
+		break;
+	case CRDT_FRAME_TOLD:
+		if (u->cb.told != NULL)
+			u->cb.told(u->cb.ctx, f->id, f->data.p, f->data.n, f->last);
 		break;
 	default:
 		break;		/* of a newer version, or not for us */
@@ -810,7 +822,7 @@ static bool emit_body(struct uplink *u, struct crdt_frame *f, const char *user, 
 {
 	if (u->state != UP || u->queued >= UPLINK_QUEUE_MAX)
 		return false;
-	f->user = str(user);
+	f->user = str(user != NULL ? user : "");
 	f->gen = gen;
 	if (c != NULL)
 		f->content = *c;
@@ -846,6 +858,13 @@ bool uplink_body_want(struct uplink *u, const char *user, uint32_t gen, const st
 bool uplink_applied(struct uplink *u, const char *user, uint32_t gen, const struct crdt_vv *vv)
 {
 	struct crdt_frame f = { .type = CRDT_FRAME_APPLIED, .vv = *vv };
+
+	return emit_body(u, &f, user, gen, NULL);
+}
+
+bool uplink_ask(struct uplink *u, uint64_t id, enum crdt_ask what, const char *user, uint32_t gen)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_ASK, .id = id, .code = (uint8_t)what };
 
 	return emit_body(u, &f, user, gen, NULL);
 }

@@ -54,6 +54,8 @@ struct uplink_callbacks {
 	/* A text that may ride ahead of its op: calls uplink_body() if it is at
 	 * hand.  May be NULL. */
 	void (*ride)(void *ctx, const char *user, uint32_t gen, const struct crdt_content *c, uint64_t size);
+	/* A piece of the answer to uplink_ask(); lines of the status protocol. */
+	void (*told)(void *ctx, uint64_t id, const uint8_t *p, size_t n, bool last);
 	void *ctx;
 };
 
@@ -99,6 +101,7 @@ void uplink_ops_exist(struct uplink *u, const char *user, uint32_t gen, crdt_ori
 /* 0 for a user that nothing is known of. */
 uint64_t uplink_sent(struct uplink *u, const char *user, uint32_t gen);
 uint64_t uplink_acked(struct uplink *u, const char *user, uint32_t gen);
+int64_t uplink_acked_at(const struct uplink *u);	/* when an ACK came last; INT64_MIN: none */
 /* Drops the record of a user whose ops are all acknowledged; false: they are not. */
 bool uplink_forget(struct uplink *u, const char *user, uint32_t gen);
 
@@ -120,5 +123,7 @@ bool uplink_body(struct uplink *u, const char *user, uint32_t gen, const struct 
 bool uplink_body_none(struct uplink *u, const char *user, uint32_t gen, const struct crdt_content *c);
 bool uplink_body_want(struct uplink *u, const char *user, uint32_t gen, const struct crdt_content *c,
 		      uint64_t offset, uint64_t credit);
+/* user: not for CRDT_ASK_MEMBERS. */
+bool uplink_ask(struct uplink *u, uint64_t id, enum crdt_ask what, const char *user, uint32_t gen);
 bool uplink_applied(struct uplink *u, const char *user, uint32_t gen, const struct crdt_vv *vv);
 #endif

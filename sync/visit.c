@@ -81,6 +81,8 @@ void visit_free(struct visit *v)
 	free(v->error);
 	free(v->applied_vv);
 	free(v->wants);
+	free(v->repair_path);
+	crdt_buf_free(&v->lines);
 	free(v->st);
 	free(v);
 }
@@ -276,7 +278,8 @@ static void apply(struct run *run)
 	char *error = NULL;
 	bool done;
 
-	if (v->survey && replica_survey(run->r, &error) < 0) {
+	if ((v->repair && replica_repair(run->r, v->repair_path, &error) < 0) ||
+	    (v->survey && replica_survey(run->r, &error) < 0)) {
 		failed(v, error);
 		return;
 	}
@@ -318,6 +321,13 @@ static void look(struct run *run)
 	}
 	if (v->digest)
 		replica_digest(run->r, v->digest_r);
+	if (v->digests)
+		replica_digests(run->r, &v->lines);
+	/* What was acknowledged is of an origin that this may not be any more. */
+	for (unsigned i = 0; v->backlog && i < v->acks_n; i++)
+		replica_backlog(run->r, v->origin == v->own_origin ? v->acks[i] : 0, &v->backlogs[i]);
+	if (v->read_journal)
+		v->pos_n = replica_positions(run->r, v->pos);
 }
 
 void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct spool *spool,

@@ -19,6 +19,8 @@
 #define VISIT_OPS_ROOM (2 * UPLINK_ASK)		/* bytes of own ops handed over at once */
 #define VISIT_WANTS_MAX 1024			/* texts that one user is known to want: more than nobody has, hopefully */
 
+#define VISIT_STORAGES_MAX 8
+
 /* One FEED frame. */
 struct visit_feed {
 	struct visit_feed *next;
@@ -91,6 +93,12 @@ struct visit {
 	struct crdt_vv *stable;		/* owned; drop leftovers, a slice */
 	bool tell_applied;		/* applied_vv (costs a look at all that is not applied) */
 	bool status, digest;
+	bool backlog;			/* with status: backlogs, of each daemon */
+	uint64_t acks[VISIT_STORAGES_MAX];	/* what it has acknowledged of origin */
+	unsigned acks_n;
+	bool digests;			/* lines */
+	bool repair;			/* with apply: compare all mail, or that of */
+	char *repair_path;		/* owned; NULL: of all mailboxes */
 
 	/* ---- outcome ---- */
 	bool failed;			/* the database failed: stop serving */
@@ -108,6 +116,10 @@ struct visit {
 	bool collect_more;
 	struct replica_status *st;	/* owned; with status */
 	uint8_t digest_r[32];
+	struct replica_backlog backlogs[VISIT_STORAGES_MAX];
+	struct crdt_buf lines;		/* owned; replica_digests() */
+	struct ms_position pos[MS_JOURNALS_MAX];	/* with read_journal: the journals, and how */
+	size_t pos_n;			/* far they are translated */
 };
 struct visit *visit_new(const char *user, uint32_t gen);
 void visit_free(struct visit *v);

@@ -26,6 +26,7 @@
 #include "array.h"
 #include "str.h"
 #include "mail-storage-private.h"
+#include "mail-facts.h"
 #include "worker-proto.h"
 
 #include <sys/stat.h>
@@ -132,23 +133,11 @@ static inline uint32_t worker_uidvalidity(struct mailbox *box)
 	return mail_index_get_header(box->view)->uid_validity;
 }
 
-/* worker-mail.c */
+/* worker-mail.c (and mail-facts.h) */
 
-/* GUIDs that every mail format of every node can hold: printable, no space or
- * slash, no leading dot, at most CRDT_GUID_MAX bytes. */
-bool worker_guid_is_portable(const void *guid, size_t n);
 /* mail_set_uid(), but a UID that is not there leaves no trace in `mail` (Dovecot's
  * would leave the next one that is there marked as expunged). */
 bool worker_mail_find(struct mail *mail, uint32_t uid);
-/* GUID of a mail as ops know it: its own, or a digest of it if that is not
- * portable.  0; -1: see worker_box_error(). */
-int worker_mail_guid(struct mail *mail, const char **guid_r);
-const char *worker_guid(const char *mail_guid);		/* the same for the mail's GUID */
-uint8_t worker_mail_flags(struct mail *mail);
-/* Digest and size of the whole text with CRLF; keep (may be NULL): gets the text if it
- * is no longer than keep_max.  0, -1 and the mail's error. */
-int worker_mail_text(struct mail *mail, struct crdt_content *content_r, uint64_t *size_r,
-		     buffer_t *keep, size_t keep_max);
 int worker_body(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
 		const char **error_r);
 void worker_body_free(struct worker_body **body);

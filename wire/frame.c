@@ -91,7 +91,30 @@ void crdt_frame_encode(struct crdt_buf *b, const struct crdt_frame *f)
 		crdt_buf_u8(b, f->code);
 		crdt_buf_bytes(b, f->name.p, f->name.n);
 		break;
+	case CRDT_FRAME_ASK:
+		crdt_buf_varint(b, f->id);
+		crdt_buf_u8(b, f->code);
+		if (f->code != CRDT_ASK_MEMBERS)
+			put_user(b, f);
+		break;
+	case CRDT_FRAME_TOLD:
+		crdt_buf_varint(b, f->id);
+		crdt_buf_u8(b, f->last ? 1 : 0);
+		crdt_buf_bytes(b, f->data.p, f->data.n);
+		break;
 	}
+}
+
+/* Lines of the status protocol: they are passed on as they are. */
+static bool lines_valid(const uint8_t *p, size_t n)
+{
+	size_t i;
+
+	for (i = 0; i < n; i++) {
+		if ((p[i] < 0x20 && p[i] != '\t' && p[i] != '\n') || p[i] >= 0x7f)
+			return false;
+	}
+	return n == 0 || p[n - 1] == '\n';
 }
 
 /* Names go into logs, keys and TAB-separated answers. */
@@ -242,6 +265,21 @@ static void get_fields(struct crdt_reader *r, struct crdt_frame *f)
 		if (!r->bad && !text_valid(f->name.p, f->name.n))
 			r->bad = true;
 		break;
+	case CRDT_FRAME_ASK:
+		f->id = crdt_get_varint(r);
+		f->code = crdt_get_u8(r);
+		if (f->code < CRDT_ASK_MEMBERS || f->code > CRDT_ASK_FOLDERS)
+			r->bad = true;
+		else if (f->code != CRDT_ASK_MEMBERS)
+			get_user(r, f);
+		break;
+	case CRDT_FRAME_TOLD:
+		f->id = crdt_get_varint(r);
+		f->last = crdt_get_u8(r) == 1;
+		f->data.p = crdt_get_bytes(r, CRDT_TOLD_MAX, &f->data.n);
+		if (!r->bad && !lines_valid(f->data.p, f->data.n))
+			r->bad = true;
+		break;
 	}
 }
 
@@ -265,7 +303,7 @@ int crdt_frame_decode(const void *p, size_t n, struct crdt_frame *f_r, const cha
 		*error_r = "frame is of another protocol version";
 		return -1;
 	}
-	if (f_r->type < CRDT_FRAME_HELLO || f_r->type > CRDT_FRAME_ERROR) {
+	if (f_r->type < CRDT_FRAME_HELLO || f_r->type > CRDT_FRAME_TOLD) {
 		*error_r = "frame is of an unknown type";
 		return -1;
 	}

@@ -22,6 +22,9 @@
  *               all FEEDs before it are merged; it is sent only behind those that
  *               carry what members issued before they applied it
  *  ERROR        code and text for the log; the sender drops the connection's state
+ *  ASK     W>D  for an administrator: who the members are, or what is known of a user
+ *  TOLD    D>W  the answer, as lines of the status protocol (wire/status.h); the last
+ *               piece is marked
  */
 #include "../crdt/op.h"
 
@@ -36,13 +39,17 @@
 #define CRDT_USER_MAX 255			/* bytes of a user name */
 #define CRDT_NODE_NAME_MAX 63			/* [A-Za-z0-9._-] */
 #define CRDT_FRAME_TEXT_MAX 512			/* bytes of an ERROR's text */
+#define CRDT_TOLD_MAX (256 * 1024)		/* bytes of text in one TOLD */
 #define CRDT_FEED_WINDOW (4 * 1024 * 1024)	/* bytes of FEED/OPS sent and not acknowledged */
 
 enum crdt_frame_type {
 	CRDT_FRAME_HELLO = 1, CRDT_FRAME_WELCOME, CRDT_FRAME_OPS, CRDT_FRAME_ACK,
 	CRDT_FRAME_FEED, CRDT_FRAME_FEED_ACK, CRDT_FRAME_BODY, CRDT_FRAME_BODY_WANT,
 	CRDT_FRAME_BODY_NONE, CRDT_FRAME_APPLIED, CRDT_FRAME_STABLE, CRDT_FRAME_ERROR,
+	CRDT_FRAME_ASK, CRDT_FRAME_TOLD,
 };
+/* What is asked. */
+enum crdt_ask { CRDT_ASK_MEMBERS = 1, CRDT_ASK_USER, CRDT_ASK_FOLDERS /* the user, with a digest of each folder */ };
 enum crdt_frame_error {
 	CRDT_ERR_VERSION = 1, CRDT_ERR_IDENTITY, CRDT_ERR_ROLE, CRDT_ERR_MALFORMED,
 	CRDT_ERR_LIMIT, CRDT_ERR_RESET /* cursor unknown: start again */, CRDT_ERR_INTERNAL,
@@ -52,7 +59,7 @@ struct crdt_bytes { const uint8_t *p; size_t n; };	/* borrowed */
 
 struct crdt_frame {
 	uint8_t type;
-	struct crdt_str user; uint32_t gen;	/* OPS ACK FEED BODY* APPLIED STABLE */
+	struct crdt_str user; uint32_t gen;	/* OPS ACK FEED BODY* APPLIED STABLE; ASK of a user */
 	struct crdt_str name;			/* HELLO, WELCOME: node name; ERROR: text */
 	uint8_t role, slot;			/* HELLO: 1 worker, 2 storage; slot of a worker */
 	uint64_t daemon_id;			/* WELCOME; HELLO: daemon that `gsn` is of (0: none) */
@@ -64,8 +71,10 @@ struct crdt_frame {
 	struct crdt_vv vv;			/* ACK, APPLIED, STABLE */
 	struct crdt_content content;		/* BODY* */
 	uint64_t size, offset, credit;		/* BODY: whole size, offset; BODY_WANT: offset, credit */
-	struct crdt_bytes data;			/* BODY */
-	uint8_t code;				/* ERROR */
+	struct crdt_bytes data;			/* BODY, TOLD */
+	uint8_t code;				/* ERROR; ASK: enum crdt_ask */
+	uint64_t id;				/* ASK, TOLD: the asker's number of the question */
+	bool last;				/* TOLD: no piece follows */
 };
 void crdt_frame_encode(struct crdt_buf *b, const struct crdt_frame *f);
 /* 0; -1 and *error_r (static).  Pointers go into p; free the array with crdt_frame_free(). */

@@ -21,10 +21,14 @@ static void put_key(struct crdt_buf *b, const char *key)
 
 void status_str(struct crdt_buf *b, const char *key, const char *value)
 {
-	const uint8_t *p;
+	status_bytes(b, key, value, strlen(value));
+}
 
-	put_key(b, key);
-	for (p = (const uint8_t *)value; *p != '\0'; p++) {
+static void put_encoded(struct crdt_buf *b, const void *value, size_t n)
+{
+	const uint8_t *p = value, *end = p + n;
+
+	for (; p < end; p++) {
 		if (*p > 0x20 && *p < 0x7f && *p != '%') {
 			crdt_buf_u8(b, *p);
 		} else {
@@ -33,6 +37,18 @@ void status_str(struct crdt_buf *b, const char *key, const char *value)
 			crdt_buf_u8(b, (uint8_t)hex[*p & 15]);
 		}
 	}
+}
+
+void status_bytes(struct crdt_buf *b, const char *key, const void *value, size_t n)
+{
+	put_key(b, key);
+	put_encoded(b, value, n);
+}
+
+void status_word(struct crdt_buf *b, const char *word)
+{
+	crdt_buf_u8(b, '\t');
+	put_encoded(b, word, strlen(word));
 }
 
 void status_uint(struct crdt_buf *b, const char *key, uint64_t value)
@@ -82,6 +98,50 @@ void status_end(struct crdt_buf *b)
 	crdt_buf_u8(b, '\n');
 }
 
+static int hex_digit(char c)
+{
+	const char *p = c == '\0' ? NULL : strchr(hex, c);
+
+	return p == NULL ? -1 : (int)(p - hex);
+}
+
+bool status_decode(char *value)
+{
+	char *out = value;
+
+	for (; *value != '\0'; value++) {
+		int high, low;
+
+		if (*value != '%') {
+			*out++ = *value;
+			continue;
+		}
+		if ((high = hex_digit(value[1])) < 0 || (low = hex_digit(value[2])) < 0 || high + low == 0)
+			return false;
+		*out++ = (char)(high << 4 | low);
+		value += 2;
+	}
+	*out = '\0';
+	return true;
+}
+
+unsigned status_words(char *line, char *words[STATUS_WORDS_MAX])
+{
+	unsigned n = 0;
+	char *next;
+
+	do {
+		next = strchr(line, '\t');
+		if (next != NULL)
+			*next++ = '\0';
+		if (n == STATUS_WORDS_MAX || !status_decode(line))
+			return 0;
+		words[n++] = line;
+		line = next;
+	} while (line != NULL);
+	return n;
+}
+
 void status_put_node(struct crdt_buf *b, const struct status_node *s)
 {
 	status_begin(b, "node");
@@ -98,6 +158,10 @@ void status_put_peer(struct crdt_buf *b, const struct status_peer *s)
 	status_uint(b, "connected", s->connected ? 1 : 0);
 	status_uint(b, "gsn", s->gsn);
 	status_uint(b, "head", s->head);
+	if (s->acked_ago >= 0)
+		status_int(b, "acked_ago", s->acked_ago);
+	if (s->retired)
+		status_uint(b, "retired", 1);
 	status_end(b);
 }
 
@@ -113,6 +177,17 @@ void status_put_user(struct crdt_buf *b, const struct status_user *s)
 	status_uint(b, "buffered", s->buffered);
 	if (s->digest != NULL)
 		status_hex(b, "digest", s->digest, 32);
+	status_end(b);
+}
+
+void status_put_folder(struct crdt_buf *b, const struct crdt_folder_digest *d)
+{
+	status_begin(b, "folder");
+	status_hex(b, "id", d->id.b, sizeof(d->id.b));
+	status_bytes(b, "path", d->path.p, d->path.n);
+	status_uint(b, "uidvalidity", d->validity);
+	status_uint(b, "mails", d->mails);
+	status_hex(b, "digest", d->digest, sizeof(d->digest));
 	status_end(b);
 }
 

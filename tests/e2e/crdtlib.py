@@ -193,7 +193,8 @@ class Cluster:
         Takes and returns bytes; CommandFailed if it does not exit with 0.
         """
         entry = self.node(node)
-        command = [*entry["inside"], "doveadm", "-c", entry["doveadm_config"], *map(str, argv)]
+        command = [*entry["inside"], *entry["doveadm_inside"], "doveadm", "-c",
+                   entry["doveadm_config"], *map(str, argv)]
         with in_netns(entry["netns"]):
             child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                      stderr=subprocess.PIPE)

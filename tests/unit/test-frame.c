@@ -47,6 +47,9 @@ static const struct { const char *hex; } golden[] = {
 	{ "01 0a 05 616c696365 00 00" },
 	{ "01 0b 05 616c696365 00 01 3333330000000001 09" },
 	{ "01 0c 03 04 6f6f7073" },
+	{ "01 0d ac02 01" },
+	{ "01 0d 07 02 05 616c696365 00" },
+	{ "01 0e 07 01 04 656e640a" },
 };
 
 static void test_golden(void **state)

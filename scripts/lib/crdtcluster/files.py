@@ -7,14 +7,15 @@ import shutil
 import subprocess
 
 from . import certs, chroot, mailformat
+from .modules import DOVECOT_MODULES
 from .errors import ClusterError, Refused
 from .layout import FIRST_MAIL_UID, STORAGE_PORT
 
-DOVECOT_MODULES = "/usr/lib/dovecot/modules"
 DOVECOT_USER = "dovecot"        # Debian's default_internal_user
 
 _TEMPLATES = os.path.join(os.path.dirname(__file__), "templates")
 _INSTALLED = ("lib/dovecot/modules/lib90_crdt_plugin.so", "libexec/dovecot/crdt-sync",
+              "lib/dovecot/modules/doveadm/lib10_doveadm_crdt_plugin.so",
               "libexec/dovecot/crdt-worker", "sbin/crdt-stored", "bin/crdt-keygen")
 _INSTALLED_24 = ("lib/dovecot/modules/lib90_crdt_plugin.so", "libexec/dovecot/crdt-sync",
                  "lib/dovecot/modules/settings/libcrdt_settings.so", "libexec/dovecot/crdt-worker")
@@ -105,6 +106,9 @@ def _link_modules(cluster):
             os.makedirs(target, exist_ok=True)
             for name in names:
                 os.symlink(os.path.join(directory, name), os.path.join(target, name))
+    # Copies: the first of these directories is hidden by this one then.
+    for source in (DOVECOT_MODULES, f"{programs(cluster)}/lib/dovecot/modules"):
+        shutil.copytree(f"{source}/doveadm", f"{_modules(cluster)}-doveadm", dirs_exist_ok=True)
 
 
 def _copy_modules_24(cluster):

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 
-from . import chroot
+from . import chroot, modules
 from .errors import ClusterError, Refused
 
 MAX_WORKERS = 63        # worker wN has slot N, slots end at 63
@@ -47,6 +47,8 @@ class Node:
     mail_format: str | None = None
     # Programs of the node's system are started with this before their names.
     inside: list = dataclasses.field(default_factory=list)
+    # The same, after it, for doveadm: that sees our doveadm plugin then.
+    doveadm_inside: list = dataclasses.field(default_factory=list)
     cut: bool = False
     killed: bool = False            # its main process is down on purpose
     pids: dict = dataclasses.field(default_factory=dict)
@@ -280,6 +282,8 @@ def _worker(cluster, i, subnet, version, mail_format):
     node.doveadm_config = f"{cluster.node_dir(node)}/dovecot.conf"
     if cluster.plugin:
         node.status_socket = f"{cluster.node_runtime_dir(node)}/crdt-status"
+    if cluster.plugin and version == "2.3":
+        node.doveadm_inside = modules.doveadm_command(f"{cluster.data_dir}/modules-doveadm")
     if version == "2.4":
         node.inside = chroot.command(cluster.data_dir, _runtime_dir(cluster.id), modules=(
             f"{cluster.data_dir}/modules-2.4" if cluster.plugin else None))

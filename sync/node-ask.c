@@ -269,6 +269,8 @@ void node_ask(struct node *n, int64_t now, enum node_ask what, const char *user,
 
 	q->what = what;
 	if (what >= NODE_ASK_MEMBERS) {
+		if (what != NODE_ASK_STORAGE_DIGESTS)
+			q->due = now + NODE_QUESTION_QUICK_MSECS;
 		ask_daemons(q, user);
 		return;
 	}

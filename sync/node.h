@@ -34,6 +34,7 @@
 #define NODE_REPORT_MSECS 5000		/* a user who is busy that long is reported as such */
 #define NODE_REPORT_USERS 8		/* looked at at a time */
 #define NODE_QUESTION_MSECS 30000	/* then the answer is what is known */
+#define NODE_QUESTION_QUICK_MSECS 4000	/* of what a daemon need not reckon: its link may be dead */
 #define NODE_QUESTION_TEXT_MAX (8 * 1024 * 1024)	/* bytes that a daemon may answer */
 #define NODE_SURVEY_LOGIN_MSECS 60000
 #define NODE_SURVEY_CHANGED_MSECS 2000

@@ -60,6 +60,8 @@ static void put_members(struct hub *h, struct crdt_buf *out)
 		status_uint(out, "connected", p->conn != NULL ? 1 : 0);
 		status_uint(out, "gsn", p->cursor);
 		status_uint(out, "head", h->head);
+		if (p->retired)
+			status_uint(out, "retired", 1);
 		status_end(out);
 	}
 }

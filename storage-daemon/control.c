@@ -189,7 +189,8 @@ unsigned int control_fds(struct control *c, struct pollfd *fds, int *msecs_r)
 static void client_read(struct control *c, struct client *cl)
 {
 	ssize_t n = read(cl->fd, cl->request + cl->request_n, sizeof(cl->request) - cl->request_n);
-	bool digest;
+	char *words[STATUS_WORDS_MAX], *end;
+	unsigned int words_n;
 
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
 		return;
@@ -198,14 +199,16 @@ static void client_read(struct control *c, struct client *cl)
 		return;
 	}
 	cl->request_n += (size_t)n;
-	if (memchr(cl->request, '\n', cl->request_n) == NULL) {
+	end = memchr(cl->request, '\n', cl->request_n);
+	if (end == NULL) {
 		if (cl->request_n == sizeof(cl->request))
 			client_close(cl);
 		return;
 	}
-	digest = cl->request_n >= 7 && memcmp(cl->request, "digest\n", 7) == 0;
-	if (digest || (cl->request_n >= 7 && memcmp(cl->request, "status\n", 7) == 0))
-		c->answer(c->ctx, digest, &cl->out);
+	*end = '\0';
+	words_n = strlen(cl->request) == (size_t)(end - cl->request) ? status_words(cl->request, words) : 0;
+	if (words_n > 0)
+		c->answer(c->ctx, words_n, words, &cl->out);
 	if (cl->out.len == 0 || cl->out.failed)
 		client_close(cl);
 }
@@ -271,11 +274,29 @@ void control_run(struct control *c)
 		clients_run(c);
 }
 
+/* "error\ttext=..." instead of what was asked for. */
+static int told_error(char *data, size_t n, char **error_r)
+{
+	static const char begin[] = "error\ttext=";
+	char *end;
+
+	if (n < sizeof(begin) || memcmp(data, begin, sizeof(begin) - 1) != 0)
+		return 0;
+	data += sizeof(begin) - 1;
+	end = memchr(data, '\n', n - sizeof(begin) + 1);
+	if (end != NULL)
+		*end = '\0';
+	if (end != NULL && status_decode(data))
+		*error_r = strdup(data);
+	return -1;
+}
+
 int control_print(const char *path, const char *request, char **error_r)
 {
 	struct sockaddr_un addr;
 	char data[65536];
 	ssize_t n = 0;
+	bool first = true;
 	int fd = address(path, &addr) ? connect_to(&addr) : -1;
 
 	if (fd < 0) {
@@ -283,8 +304,14 @@ int control_print(const char *path, const char *request, char **error_r)
 		return -1;
 	}
 	if (send(fd, request, strlen(request), MSG_NOSIGNAL) == (ssize_t)strlen(request)) {
-		while ((n = read(fd, data, sizeof(data))) > 0)
+		while ((n = read(fd, data, sizeof(data))) > 0) {
+			if (first && told_error(data, (size_t)n, error_r) < 0) {
+				close(fd);
+				return -1;
+			}
+			first = false;
 			fwrite(data, 1, (size_t)n, stdout);
+		}
 	} else {
 		n = -1;
 	}

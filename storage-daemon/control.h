@@ -14,7 +14,8 @@
 #define CONTROL_FDS_MAX (CONTROL_CLIENTS_MAX + 1)
 
 struct control;
-typedef void control_answer(void *ctx, bool digest, struct crdt_buf *out);
+/* Fills out, or leaves it empty: that is no request. */
+typedef void control_answer(void *ctx, unsigned int n, char *const *words, struct crdt_buf *out);
 
 /* Listens on path (mode 0600; one that a dead process left is replaced).  NULL
  * with *error_r (malloc'ed) on error. */
@@ -25,6 +26,6 @@ void control_free(struct control **c);		/* removes the socket */
 unsigned int control_fds(struct control *c, struct pollfd *fds, int *msecs_r);
 void control_run(struct control *c);		/* after poll(2) */
 
-/* What `crdt-stored --status` does: prints the answer.  0 or -1. */
+/* What `crdt-stored --status` does: prints the answer.  0; -1: also if it is an error. */
 int control_print(const char *path, const char *request, char **error_r);
 #endif

@@ -400,7 +400,7 @@ bool fanout_trim(struct hub *h)
 	size_t i;
 
 	for (i = 0; i < h->peers_n; i++) {
-		if (h->peers[i]->conf.role != HUB_WORKER)
+		if (h->peers[i]->conf.role != HUB_WORKER || h->peers[i]->retired)
 			continue;
 		workers = true;
 		if (h->peers[i]->cursor < upto)

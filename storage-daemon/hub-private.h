@@ -5,7 +5,7 @@
  * The parts of the hub.  hub.c: peers, connections, frames, commit, status;
  * ingest.c: OPS to merged ops; bodies.c: texts in and out; fanout.c: the feed;
  * stable.c: what every member has applied, and collection; asks.c: an administrator's
- * questions.
+ * questions; retire.c: workers that are gone for good.
  *
  * State is in the store; what is kept in memory belongs to a connection, is
  * bounded by a limit here or in wire/frame.h, and may be lost at any time.
@@ -27,6 +27,7 @@
 #define META_COLLECT 'G'	/* user id(be64): what is stable is not collected yet */
 #define META_PARTIAL 'W'	/* user id(be64) content: a text that arrives in pieces */
 #define META_MISSING 'M'	/* user id(be64) content -> varint size: a merged op names it, it never came */
+#define META_RETIRED 'X'	/* peer name: that worker is not waited for any more */
 #define META_UNKNOWN 'K'	/* user id(be64): ops of an unknown kind wait */
 #define META_ORPHAN 'O'		/* user id(be64) content: a text that no merged op names yet */
 
@@ -63,6 +64,7 @@ struct hub_peer {
 	struct hub_conn *conn;		/* the one that said HELLO last */
 	uint64_t cursor;		/* fed and acknowledged */
 	bool cursor_dirty;		/* not in META yet */
+	bool retired;			/* no member, until it begins anew */
 };
 
 /* As an op names it. */
@@ -292,6 +294,11 @@ void fanout_conn_drop(struct hub_conn *c);
 void asks_on_ask(struct hub_conn *c, const struct crdt_frame *f);
 bool asks_background(struct hub *h);
 void asks_conn_drop(struct hub_conn *c);
+
+/* ---- retire.c ---- */
+void retire_peer_init(struct hub *h, struct hub_peer *p);
+bool retire_hello(struct hub_conn *c, const struct crdt_frame *f);	/* false: refused */
+void retire_returned(struct hub_conn *c);	/* the HELLO was taken */
 
 /* ---- stable.c ---- */
 void stable_init(struct hub *h);

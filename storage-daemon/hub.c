@@ -349,6 +349,7 @@ void hub_set_peers(struct hub *h, const struct hub_peer_conf *peers, size_t n)
 			p = hub_alloc(sizeof(*p));
 			p->conf = peers[i];
 			fanout_peer_init(h, p);
+			retire_peer_init(h, p);
 		} else if (!conf_equal(&p->conf, &peers[i])) {
 			peer_cut_off(h, p);
 			p->conf = peers[i];
@@ -474,12 +475,15 @@ static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
 			      conf->role == HUB_WORKER ? "a worker" : "a storage daemon", conf->slot);
 		return;
 	}
+	if (!retire_hello(c, f))
+		return;
 	/* One connection of a peer counts: the newest.  Usually the other one is dead
 	 * and does not know it; but two nodes may have got one key. */
 	if (c->peer->conn != NULL)
 		conn_supersede(c->peer->conn);
 	if (!fanout_hello(c, f))
 		return;
+	retire_returned(c);
 	c->ready = true;
 	c->peer->conn = c;
 	c->stable_pos = 0;
@@ -726,6 +730,7 @@ void hub_status(struct hub *h, bool digest, struct crdt_buf *out)
 		peer.name = h->peers[i]->conf.name;
 		peer.connected = h->peers[i]->conn != NULL;
 		peer.gsn = h->peers[i]->cursor;
+		peer.retired = h->peers[i]->retired;
 		status_put_peer(out, &peer);
 	}
 	store_scan_users(s.t, status_user_cb, &s);

@@ -32,6 +32,10 @@ void hub_free(struct hub **h);
 /* The members: every worker on the list holds up collection until it has
  * applied; a peer that is gone from the list is cut off at once. */
 void hub_set_peers(struct hub *h, const struct hub_peer_conf *peers, size_t n);
+/* A listed worker is not waited for any more, and not admitted until it begins anew;
+ * admit: it is, its mail store is empty.  0, durable; -1 with *error_r (malloc'ed). */
+int hub_retire(struct hub *h, const char *name, char **error_r);
+int hub_admit(struct hub *h, const char *name, char **error_r);
 /* Ops that stay in the log after every listed worker has them, so that one that
  * lost its database, or joins, is served from it.  Default: a million. */
 void hub_set_log_keep(struct hub *h, uint64_t ops);

@@ -3,6 +3,7 @@
 #include "control.h"
 #include "log.h"
 #include "serve.h"
+#include "../wire/status.h"
 
 #include <getopt.h>
 #include <grp.h>
@@ -14,14 +15,17 @@
 #include <unistd.h>
 
 static const char usage_text[] =
-	"usage: crdt-stored [-c FILE] [--check-config | --status | --digest]\n"
+	"usage: crdt-stored [-c FILE] [--check-config | --status | --digest |\n"
+	"                   --retire NAME | --admit NAME]\n"
 	"  -c, --config FILE   configuration (" CONF_FILE_DEFAULT ")\n"
 	"      --check-config  read configuration, list of peers and key, and exit\n"
 	"      --status        ask the running daemon for its state\n"
 	"      --digest        the same, with a digest of each user's state\n"
+	"      --retire NAME   a worker that will not come back is not waited for any more\n"
+	"      --admit NAME    a retired worker is a member again: its mail store is empty\n"
 	"  -h, --help\n";
 
-enum mode { MODE_RUN, MODE_CHECK, MODE_STATUS, MODE_DIGEST };
+enum mode { MODE_RUN, MODE_CHECK, MODE_STATUS, MODE_DIGEST, MODE_RETIRE, MODE_ADMIT };
 
 static int failed(char *error)
 {
@@ -106,13 +110,25 @@ static int run(const struct stored_conf *conf, char **error_r)
 	return ret;
 }
 
-static int print_status(const struct stored_conf *conf, const char *request, char **error_r)
+static int print_status(const struct stored_conf *conf, enum mode mode, const char *name, char **error_r)
 {
+	static const char *const words[] = {
+		[MODE_STATUS] = "status", [MODE_DIGEST] = "digest", [MODE_RETIRE] = "retire", [MODE_ADMIT] = "admit",
+	};
+	struct crdt_buf request = CRDT_BUF_INIT;
+	int ret;
+
 	if (conf->status_socket[0] == '\0') {
 		*error_r = strdup("status_socket is not set");
 		return -1;
 	}
-	return control_print(conf->status_socket, request, error_r);
+	crdt_buf_raw(&request, words[mode], strlen(words[mode]));
+	if (name != NULL)
+		status_word(&request, name);
+	crdt_buf_raw(&request, "\n", 2);
+	ret = request.failed ? -1 : control_print(conf->status_socket, (char *)request.data, error_r);
+	crdt_buf_free(&request);
+	return ret;
 }
 
 int main(int argc, char *argv[])
@@ -122,10 +138,12 @@ int main(int argc, char *argv[])
 		{ "check-config", no_argument, NULL, MODE_CHECK },
 		{ "status", no_argument, NULL, MODE_STATUS },
 		{ "digest", no_argument, NULL, MODE_DIGEST },
+		{ "retire", required_argument, NULL, MODE_RETIRE },
+		{ "admit", required_argument, NULL, MODE_ADMIT },
 		{ "help", no_argument, NULL, 'h' },
 		{ NULL, 0, NULL, 0 }
 	};
-	const char *path = CONF_FILE_DEFAULT;
+	const char *path = CONF_FILE_DEFAULT, *name = NULL;
 	enum mode mode = MODE_RUN;
 	struct stored_conf conf;
 	char *error = NULL;
@@ -142,6 +160,7 @@ int main(int argc, char *argv[])
 			return 2;
 		} else {
 			mode = (enum mode)c;
+			name = optarg;
 		}
 	}
 	if (optind < argc) {
@@ -152,8 +171,8 @@ int main(int argc, char *argv[])
 	if (conf_read(path, &conf, &error) < 0)
 		return failed(error);
 	log_init(conf.log_level);
-	if (mode == MODE_STATUS || mode == MODE_DIGEST)
-		ret = print_status(&conf, mode == MODE_DIGEST ? "digest\n" : "status\n", &error);
+	if (mode >= MODE_STATUS)
+		ret = print_status(&conf, mode, name, &error);
 	else if (become(conf.user, &error) < 0)
 		ret = -1;
 	else

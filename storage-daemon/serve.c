@@ -3,6 +3,7 @@
 #include "control.h"
 #include "log.h"
 #include "../crdt/plant.h"
+#include "../wire/status.h"
 #include "../wire/z85.h"
 
 #include <errno.h>
@@ -183,11 +184,38 @@ static int signals_open(void)
 	return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
-static void on_status(void *ctx, bool digest, struct crdt_buf *out)
+static void put_outcome(struct crdt_buf *out, const char *what, const char *name, char *error, int ret)
+{
+	if (ret < 0) {
+		status_begin(out, "error");
+		status_str(out, "text", error != NULL ? error : "out of memory");
+		free(error);
+	} else {
+		status_begin(out, what);
+		status_str(out, "name", name);
+	}
+	status_end(out);
+	status_put_end(out);
+}
+
+static void on_request(void *ctx, unsigned int n, char *const *words, struct crdt_buf *out)
 {
 	struct serve *s = ctx;
+	char *error = NULL;
+	int ret;
 
-	hub_status(s->hub, digest, out);
+	if (n == 1 && strcmp(words[0], "status") == 0) {
+		hub_status(s->hub, false, out);
+	} else if (n == 1 && strcmp(words[0], "digest") == 0) {
+		hub_status(s->hub, true, out);
+	} else if (n == 2 && strcmp(words[0], "retire") == 0) {
+		ret = hub_retire(s->hub, words[1], &error);
+		put_outcome(out, "retired", words[1], error, ret);
+		s->background_due = 0;
+	} else if (n == 2 && strcmp(words[0], "admit") == 0) {
+		ret = hub_admit(s->hub, words[1], &error);
+		put_outcome(out, "admitted", words[1], error, ret);
+	}
 }
 
 static int serve_open(struct serve *s, struct store *store, const struct zcert *key, char **error_r)
@@ -202,7 +230,7 @@ static int serve_open(struct serve *s, struct store *store, const struct zcert *
 	if (load_peers(s, error_r) < 0)
 		return -1;
 	if (s->conf->status_socket[0] != '\0') {
-		s->control = control_new(s->conf->status_socket, on_status, s, error_r);
+		s->control = control_new(s->conf->status_socket, on_request, s, error_r);
 		if (s->control == NULL)
 			return -1;
 	}

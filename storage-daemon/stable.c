@@ -115,7 +115,7 @@ static bool stable_vector(struct hub *h, uint64_t user, struct crdt_vv *stable_r
 	for (i = 0; i < h->peers_n; i++) {
 		const struct hub_peer_conf *conf = &h->peers[i]->conf;
 
-		if (conf->role != HUB_WORKER)
+		if (conf->role != HUB_WORKER || h->peers[i]->retired)
 			continue;
 		if (!applied_get(h, user, conf->name, &applied) ||
 		    !own_ops_merged(&applied, conf->slot, &merged))

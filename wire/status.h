@@ -10,8 +10,8 @@
  */
 #include "../crdt/state.h"
 
-#define STATUS_REQUEST_MAX 64		/* bytes, of a word without arguments */
-#define STATUS_LINE_MAX 16384		/* with: a user name and a path, each byte may take three */
+#define STATUS_REQUEST_MAX 128		/* bytes, to crdt-stored: a word and a peer's name */
+#define STATUS_LINE_MAX 16384		/* to crdt-sync: a user name and a path, each byte may take three */
 #define STATUS_WORDS_MAX 8
 
 void status_begin(struct crdt_buf *b, const char *kind);

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 import threading
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from compare_lib import until
 from crdtlib import CommandFailed
 from imap_lib import Client, look, message
+from test_damage import wait_log
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 NUMBERS = itertools.count(1)
@@ -294,3 +296,54 @@ def test_without_crdt_sync(own_cluster):
     cluster.kill("w1")
     code, text = fails(cluster, "w1", "status")
     assert code == TEMPFAIL and "crdt-status" in text, text
+
+
+def stored(cluster, *argv):
+    """Runs the daemon's own program beside it."""
+    config = os.path.join(cluster.directory, "nodes", "s1", "crdt-stored.conf")
+    return subprocess.run([os.readlink(f"/proc/{cluster.pid('s1', 'crdt-stored')}/exe"), "-c", config, *argv],
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.allows_errors
+def test_replica_retire(own_cluster):
+    """A worker that was given up is waited for no longer, cannot go on where it was, and
+    comes back as a new incarnation: what was removed meanwhile is removed there, what it
+    had not sent is not lost."""
+    cluster = own_cluster(users=1)
+    fill(cluster, "u1")
+    cluster.wait()
+    with cluster.partition("w2"):
+        with Client.login(cluster, "w2", "u1") as client:
+            client.do("append f unsent", r"store INBOX c +\Answered")
+        cluster.kill("w2")
+    code, text = fails(cluster, "w1", "replica", "retire", "w2")
+    assert code == NOPERM and "crdt-stored --retire w2" in text, text
+    result = stored(cluster, "--retire", "w9")
+    assert result.returncode == 1 and "no worker of that name" in result.stderr, result
+    result = stored(cluster, "--retire", "w2")
+    assert result.returncode == 0 and "retired\tname=w2" in result.stdout, result
+    with Client.login(cluster, "w1", "u1") as client:
+        client.do("expunge f a")
+    cluster.doveadm("w1", "crdt", "sync", "-u", "u1")
+    # what the removal left has been collected: nobody is waited for
+    rows = until(lambda: [row for row in crdt(cluster, "w1", "replica", "list") if row["state"] == "retired"])
+    assert [row["name"] for row in rows] == ["w2"]
+    cluster.kill("s1")      # it is not forgotten by a restart
+    cluster.start("s1")
+    cluster.start("w2")
+    wait_log(cluster, "w2", "was retired")
+    code, text = fails(cluster, "w2", "sync", "-w", "1", "-u", "u1")
+    assert code == TEMPFAIL, text
+    cluster.kill("w2")
+    db = os.path.join(cluster.directory, "nodes", "w2", "crdt", "db")
+    os.rename(db, db + ".retired")
+    cluster.start("w2")
+    wait_log(cluster, "w2", "mail stores are compared with it")
+    cluster.wait(120)
+    views = [look(cluster, worker, "u1") for worker in ("w1", "w2")]
+    assert views[0] == views[1]
+    assert views[0].mails() == {"INBOX": [r"c \Answered"], "f": ["b key", "unsent"]}
+    assert {row["state"] for row in crdt(cluster, "w1", "replica", "list")} == {"connected"}
+    for worker in ("w1", "w2"):
+        assert verified(crdt(cluster, worker, "verify", "-c", "-u", "u1"))["f"] == (2, "ok", "ok")

@@ -17,12 +17,13 @@
 
 static char path[64];
 
-static void answer(void *ctx, bool digest, struct crdt_buf *out)
+static void answer(void *ctx, unsigned int n, char *const *words, struct crdt_buf *out)
 {
-	const char *text = digest ? "with digests\nend\n" : "end\n";
+	const char *text = n == 2 && strcmp(words[1], "a b") == 0 ? "with digests\nend\n" : "end\n";
 
 	(void)ctx;
-	crdt_buf_raw(out, text, strlen(text));
+	if (strcmp(words[0], "what?") != 0)
+		crdt_buf_raw(out, text, strlen(text));
 }
 
 static int setup(void **state)
@@ -91,7 +92,7 @@ static void test_answers(void **state)
 	int fd1 = client(), fd2 = client(), fd3 = client();
 
 	ask(fd1, "sta");
-	ask(fd2, "digest\n");
+	ask(fd2, "retire\ta%20b\n");
 	ask(fd3, "what?\n");
 	(void)turns(*state);
 	ask(fd1, "tus\n");

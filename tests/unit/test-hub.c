@@ -2116,6 +2116,161 @@ static void test_stable_of_older_build(void **state)
 	reader_free(&r1);
 }
 
+/* ---- retired workers ---- */
+
+static void hello_own(struct world *w, uint64_t conn, const char *name, uint8_t slot)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_HELLO, .role = HUB_WORKER, .slot = slot, .own = true };
+
+	f.name = str(name);
+	frame(w, conn, name, &f);
+	commit(w);
+}
+
+static void test_retire(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	struct crdt_vv vv;
+	char *error = NULL;
+
+	assert_int_equal(hub_retire(w->h, "w9", &error), -1);
+	free(error);
+	assert_int_equal(hub_retire(w->h, "s2", &error), -1);	/* no worker */
+	free(error);
+	assert_int_equal(hub_admit(w->h, "w2", &error), -1);	/* it is one */
+	free(error);
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_body(w, 1, "u", "text", 4, 0, 4);
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", "text", 4));
+	send_op(w, 1, "u", op_expunge(ORIGIN1, 3, "g1", NULL));
+	settle(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	crdt_vv_init(&vv);
+	crdt_vv_raise(&vv, ORIGIN1, 2);
+	send_applied(w, 2, "u", &vv);
+	crdt_vv_raise(&vv, ORIGIN1, 3);
+	send_applied(w, 1, "u", &vv);
+	settle(w);
+	assert_int_equal(crdt_vv_get(&expect(&r1, CRDT_FRAME_STABLE)->vv, ORIGIN1), 2);	/* w2 holds it up */
+	sent_drop(w);
+	assert_int_equal(hub_retire(w->h, "w2", &error), 0);
+	assert_int_equal(expect(&r2, CRDT_FRAME_ERROR)->code, CRDT_ERR_IDENTITY);
+	settle(w);
+	assert_int_equal(crdt_vv_get(&expect(&r1, CRDT_FRAME_STABLE)->vv, ORIGIN1), 3);
+	/* it stays so */
+	hub_free(&w->h);
+	world_open_hub(w);
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+	assert_int_equal(expect(&r2, CRDT_FRAME_ERROR)->code, CRDT_ERR_IDENTITY);
+	assert_non_null(memmem(r2.f.name.p, r2.f.name.n, "begin anew", 10));
+	expect_none(&r2);
+	/* one that begins anew is a member, and waited for */
+	hub_disconnected(w->h, CONN2);
+	hello_own(w, CONN2, "w2", 2);
+	expect(&r2, CRDT_FRAME_WELCOME);
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 4, "s"));
+	crdt_vv_raise(&vv, ORIGIN1, 4);
+	send_applied(w, 1, "u", &vv);
+	settle(w);
+	while (next(w, CONN1, &r1.f, &r1.hold)) {
+		if (r1.f.type == CRDT_FRAME_STABLE)
+			assert_int_equal(crdt_vv_get(&r1.f.vv, ORIGIN1), 3);
+	}
+	send_applied(w, 2, "u", &vv);
+	settle(w);
+	assert_int_equal(crdt_vv_get(&expect(&r1, CRDT_FRAME_STABLE)->vv, ORIGIN1), 4);
+	/* by an administrator's word, too */
+	assert_int_equal(hub_retire(w->h, "w2", &error), 0);
+	assert_int_equal(hub_admit(w->h, "w2", &error), 0);
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+	while (next(w, CONN2, &r2.f, &r2.hold) && r2.f.type != CRDT_FRAME_WELCOME)
+		;
+	assert_int_equal(r2.f.type, CRDT_FRAME_WELCOME);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+/* ---- questions ---- */
+
+static void ask(struct world *w, unsigned int n, uint64_t id, enum crdt_ask what, const char *user)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_ASK, .id = id, .code = (uint8_t)what };
+	char name[8];
+
+	snprintf(name, sizeof(name), "w%u", n);
+	f.user = str(user);
+	frame(w, 100 + n, name, &f);
+}
+
+static const char *told(struct reader *r, uint64_t id)
+{
+	static char text[4096];
+	struct crdt_frame *f = expect(r, CRDT_FRAME_TOLD);
+
+	assert_int_equal(f->id, id);
+	assert_true(f->last);
+	assert_in_range(f->data.n, 0, sizeof(text) - 1);
+	memcpy(text, f->data.p, f->data.n);
+	text[f->data.n] = '\0';
+	return text;
+}
+
+static void test_ask(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	const char *text;
+	char digest[80];
+
+	connect_worker(w, 1);
+	ask(w, 1, 300, CRDT_ASK_MEMBERS, "");
+	text = told(&r1, 300);
+	assert_non_null(strstr(text, "member\tname=w1\trole=worker\tslot=1\tconnected=1\t"));
+	assert_non_null(strstr(text, "member\tname=w2\trole=worker\tslot=2\tconnected=0\t"));
+	assert_non_null(strstr(text, "member\tname=s2\trole=storage\tslot=-1\t"));
+	/* asking makes nobody known */
+	ask(w, 1, 1, CRDT_ASK_FOLDERS, "u");
+	assert_string_equal(told(&r1, 1), "user\tname=u\tgen=0\tvv=\tunsent=0\tpending=0\theld=0\tbuffered=0\n");
+	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
+	send_body(w, 1, "u", "text", 4, 0, 4);
+	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", "text", 4));
+	settle(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	ask(w, 1, 2, CRDT_ASK_USER, "u");
+	assert_null(strstr(told(&r1, 2), "folder"));
+	ask(w, 1, 3, CRDT_ASK_FOLDERS, "u");
+	settle(w);
+	text = strstr(told(&r1, 3), "folder\t");
+	assert_non_null(text);
+	assert_non_null(strstr(text, "path=INBOX\tuidvalidity=64\tmails=1\tdigest="));
+	snprintf(digest, sizeof(digest), "%.71s", strstr(text, "digest="));
+	send_op(w, 1, "u", op_expunge(ORIGIN1, 3, "g1", NULL));
+	settle(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	ask(w, 1, 4, CRDT_ASK_FOLDERS, "u");
+	settle(w);
+	text = told(&r1, 4);
+	assert_non_null(strstr(text, "mails=0"));
+	assert_null(strstr(text, digest));
+	/* more questions than there is room for: the oldest give way */
+	for (uint64_t i = 10; i < 10 + HUB_ASKS_MAX + 2; i++)
+		ask(w, 1, i, CRDT_ASK_FOLDERS, "u");
+	settle(w);
+	for (uint64_t i = 12; i < 10 + HUB_ASKS_MAX + 2; i++)
+		(void)told(&r1, i);
+	expect_none(&r1);
+	/* and those of a connection that ended */
+	ask(w, 1, 20, CRDT_ASK_FOLDERS, "u");
+	hub_disconnected(w->h, CONN1);
+	settle(w);
+	expect_none(&r1);
+	reader_free(&r1);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -2130,7 +2285,7 @@ int main(void)
 		T(test_window), T(test_refused_sends), T(test_limit_of_held_ops), T(test_limit_of_wanted_texts),
 		T(test_limit_of_connections), T(test_damaged_log), T(test_trim_and_reset), T(test_stable_and_collect),
 		T(test_collection_resumes), T(test_stable_after_feed),
-		T(test_stable_after_own_ops), T(test_stable_of_older_build),
+		T(test_stable_after_own_ops), T(test_stable_of_older_build), T(test_retire), T(test_ask),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -288,6 +288,7 @@ static int record_create(struct crdt_mailbox *cbox, const char **error_r)
 	rec.seen = info->seen;
 	if (crdt_record(cbox->cuser, &rec, 1, &last, error_r) < 0)
 		return -1;
+	crdt_ack_note(cbox->cuser, &last);
 	crdt_record_finish(cbox->cuser);
 	return 0;
 }
@@ -437,6 +438,8 @@ static int crdt_mailbox_delete(struct mailbox *box)
 		rec.seen = cbox->deleting.seen_known ? seen : ext.seen;
 		if (crdt_record(cbox->cuser, &rec, 1, &last, &error) < 0)
 			e_error(box->event, "crdt: Deletion isn't recorded: %s", error);
+		else
+			crdt_ack_note(cbox->cuser, &last);
 	}
 	i_zero(&cbox->deleting);
 	guid_128_empty(cbox->guid);
@@ -486,6 +489,7 @@ static int crdt_mailbox_rename(struct mailbox *src, struct mailbox *dest)
 		e_error(src->event, "crdt: Renaming to %s isn't recorded: %s", new_path, error);
 		return 0;
 	}
+	crdt_ack_note(cbox->cuser, &last);
 	crdt_record_finish(cbox->cuser);
 	return 0;
 }
@@ -515,6 +519,7 @@ static int set_subscribed_locked(struct crdt_mailbox *cbox, bool set, const char
 		crdt_record_set_error(cbox->box, error);
 		return -1;
 	}
+	crdt_ack_note(cbox->cuser, &last);
 	crdt_record_finish(cbox->cuser);
 	return 0;
 }
@@ -552,6 +557,8 @@ static int crdt_mailbox_transaction_commit(struct mailbox_transaction_context *t
 		/* lib-index knows only internal errors */
 		mail_storage_set_error(box->storage, cbox->record_error, cbox->record_errstr);
 	}
+	if (ret == 0)
+		ret = crdt_ack_commit(cbox);
 	return ret;
 }
 

@@ -652,6 +652,8 @@ crdt_index_transaction_commit(struct mail_index_transaction *t,
 	if (ret < 0) T_BEGIN {
 		crdt_record_abort(cuser, &last, n);
 	} T_END;
+	else if (mt != NULL)
+		crdt_ack_note(cuser, &last);
 	if (unlock)
 		crdt_index_unlock(index);
 	crdt_record_finish(cuser);

@@ -71,10 +71,12 @@ void crdt_plugin_init(struct module *module)
 {
 	mail_storage_hooks_add(module, &crdt_storage_hooks);
 	crdt_messages_init();
+	crdt_ack_init();
 }
 
 void crdt_plugin_deinit(void)
 {
+	crdt_ack_deinit();
 	crdt_messages_deinit();
 	mail_storage_hooks_remove(&crdt_storage_hooks);
 	crdt_record_deinit();

@@ -10,6 +10,7 @@
  *  crdt-numbering.c  UIDs from own blocks, takeover
  *  crdt-record.c     [2] the journal, and waking the sync service
  *  crdt-path.c       mailbox names as they are in records
+ *  crdt-ack*.c       waiting for a storage daemon (crdt_ack = storage)
  *
  * Order of locks: mailbox list, uidlist, index log, journal.  State hangs on the
  * mail user (lmtp has several in one process); memory is Dovecot's: pools and
@@ -40,6 +41,9 @@ struct crdt_user {
 	 * numberers again while the journal's generation is this. */
 	uint64_t checked_generation;
 	HASH_TABLE(char *, void *) checked;
+
+	/* crdt_ack = storage: the last record that nobody has waited for; seq 0: none. */
+	struct crdt_dot unacked;
 
 	/* The save that is being committed (crdt-numbering.c). */
 	struct crdt_mailbox *saving;
@@ -147,6 +151,18 @@ void crdt_record_peek(struct crdt_user *cuser, struct crdt_journal_peek *peek_r)
 /* The storage's error for an addition that could not be recorded, by errno. */
 void crdt_record_set_error(struct mailbox *box, const char *error);
 void crdt_record_deinit(void);
+
+/* ---- crdt-ack.c ---- */
+
+void crdt_ack_init(void);	/* crdt-ack-imap.c */
+void crdt_ack_deinit(void);
+/* A change that its maker is to be told of was recorded. */
+void crdt_ack_note(struct crdt_user *cuser, const struct crdt_dot *last);
+/* With crdt_ack = storage: waits until a storage daemon has what was noted.  -1: not in
+ * time, and that is to be an error. */
+int crdt_ack_wait(struct crdt_user *cuser);
+/* The same after a transaction of the mailbox was committed; sets the storage's error. */
+int crdt_ack_commit(struct crdt_mailbox *cbox);
 
 /* ---- crdt-path.c ---- */
 

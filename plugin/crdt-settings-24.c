@@ -16,6 +16,9 @@ static const struct setting_define crdt_setting_defines[] = {
 	DEF(STR, crdt_key_file),
 	DEF(STR, crdt_state_dir),
 	DEF(ENUM, crdt_fsync),
+	DEF(ENUM, crdt_ack),
+	DEF(STR, crdt_ack_timeout),
+	DEF(ENUM, crdt_ack_fail),
 	DEF(STR, crdt_external_expunge_max),
 	DEF(STR, crdt_survey_interval),
 	SETTING_DEFINE_LIST_END
@@ -29,6 +32,9 @@ static const struct crdt_settings_24 crdt_default_settings = {
 	.crdt_key_file = "",
 	.crdt_state_dir = CRDT_DEFAULT_STATE_DIR,
 	.crdt_fsync = "optimized:always",
+	.crdt_ack = "local:storage",
+	.crdt_ack_timeout = CRDT_DEFAULT_ACK_TIMEOUT,
+	.crdt_ack_fail = "ok:tempfail",
 	.crdt_external_expunge_max = CRDT_DEFAULT_EXTERNAL_EXPUNGE_MAX,
 	.crdt_survey_interval = CRDT_DEFAULT_SURVEY_INTERVAL,
 };

@@ -19,6 +19,9 @@ struct crdt_settings_24 {
 	const char *crdt_key_file;
 	const char *crdt_state_dir;
 	const char *crdt_fsync;
+	const char *crdt_ack;
+	const char *crdt_ack_timeout;
+	const char *crdt_ack_fail;
 	const char *crdt_external_expunge_max;
 	const char *crdt_survey_interval;
 };

@@ -56,6 +56,24 @@ static bool parse_fsync(const char *value, struct crdt_settings *set)
 	return set->fsync_always || strcmp(value, "optimized") == 0;
 }
 
+static bool parse_ack(const char *value, struct crdt_settings *set)
+{
+	set->ack_storage = strcmp(value, "storage") == 0;
+	return set->ack_storage || strcmp(value, "local") == 0;
+}
+
+static bool parse_ack_timeout(const char *value, struct crdt_settings *set)
+{
+	return crdt_compat_parse_interval(value, &set->ack_secs) == 0 && set->ack_secs > 0 &&
+		set->ack_secs <= CRDT_ACK_SECS_MAX;
+}
+
+static bool parse_ack_fail(const char *value, struct crdt_settings *set)
+{
+	set->ack_tempfail = strcmp(value, "tempfail") == 0;
+	return set->ack_tempfail || strcmp(value, "ok") == 0;
+}
+
 static const struct crdt_setting settings[] = {
 	/* first: off stops here */
 	{ "crdt_mode", "on", "on, observe or off", parse_mode },
@@ -64,6 +82,9 @@ static const struct crdt_setting settings[] = {
 	{ "crdt_slot", NULL, "a number from 0 to 63, another one on each worker", parse_slot },
 	{ "crdt_state_dir", CRDT_DEFAULT_STATE_DIR, "an absolute path", parse_state_dir },
 	{ "crdt_fsync", "optimized", "optimized or always", parse_fsync },
+	{ "crdt_ack", "local", "local or storage", parse_ack },
+	{ "crdt_ack_timeout", CRDT_DEFAULT_ACK_TIMEOUT, "a time from 1 to 45 seconds, such as 5 secs", parse_ack_timeout },
+	{ "crdt_ack_fail", "ok", "ok or tempfail", parse_ack_fail },
 };
 
 int crdt_settings_read(struct mail_user *user, struct crdt_settings *set_r, const char **error_r)

@@ -6,6 +6,8 @@
 struct mail_user;
 
 #define CRDT_DEFAULT_STATE_DIR "/var/lib/dovecot-crdt"
+#define CRDT_DEFAULT_ACK_TIMEOUT "5 secs"
+#define CRDT_ACK_SECS_MAX 45		/* crdt-sync keeps nobody longer */
 #define CRDT_DEFAULT_EXTERNAL_EXPUNGE_MAX "10"
 #define CRDT_DEFAULT_SURVEY_INTERVAL "1 hours"
 
@@ -17,6 +19,9 @@ struct crdt_settings {
 	unsigned int slot;
 	const char *state_dir;
 	bool fsync_always;
+	bool ack_storage;		/* the answer waits for a storage daemon */
+	bool ack_tempfail;		/* and is an error if none has the change after */
+	unsigned int ack_secs;
 };
 
 /* 0, or -1 and *error_r, a text that says what to do.  Strings belong to the

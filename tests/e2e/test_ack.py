@@ -61,9 +61,7 @@ def imap_command(cluster, user, command):
 COMMANDS = {
     "append": lambda cluster, user: imap_command(cluster, user, "append INBOX new"),
     "store": lambda cluster, user: imap_command(cluster, user, r"store INBOX old +\Flagged"),
-    "expunge": lambda cluster, user: imap_command(cluster, user, "expunge INBOX old"),
     "create": lambda cluster, user: imap_command(cluster, user, "create f"),
-    "subscribe": lambda cluster, user: imap_command(cluster, user, "subscribe INBOX"),
     "lmtp": lambda cluster, user: lambda: cluster.deliver("w1", user, message("new")),
 }
 

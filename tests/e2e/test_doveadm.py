@@ -85,7 +85,7 @@ def test_status_of_users(cluster, user):
     assert (row["unsent"], row["bytes"], row["pending"], row["trouble"]) == (0, 0, 0, "")
     rows = crdt(cluster, "w1", "status", "-A")
     assert user in {row["username"] for row in rows}
-    path = os.path.join(cluster.directory, "users.list")
+    path = os.path.join(os.path.dirname(cluster.node("w1")["doveadm_config"]), "users.list")
     with open(path, "w", encoding="ascii") as file:
         file.write(f"{user}\nu30\n")
     rows = crdt(cluster, "w1", "status", "-F", path)

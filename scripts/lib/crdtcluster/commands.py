@@ -44,8 +44,10 @@ def up(directory, options):
 def _refuse_unsupported(options):
     if options.director:
         raise Refused("--director is not supported yet")
-    if options.delay:
-        raise Refused("--delay is not supported yet")
+    if not 0 <= options.delay <= 10000:
+        raise Refused("--delay takes milliseconds, 0 to 10000")
+    if options.delay and not os.access(options.delaylink, os.X_OK):
+        raise Refused(f"there is no {options.delaylink}: run scripts/build")
     formats, versions = options.mail_format.split(","), options.dovecot.split(",")
     if not all(map(mailformat.is_known, formats)):
         raise Refused("--mail-format takes FORMAT[+OPTION...] or a list of these, not"
@@ -103,6 +105,7 @@ def _destroy(cluster):
     """Works on any part of a cluster, so that it can be run again."""
     for node in cluster.nodes:
         process.kill(node)
+    process.kill(cluster.switch())
     netns.destroy(cluster)
     for path in layout.outside_dirs(cluster.id):
         _remove_tree(path)

@@ -72,6 +72,8 @@ class Cluster:
     client_address: str
     switch_netns: str
     ca_file: str
+    delay: float                    # ms, one way, between nodes
+    delaylink: str                  # the program
     nodes: list
     users: list
 
@@ -83,6 +85,11 @@ class Cluster:
 
     def workers(self):
         return [node for node in self.nodes if node.kind == "worker"]
+
+    def switch(self):
+        """What connects the nodes, as something whose processes can be killed."""
+        return Node(name="switch", kind="switch", netns=self.switch_netns, address="",
+                    cluster_address="")
 
     def versions(self):
         """Of Dovecot."""
@@ -251,6 +258,7 @@ def _describe(directory, cluster_id, data_dir, options):
         plugin=options.plugin == "on", debug=options.debug,
         client_netns=f"{prefix}-client", client_address=f"{subnet}.1.1",
         switch_netns=f"{prefix}-switch", ca_file=f"{data_dir}/tls/ca.pem",
+        delay=options.delay, delaylink=options.delaylink,
         nodes=[], users=_users(options))
     for i in range(1, options.workers + 1):
         cluster.nodes.append(_worker(cluster, i, subnet, _nth(options.dovecot, i),

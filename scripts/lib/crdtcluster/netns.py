@@ -2,7 +2,8 @@
 
 The switch namespace holds two bridges. Every node has one link to each:
 "cluster", on which the nodes talk, and "client", on which the client
-namespace reaches every node. A cut takes the node's port off the cluster
+namespace reaches every node. With a delay the link to the first is delaylink (see
+bench/delaylink.c), half the delay long, since a packet takes two. A cut takes the node's port off the cluster
 bridge: its packets vanish without a word, as in a real partition, while
 clients still reach it. The client bridge keeps the nodes apart (isolated
 ports), so it is no way round a cut.
@@ -77,11 +78,17 @@ def create(cluster):
         _ip("link", "add", bridge, "type", "bridge", inside=switch)
         _ip("link", "set", bridge, "up", inside=switch)
     _add_netns(cluster.client_netns)
-    _link(switch, "client", cluster.client_netns, "c-clients", cluster.client_address)
+    _cable(switch, "c-clients", cluster.client_netns, "client")
+    _connect(switch, "client", cluster.client_netns, "c-clients", cluster.client_address)
     for node in cluster.nodes:
         _add_netns(node.netns)
-        _link(switch, "cluster", node.netns, _cluster_port(node), node.cluster_address)
-        _link(switch, "client", node.netns, f"{node.name}-client", node.address)
+        if cluster.delay:
+            _long_link(cluster, node)
+        else:
+            _cable(switch, _cluster_port(node), node.netns, "cluster")
+        _connect(switch, "cluster", node.netns, _cluster_port(node), node.cluster_address)
+        _cable(switch, f"{node.name}-client", node.netns, "client")
+        _connect(switch, "client", node.netns, f"{node.name}-client", node.address)
         _ip("link", "set", f"{node.name}-client",
             "type", "bridge_slave", "isolated", "on", inside=switch)
 
@@ -91,10 +98,25 @@ def _add_netns(name):
     _ip("link", "set", "lo", "up", inside=name)
 
 
-def _link(switch, bridge, netns, port, address):
-    """A cable from the bridge's port to the interface named as the bridge."""
+def _cable(switch, port, netns, interface):
     _ip("link", "add", port, "netns", switch, "type", "veth",
-        "peer", "name", bridge, "netns", netns)
+        "peer", "name", interface, "netns", netns)
+
+
+def _long_link(cluster, node):
+    """A delaylink instead of a cable. Its devices go when it is killed: see destroy()."""
+    argv = [cluster.delaylink, cluster.switch_netns, _cluster_port(node), node.netns, "cluster",
+            str(cluster.delay / 2)]
+    with in_netns(cluster.switch_netns):
+        child = subprocess.Popen(argv, cwd="/", stdin=subprocess.DEVNULL, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 start_new_session=True)
+    if child.stdout.readline() != "ready\n":
+        raise ClusterError(f"{' '.join(argv)} failed: {child.stderr.read().strip()}")
+
+
+def _connect(switch, bridge, netns, port, address):
+    """The link's one end is a port of the bridge, the other the interface named as it."""
     _ip("link", "set", port, "master", bridge, "up", inside=switch)
     _ip("address", "add", f"{address}/24", "dev", bridge, inside=netns)
     _ip("link", "set", bridge, "up", inside=netns)

@@ -97,6 +97,16 @@ class Side:
         with in_netns(self.description["client_netns"]):
             return clients.Lmtp((entry["address"], entry["lmtp_port"]))
 
+    def complaints(self):
+        """What Dovecot has logged that should not be, the last lines of it."""
+        found = []
+        for node in self.description["nodes"]:
+            with contextlib.suppress(OSError):
+                found += [f"{self.name} {node['name']}: {line}"
+                          for line in self.cluster.log(node["name"]).splitlines()
+                          if any(word in line for word in ("Error: ", "Fatal: ", "Panic: "))][-5:]
+        return found
+
     def settle(self):
         """Until nothing that was done is still on its way."""
 
@@ -202,13 +212,15 @@ class Gluster(Side):
         super().up(directory, users, prefix)
 
     def prepare(self):
-        self._start_volume()
-        self._mount()
+        self.mount = os.path.join(self.work, "mount")
         location = f"maildir:{self.mount}/%u/Maildir"
         if self.index:
             location += f":INDEX={self.work}/index/%u"
         self.configure("w1", f"mail_location = {location}\n"
                        + ("" if self.index else _GLUSTER_SAFE))
+        # Afterwards: configure() kills all of a node, the mount's process, too.
+        self._start_volume()
+        self._mount()
 
     def _start_volume(self):
         server = self.node("s1")
@@ -233,16 +245,17 @@ class Gluster(Side):
         self._gluster("volume", "start", _VOLUME)
 
     def _mount(self):
-        self.mount = os.path.join(self.work, "mount")
         os.mkdir(self.mount)
         self._spawn("w1", ["glusterfs", "-N", f"--volfile-server={self.node('s1')['cluster_address']}",
                            f"--volfile-id={_VOLUME}", "-l", f"{self.work}/log/mount.log", self.mount])
         self._until(lambda: os.path.ismount(self.mount), "the volume cannot be mounted")
-        for user in self.description["users"]:
-            home = os.path.join(self.mount, user["name"])
-            # Through the mount, but not one after the other for each of many.
+
+    def first_contact(self, users):
+        for user in users:
+            uid = next(each["uid"] for each in self.description["users"] if each["name"] == user)
+            home = os.path.join(self.mount, user)
             os.mkdir(home, 0o700)
-            os.chown(home, user["uid"], user["uid"])
+            os.chown(home, uid, uid)
 
     def _spawn(self, node, argv):
         with in_netns(self.node(node)["netns"]):

@@ -60,6 +60,7 @@ class Side:
 
     slow = False            # commands may take seconds
     replicated = False      # w2 shows what w1 does
+    users = None            # so many are enough
 
     def __init__(self, name, title, **options):
         self.name = name
@@ -164,6 +165,7 @@ class Dsync(Side):
     """Two Dovecots that replicate with dsync (2.3 only)."""
 
     replicated = True
+    users = 20      # the replicator walks through all of them at each start
 
     def __init__(self, name, title, **options):
         super().__init__(name, title, workers=2, **options)

@@ -142,7 +142,7 @@ class Cluster:
 
     def log(self, node):
         """All that the node has logged."""
-        name = "dovecot.log" if self.node(node)["kind"] == "worker" else "crdt-stored.log"
+        name = "crdt-stored.log" if self.node(node)["kind"] == "storage" else "dovecot.log"
         path = os.path.join(self.directory, "nodes", node, name)
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()

@@ -1,4 +1,4 @@
-"""A test CA and a certificate for each worker, made by openssl."""
+"""A test CA and a certificate for each node with Dovecot, made by openssl."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def create(cluster):
     _certificate(directory, "ca", f"crdt-{cluster.id} test CA", [
         "basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign,cRLSign",
         "subjectKeyIdentifier=hash"])
-    for node in cluster.workers():
+    for node in cluster.workers() + cluster.directors():
         _certificate(directory, node.name, node.name, [
             "basicConstraints=critical,CA:FALSE", "authorityKeyIdentifier=keyid",
             f"subjectAltName=IP:{node.address},IP:{node.cluster_address},DNS:{node.name}"],

@@ -31,7 +31,7 @@ def up(directory, options):
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             files.create(cluster, options)
             netns.create(cluster)
-            _start_nodes(cluster, cluster.storages() + cluster.workers())
+            _start_nodes(cluster, cluster.replicas() + cluster.directors())
         except BaseException:
             with _undisturbed():
                 _destroy(cluster)
@@ -42,8 +42,6 @@ def up(directory, options):
 
 
 def _refuse_unsupported(options):
-    if options.director:
-        raise Refused("--director is not supported yet")
     if not 0 <= options.delay <= 10000:
         raise Refused("--delay takes milliseconds, 0 to 10000")
     if options.delay and not os.access(options.delaylink, os.X_OK):
@@ -59,7 +57,7 @@ def _refuse_unsupported(options):
         raise Refused(f"--dovecot takes 2.3, 2.4 or a list of these, not {options.dovecot}")
     if "2.4" in versions:
         chroot.root()
-    if "2.3" not in versions:
+    if "2.3" not in versions and not options.director:
         return
     version = process.dovecot_version()
     if version is None:
@@ -245,7 +243,7 @@ def _look(cluster, timeout):
     """(Reports by node name, what keeps the nodes from being equal)."""
     if not cluster.plugin:
         raise Refused("this cluster runs with --plugin off: nothing is replicated")
-    nodes = [node for node in cluster.nodes if not node.cut and not node.killed]
+    nodes = [node for node in cluster.replicas() if not node.cut and not node.killed]
     try:
         reports = _query_all(nodes, "status", timeout)
         found = status.unfinished(reports)
@@ -289,7 +287,7 @@ def _state(cluster, node):
     elif node.killed:
         words.append("killed")
     else:
-        words.append("down" if node.kind == "worker" or cluster.plugin else "idle")
+        words.append("idle" if node.kind == "storage" and not cluster.plugin else "down")
     if node.cut:
         words.append("cut")
     return ",".join(words)

@@ -9,11 +9,12 @@ import subprocess
 from . import certs, chroot, mailformat
 from .modules import DOVECOT_MODULES
 from .errors import ClusterError, Refused
-from .layout import FIRST_MAIL_UID, STORAGE_PORT
+from .layout import DOVEADM_PORT, FIRST_MAIL_UID, HEALTH_PORT, STORAGE_PORT
 
 DOVECOT_USER = "dovecot"        # Debian's default_internal_user
 
 _TEMPLATES = os.path.join(os.path.dirname(__file__), "templates")
+_EXAMPLES = os.path.realpath(os.path.join(_TEMPLATES, "..", "..", "..", "..", "conf.d"))
 _INSTALLED = ("lib/dovecot/modules/lib90_crdt_plugin.so", "libexec/dovecot/crdt-sync",
               "lib/dovecot/modules/doveadm/lib10_doveadm_crdt_plugin.so",
               "libexec/dovecot/crdt-worker", "sbin/crdt-stored", "bin/crdt-keygen")
@@ -42,6 +43,9 @@ def create(cluster, options):
     """Fills the cluster's directory. Nothing runs yet."""
     certs.create(cluster)
     _write_users(cluster)
+    if cluster.directors():
+        # A copy: workers with Dovecot 2.4 see the cluster's directory, not the tree.
+        shutil.copytree(_EXAMPLES, _examples(cluster))
     if cluster.plugin:
         _copy_programs(options.prefix, programs(cluster))
         if "2.3" in cluster.versions():
@@ -56,6 +60,8 @@ def create(cluster, options):
     for node in cluster.workers():
         _make_mail_root(cluster, node)
         _configure_worker(cluster, node)
+    for node in cluster.directors():
+        _configure_director(cluster, node)
     if cluster.plugin:
         for node in cluster.storages():
             _configure_storage(cluster, node)
@@ -68,6 +74,10 @@ def programs(cluster, dovecot="2.3"):
 
 def _suffix(dovecot):
     return "" if dovecot == "2.3" else f"-{dovecot}"
+
+
+def _examples(cluster):
+    return f"{cluster.data_dir}/examples"
 
 
 def _users_file(cluster):
@@ -124,7 +134,7 @@ def _make_keys(cluster):
     """A key pair for each node. Workers' secrets belong to Dovecot's user."""
     directory = f"{cluster.data_dir}/keys"
     os.mkdir(directory, 0o755)
-    for node in cluster.nodes:
+    for node in cluster.replicas():
         _keygen(cluster, node, directory)
     account = _dovecot_account()
     for node in cluster.workers():
@@ -176,8 +186,46 @@ def _configure_worker(cluster, node):
         "imaps_port": node.imaps_port,
         "pop3_port": node.pop3_port,
         "lmtp_port": node.lmtp_port})
+    for director in cluster.directors():
+        _configure_behind_director(cluster, node, director)
     if cluster.plugin:
         _configure_plugin(cluster, node)
+
+
+def _configure_behind_director(cluster, node, director):
+    _render("behind-director.conf.in", f"{cluster.node_dir(node)}/behind-director.conf", {
+        "director": director.cluster_address,
+        "cluster_address": node.cluster_address,
+        "example": f"{_examples(cluster)}/behind-director.conf",
+        "password": _doveadm_password(cluster)})
+
+
+def _doveadm_password(cluster):
+    return f"doveadm-{cluster.id}"
+
+
+def _configure_director(cluster, node):
+    node_dir = cluster.node_dir(node)
+    os.mkdir(f"{node_dir}/state", 0o755)
+    _render("director.conf.in", node.doveadm_config, {
+        "name": node.name,
+        "base_dir": cluster.node_runtime_dir(node),
+        "node_dir": node_dir,
+        "instance": node.netns,
+        "debug": "yes" if cluster.debug else "no",
+        "cert": certs.certificate_of(cluster, node),
+        "cert_key": certs.key_of(cluster, node),
+        "ca": cluster.ca_file,
+        "example": f"{_examples(cluster)}/director.conf",
+        "users_file": _users_file(cluster),
+        "cluster_address": node.cluster_address,
+        "workers": " ".join(worker.cluster_address for worker in cluster.workers()),
+        "doveadm_port": DOVEADM_PORT,
+        "password": _doveadm_password(cluster),
+        "imap_port": node.imap_port,
+        "imaps_port": node.imaps_port,
+        "pop3_port": node.pop3_port,
+        "lmtp_port": node.lmtp_port})
 
 
 def _configure_plugin(cluster, node):
@@ -214,7 +262,7 @@ def _configure_storage(cluster, node):
         "key_file": _key_file(cluster, node, "key_secret"),
         "node_dir": node_dir,
         "status_socket": node.status_socket})
-    sections = [_peer_section(cluster, peer) for peer in cluster.nodes if peer is not node]
+    sections = [_peer_section(cluster, peer) for peer in cluster.replicas() if peer is not node]
     _write(f"{node_dir}/peers.conf", "\n".join(sections))
 
 

@@ -20,6 +20,8 @@ from .errors import ClusterError, Refused
 MAX_WORKERS = 63        # worker wN has slot N, slots end at 63
 MAX_STORAGES = 63
 STORAGE_PORT = 4590
+HEALTH_PORT = 4593       # of workers behind a director
+DOVEADM_PORT = 24245     # the same
 FIRST_MAIL_UID = 5000
 
 # Dovecot's and libconfuse's files quote none of these.
@@ -56,7 +58,7 @@ class Node:
     @property
     def main_process(self):
         """The process that brings up all others of the node."""
-        return "dovecot" if self.kind == "worker" else "crdt-stored"
+        return "crdt-stored" if self.kind == "storage" else "dovecot"
 
 
 @dataclasses.dataclass
@@ -94,6 +96,14 @@ class Cluster:
     def versions(self):
         """Of Dovecot."""
         return {node.dovecot for node in self.workers()}
+
+    def directors(self):
+        """One, or none."""
+        return [node for node in self.nodes if node.kind == "director"]
+
+    def replicas(self):
+        """Nodes that hold users' mail or what is known of it."""
+        return self.storages() + self.workers()
 
     def storages(self):
         return [node for node in self.nodes if node.kind == "storage"]
@@ -265,6 +275,8 @@ def _describe(directory, cluster_id, data_dir, options):
                                      _nth(options.mail_format, i)))
     for i in range(1, options.storages + 1):
         cluster.nodes.append(_storage(cluster, i, subnet))
+    if options.director:
+        cluster.nodes.append(_director(cluster, subnet))
     return cluster
 
 
@@ -304,4 +316,13 @@ def _storage(cluster, i, subnet):
         address=f"{subnet}.1.{110 + i}", cluster_address=f"{subnet}.2.{110 + i}")
     if cluster.plugin:
         node.status_socket = f"{cluster.node_runtime_dir(node)}/status.sock"
+    return node
+
+
+def _director(cluster, subnet):
+    node = Node(
+        name="d1", kind="director", netns=f"crdt-{cluster.id}-d1",
+        address=f"{subnet}.1.201", cluster_address=f"{subnet}.2.201",
+        imap_port=143, imaps_port=993, lmtp_port=24, pop3_port=110, dovecot="2.3")
+    node.doveadm_config = f"{cluster.node_dir(node)}/dovecot.conf"
     return node

@@ -18,8 +18,9 @@ from .errors import ClusterError
 KINDS = {
     "worker": ("dovecot", "imap", "pop3", "lmtp", "crdt-sync", "crdt-worker"),
     "storage": ("crdt-stored",),
+    "director": ("dovecot", "director", "imap-login", "pop3-login", "lmtp", "crdt-watch"),
 }
-_REPORTED = ("dovecot", "crdt-sync", "crdt-worker", "crdt-stored")
+_REPORTED = ("dovecot", "crdt-sync", "crdt-worker", "crdt-stored", "crdt-watch")
 _GONE_TIMEOUT = 10
 _START_TIMEOUT = 60
 
@@ -153,12 +154,11 @@ def _await(condition, node):
 
 def start(cluster, node):
     """Starts the node's main process unless it runs. It may not be ready yet."""
-    if find(node, node.main_process):
-        return
-    if node.kind == "worker":
-        _start_dovecot(cluster, node)
-    elif cluster.plugin:
-        _start_stored(cluster, node)
+    if not find(node, node.main_process):
+        if node.kind != "storage":
+            _start_dovecot(cluster, node)
+        elif cluster.plugin:
+            _start_stored(cluster, node)
 
 
 def _start_dovecot(cluster, node):

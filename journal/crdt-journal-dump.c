@@ -173,6 +173,8 @@ int main(int argc, char *argv[])
 	info = crdt_journal_info(j);
 	printf("# origin=%016" PRIx64 " base=%" PRIu64 " next=%" PRIu64 " uidvalidity_high=%" PRIu32,
 	       info->origin, info->base_seq, info->next_seq, info->uidvalidity_high);
+	if (info->user_gen > 0)
+		printf(" generation=%" PRIu32, info->user_gen);
 	print_vv("seen", &info->seen);
 	print_vv("closed", &info->closed);
 	putchar('\n');

@@ -185,10 +185,12 @@ bool journal_ident_encode(uint8_t out[IDENT_MAX], const struct ident *id)
 	crdt_buf_bytes(&b, id->replica.p, id->replica.n);
 	crdt_buf_bytes(&b, id->user.p, id->user.n);
 	crdt_vv_encode(&b, &id->closed);
+	if (id->user_gen > 0)
+		crdt_buf_varint(&b, id->user_gen);
 	memset(out, 0, IDENT_MAX);
 	memcpy(out, MAGIC, 8);
 	out[8] = CRDT_JOURNAL_VERSION;	/* major: others refuse */
-	out[9] = 0;			/* minor */
+	out[9] = id->user_gen > 0 ? 1 : 0;	/* minor */
 	ok = block_encode(out + 16, IDENT_MAX - 16, &b);
 	crdt_buf_free(&b);
 	return ok;
@@ -219,7 +221,16 @@ int journal_ident_decode(const uint8_t *p, struct ident *id_r)
 	id_r->replica.n = (uint16_t)n;
 	id_r->user.p = crdt_get_bytes(&r, CRDT_JOURNAL_USER_MAX, &n);
 	id_r->user.n = (uint16_t)n;
-	return crdt_vv_decode(&r, &id_r->closed) && !r.bad && id_r->origin != 0 ? 1 : 0;
+	if (!crdt_vv_decode(&r, &id_r->closed) || id_r->origin == 0)
+		return 0;
+	if (crdt_reader_left(&r) > 0) {
+		uint64_t gen = crdt_get_varint(&r);
+
+		if (gen > UINT32_MAX)
+			return 0;
+		id_r->user_gen = (uint32_t)gen;
+	}
+	return r.bad ? 0 : 1;
 }
 
 /* ---- frames ---- */

@@ -40,6 +40,7 @@ struct crdt_journal {
 	char *dir;			/* NULL: opened with crdt_journal_open_file() */
 	char *replica, *user;		/* NULL likewise */
 	unsigned slot;
+	uint32_t user_gen;
 	bool readonly;
 	char boot[CRDT_JOURNAL_BOOT_SIZE];
 
@@ -72,6 +73,7 @@ struct ident {
 	struct file_id file;
 	struct crdt_str replica, user;
 	struct crdt_vv closed;
+	uint32_t user_gen;
 };
 
 struct frame {

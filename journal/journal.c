@@ -170,7 +170,7 @@ void journal_temp_abort(struct crdt_journal *j, int fd)
 	errno = saved;
 }
 
-static void new_ident(struct crdt_journal *j, struct ident *id_r, const struct file_id *file)
+static void new_ident(struct crdt_journal *j, struct ident *id_r, const struct file_id *file, uint32_t user_gen)
 {
 	uint64_t incarnation;
 
@@ -185,12 +185,16 @@ static void new_ident(struct crdt_journal *j, struct ident *id_r, const struct f
 	id_r->replica.n = (uint16_t)strlen(j->replica);
 	id_r->user.p = (const uint8_t *)j->user;
 	id_r->user.n = (uint16_t)strlen(j->user);
+	id_r->user_gen = user_gen;
 }
 
 static void use_header(struct crdt_journal *j, const struct ident *id, const struct copy *c)
 {
 	j->info.origin = id->origin;
 	j->info.closed = id->closed;
+	memcpy(j->info.user, id->user.p, id->user.n);
+	j->info.user[id->user.n] = '\0';
+	j->info.user_gen = id->user_gen;
 	use_copy(j, c);
 }
 
@@ -363,12 +367,13 @@ static int replace_file(struct crdt_journal *j, const struct ident *id, const st
 	struct ident next;
 	struct copy copy = { .base_seq = 1 };
 	struct file_id file;
+	bool same_user = id != NULL && str_is(&id->user, j->user);
 	int fd;
 
 	if ((fd = journal_temp_create(j, &file, error_r)) < 0)
 		return -1;
-	new_ident(j, &next, &file);
-	if (id != NULL && str_is(&id->user, j->user)) {
+	new_ident(j, &next, &file, same_user && id->user_gen > j->user_gen ? id->user_gen : j->user_gen);
+	if (same_user && id->user_gen == next.user_gen) {
 		/* Same mail store: what it holds, a change here has seen. */
 		next.closed = id->closed;
 		if (j->info.next_seq > 1)
@@ -471,7 +476,7 @@ static int check_file(struct crdt_journal *j, bool first, struct stat *st, const
 	if (st->st_size < CRDT_JOURNAL_HEADER_SIZE && j->dir != NULL) {
 		/* New, or its maker was killed before the header was in it: no
 		 * record was ever behind it. */
-		new_ident(j, &id, &file);
+		new_ident(j, &id, &file, j->user_gen);
 		memset(&c, 0, sizeof(c));
 		c.base_seq = 1;
 		if (write_header(j->fd, &id, &c) < 0 || fsync(j->fd) < 0)
@@ -493,6 +498,7 @@ static int check_file(struct crdt_journal *j, bool first, struct stat *st, const
 		return 1;
 	if (ret > 0 || is_copy ||
 	    memcmp(id.boot, j->boot, sizeof(j->boot)) != 0 || !str_is(&id.user, j->user) ||
+	    id.user_gen < j->user_gen ||
 	    (first && (!str_is(&id.replica, j->replica) || crdt_origin_slot(id.origin) != j->slot)))
 		return begin_origin(j, &id, &c, st, error_r);
 	return 1;
@@ -586,6 +592,7 @@ struct crdt_journal *crdt_journal_open(const char *dir, const struct crdt_journa
 	}
 	j->fd = -1;
 	j->slot = ident->slot;
+	j->user_gen = ident->user_gen;
 	j->dir = strdup(dir);
 	j->replica = strdup(ident->replica);
 	j->user = strdup(ident->user);

@@ -27,6 +27,11 @@
  * one with a new random origin (journal id) and seq 1 begins.  So is one with a
  * damaged record at its end, and one that is a copy (its header names
  * another inode number or time of birth than the file has).
+ *
+ * A name that is used again has a higher generation (crdt_generation).  Who opens a
+ * journal of a lower one sets it aside and begins with nothing of it: it was
+ * somebody else's.  It never goes back: a process that has heard of a lower
+ * generation (an older answer of userdb) writes into the one that is there.
  */
 #include "../crdt/op.h"
 
@@ -109,6 +114,7 @@ struct crdt_journal_ident {
 	unsigned slot;			/* 0..63 */
 	const char *replica;		/* crdt_replica */
 	const char *user;
+	uint32_t user_gen;		/* crdt_generation */
 };
 
 struct crdt_journal_info {
@@ -120,6 +126,8 @@ struct crdt_journal_info {
 	struct crdt_vv seen;		/* applied to the whole user (all mailboxes, subscriptions) */
 	struct crdt_vv closed;		/* own earlier origins with their last seq: orders set-aside files */
 	bool closed_file;		/* a set-aside journal: nothing is added any more */
+	char user[CRDT_JOURNAL_USER_MAX + 1];	/* whose it is, */
+	uint32_t user_gen;		/* and the generation of that name */
 };
 
 struct crdt_journal;
@@ -204,10 +212,12 @@ int crdt_journal_trim(struct crdt_journal *j, uint64_t upto, const char **error_
  * UIDVALIDITY of a new user's INBOX: a fixed function of the user's name, so
  * that two replicas that both autocreate it agree.  A multiple of 64 in
  * CRDT_INBOX_UIDVALIDITY_MIN .. 2 * MIN - 64: as a time, 1987 to 2004, so it is
- * below what Dovecot gives and below what every later mailbox gets.
+ * below what Dovecot gives and below what every later mailbox gets.  Those of 128
+ * generations of a name are all different, and far from each other: mailboxes that
+ * are made later do not take what the predecessor's had.
  */
 #define CRDT_INBOX_UIDVALIDITY_MIN UINT32_C(0x20000000)
-uint32_t crdt_inbox_uidvalidity(const char *user);
+uint32_t crdt_inbox_uidvalidity(const char *user, uint32_t user_gen);
 
 /*
  * Marker "this user has records": a file in STATE_DIR/dirty named after the

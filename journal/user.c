@@ -27,7 +27,9 @@ static int fail(const char **error_r, const char *what, const char *path)
 	return -1;
 }
 
-uint32_t crdt_inbox_uidvalidity(const char *user)
+#define INBOX_GENERATION_STEP (CRDT_INBOX_UIDVALIDITY_MIN / 128)
+
+uint32_t crdt_inbox_uidvalidity(const char *user, uint32_t user_gen)
 {
 	uint8_t digest[crypto_hash_sha256_BYTES];
 	uint32_t h;
@@ -35,6 +37,7 @@ uint32_t crdt_inbox_uidvalidity(const char *user)
 	(void)crypto_hash_sha256(digest, (const unsigned char *)user, strlen(user));
 	h = (uint32_t)digest[0] << 24 | (uint32_t)digest[1] << 16 |
 		(uint32_t)digest[2] << 8 | digest[3];
+	h += user_gen * INBOX_GENERATION_STEP;
 	return CRDT_INBOX_UIDVALIDITY_MIN | (h & (CRDT_INBOX_UIDVALIDITY_MIN - 1) & ~UINT32_C(63));
 }
 

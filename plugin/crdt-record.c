@@ -176,7 +176,7 @@ uint32_t crdt_record_choose_uidvalidity(struct crdt_user *cuser, bool inbox, uin
 		return 0;
 	info = crdt_journal_info(cuser->journal);
 	if (inbox && !info->inbox_made) {
-		value = crdt_inbox_uidvalidity(cuser->user->username);
+		value = crdt_inbox_uidvalidity(cuser->user->username, info->user_gen);
 	} else {
 		value = crdt_uidvalidity_next(cuser->set.slot, CRDT_CHOOSER_MAIL_PROCESS,
 					      I_MAX(info->uidvalidity_high, highest_known));

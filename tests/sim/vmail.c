@@ -289,7 +289,7 @@ int vmail_create(struct vmail *v, const char *path)
 	if (vmail_box(v, path) != NULL)
 		return -1;
 	box_id(v, &guid);
-	validity = strcmp(path, "INBOX") == 0 ? crdt_inbox_uidvalidity("u") :
+	validity = strcmp(path, "INBOX") == 0 ? crdt_inbox_uidvalidity("u", 0) :
 		   crdt_uidvalidity_next(v->slot, CRDT_CHOOSER_MAIL_PROCESS, v->uidvalidity_high);
 	b = box_add(v, path, &guid, validity);
 	journal_path(v, CRDT_JREC_CREATE, path, NULL, b, false);

@@ -25,7 +25,7 @@
 
 static char dir[256], journal_path[512];
 
-static const struct crdt_journal_ident ident_a = { 3, "w1", "alice@example.org" };
+static const struct crdt_journal_ident ident_a = { 3, "w1", "alice@example.org", 0 };
 
 static int setup(void **state)
 {
@@ -600,9 +600,9 @@ static void test_damage_at_the_end(void **state)
 static void test_new_identity(void **state)
 {
 	static const struct crdt_journal_ident others[] = {
-		{ 4, "w1", "alice@example.org" },
-		{ 4, "w2", "alice@example.org" },
-		{ 4, "w2", "bob" },
+		{ 4, "w1", "alice@example.org", 0 },
+		{ 4, "w2", "alice@example.org", 0 },
+		{ 4, "w2", "bob", 0 },
 	};
 	struct crdt_journal *j = open_ok(&ident_a);
 	struct crdt_vv seen = { 0 };
@@ -637,11 +637,81 @@ static void test_new_identity(void **state)
 	}
 }
 
+/* A name that is used again: nothing of the predecessor's is taken on, and no process
+ * that knows the old generation brings it back. */
+static void test_generation(void **state)
+{
+	static const struct crdt_journal_ident next = { 3, "w1", "alice@example.org", 7 };
+	struct crdt_journal *j = open_ok(&ident_a), *stale;
+	const struct crdt_journal_info *info = crdt_journal_info(j);
+	struct crdt_vv seen = { 0 };
+	crdt_origin old = info->origin, origin;
+	struct names names;
+	char aside[1024];
+	const char *error;
+
+	(void)state;
+	assert_int_equal(info->user_gen, 0);
+	assert_true(crdt_vv_raise(&seen, CRDT_ORIGIN(9, 9), 9));
+	lock_ok(j);
+	assert_int_equal(crdt_journal_set_seen(j, &seen, &error), 0);
+	assert_int_equal(crdt_journal_raise_uidvalidity(j, 6400, &error), 0);
+	assert_int_equal(crdt_journal_set_inbox_made(j, &error), 0);
+	crdt_journal_unlock(j);
+	append_names(j, "a", 2);
+	stale = j;
+
+	j = open_ok(&next);
+	info = crdt_journal_info(j);
+	origin = info->origin;
+	assert_true(origin != old);
+	assert_int_equal(info->user_gen, 7);
+	assert_string_equal(info->user, "alice@example.org");
+	assert_int_equal(info->next_seq, 1);
+	assert_int_equal(info->closed.n, 0);
+	assert_int_equal(info->seen.n, 0);
+	assert_int_equal(info->uidvalidity_high, 0);
+	assert_false(info->inbox_made);
+	append_names(j, "b", 1);
+	assert_int_equal(count_aside(aside, sizeof(aside)), 1);
+
+	/* The old one, and one that is opened with the old generation, follow. */
+	append_names(stale, "c", 1);
+	assert_int_equal(crdt_journal_info(stale)->user_gen, 7);
+	crdt_journal_close(&stale);
+	stale = open_ok(&ident_a);
+	assert_true(crdt_journal_info(stale)->origin == origin);
+	assert_int_equal(crdt_journal_info(stale)->user_gen, 7);
+	append_names(stale, "d", 1);
+	crdt_journal_close(&stale);
+	lock_ok(j);
+	crdt_journal_unlock(j);
+	assert_int_equal(read_names(j, 1, &names), 0);
+	assert_string_equal(names.text, "b0 c0 d0");
+	crdt_journal_close(&j);
+	assert_int_equal(count_aside(NULL, 0), 1);
+
+	/* What was set aside says whose it is. */
+	j = crdt_journal_open_file(aside, &error);
+	assert_non_null(j);
+	assert_int_equal(crdt_journal_info(j)->user_gen, 0);
+	assert_int_equal(read_names(j, 1, &names), 0);
+	assert_string_equal(names.text, "a0 a1");
+	crdt_journal_close(&j);
+
+	/* A new origin of the same generation, begun by one that knows the old one. */
+	static const struct crdt_journal_ident moved = { 4, "w1", "alice@example.org", 0 };
+	j = open_ok(&moved);
+	assert_int_equal(crdt_journal_info(j)->user_gen, 7);
+	assert_int_equal(crdt_vv_get(&crdt_journal_info(j)->closed, origin), 3);
+	crdt_journal_close(&j);
+}
+
 /* More boots than the header has room for: those still to drain stay in order. */
 static void test_many_origins(void **state)
 {
 	static const struct crdt_journal_ident others[] = {
-		{ 3, "w1", "alice@example.org" }, { 4, "w1", "alice@example.org" },
+		{ 3, "w1", "alice@example.org", 0 }, { 4, "w1", "alice@example.org", 0 },
 	};
 	crdt_origin kept[3] = { 0 };
 	struct crdt_journal *j;
@@ -673,7 +743,7 @@ static void test_many_origins(void **state)
 /* What cannot be replaced is not set aside, try after try. */
 static void test_new_identity_fails(void **state)
 {
-	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org" };
+	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org", 0 };
 	struct crdt_journal *j = open_ok(&ident_a);
 	const char *error;
 	char temp[1024];
@@ -695,7 +765,7 @@ static void test_new_identity_fails(void **state)
 /* No records: nothing to drain, nothing to keep. */
 static void test_new_identity_of_empty(void **state)
 {
-	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org" };
+	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org", 0 };
 	struct crdt_journal *j = open_ok(&ident_a);
 
 	(void)state;
@@ -849,7 +919,7 @@ static void test_trim_killed(void **state)
 
 static void test_trim_set_aside(void **state)
 {
-	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org" };
+	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org", 0 };
 	struct crdt_journal *j = open_ok(&ident_a);
 	const char *error = "?";
 	char aside[1024];
@@ -874,7 +944,7 @@ static void test_trim_set_aside(void **state)
 /* A handle does not begin an origin against a successor with another identity. */
 static void test_handle_follows(void **state)
 {
-	static const struct crdt_journal_ident other = { 4, "w2", "alice@example.org" };
+	static const struct crdt_journal_ident other = { 4, "w2", "alice@example.org", 0 };
 	struct crdt_journal *old = open_ok(&ident_a), *new;
 
 	(void)state;
@@ -1035,7 +1105,7 @@ static void test_parallel_writers(void **state)
 /* Two processes find an old journal at once: one new origin, one set aside. */
 static void test_parallel_new_origin(void **state)
 {
-	static const struct crdt_journal_ident other = { 4, "w2", "alice@example.org" };
+	static const struct crdt_journal_ident other = { 4, "w2", "alice@example.org", 0 };
 	struct crdt_journal *j;
 
 	(void)state;
@@ -1120,15 +1190,21 @@ static void test_dirty(void **state)
 
 static void test_inbox_uidvalidity(void **state)
 {
-	uint32_t a = crdt_inbox_uidvalidity("alice@example.org");
+	uint32_t a = crdt_inbox_uidvalidity("alice@example.org", 0), b;
 
 	(void)state;
 	/* printf %s alice@example.org | sha256sum: a first 4 bytes, masked by hand */
-	assert_int_equal(a, crdt_inbox_uidvalidity("alice@example.org"));
-	assert_int_equal(crdt_inbox_uidvalidity("u1"), 0x20000000u | (0xbb82030du & 0x1fffffc0u));
-	assert_int_not_equal(a, crdt_inbox_uidvalidity("bob"));
+	assert_int_equal(a, crdt_inbox_uidvalidity("alice@example.org", 0));
+	assert_int_equal(crdt_inbox_uidvalidity("u1", 0), 0x20000000u | (0xbb82030du & 0x1fffffc0u));
+	assert_int_not_equal(a, crdt_inbox_uidvalidity("bob", 0));
 	assert_int_equal(a % 64, 0);
 	assert_true(a >= CRDT_INBOX_UIDVALIDITY_MIN && a < 2 * CRDT_INBOX_UIDVALIDITY_MIN);
+	for (uint32_t gen = 1; gen < 128; gen++) {
+		b = crdt_inbox_uidvalidity("alice@example.org", gen);
+		assert_int_equal(b % 64, 0);
+		assert_true(b >= CRDT_INBOX_UIDVALIDITY_MIN && b < 2 * CRDT_INBOX_UIDVALIDITY_MIN);
+		assert_true(b > a ? b - a >= 1u << 22 : a - b >= 1u << 22);
+	}
 }
 
 /* ---- index header extension ---- */
@@ -1201,7 +1277,7 @@ int main(void)
 		T(test_open_and_append), T(test_read_stops), T(test_header_updates),
 		T(test_torn_tail), T(test_readonly), T(test_read_half_batch), T(test_damage_in_the_middle),
 		T(test_damage_at_the_end),
-		T(test_new_identity), T(test_many_origins), T(test_new_identity_fails),
+		T(test_new_identity), T(test_generation), T(test_many_origins), T(test_new_identity_fails),
 		T(test_new_identity_of_empty), T(test_other_boot_and_copies),
 		T(test_damaged_header), T(test_trim), T(test_trim_killed), T(test_trim_set_aside),
 		T(test_handle_follows), T(test_removed_while_open), T(test_disk_full),

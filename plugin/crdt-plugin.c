@@ -3,6 +3,8 @@
 #include "module-context.h"
 #include "mail-storage-hooks.h"
 #include "crdt-plugin.h"
+#include "crdt-generation.h"
+#include "mail-namespace.h"
 
 #define CRDT_USER_CONTEXT(obj) MODULE_CONTEXT(obj, crdt_user_module)
 
@@ -61,8 +63,23 @@ static void crdt_user_created(struct mail_user *user)
 	MODULE_CONTEXT_SET(user, crdt_user_module, cuser);
 }
 
+/* A predecessor's mail is shown to nobody.  Only those who have one pay for the look. */
+static void crdt_namespaces_created(struct mail_namespace *namespaces)
+{
+	struct mail_user *user = namespaces->user;
+	struct crdt_user *cuser = CRDT_USER_CONTEXT(user);
+	const char *error;
+	uint32_t gen;
+
+	if (cuser == NULL || cuser->set.mode != CRDT_MODE_ON || cuser->set.generation == 0)
+		return;
+	if (crdt_generation_check(user, &cuser->set, &gen, &error) <= 0)
+		user->error = p_strdup_printf(user->pool, "crdt: %s", error);
+}
+
 static struct mail_storage_hooks crdt_storage_hooks = {
 	.mail_user_created = crdt_user_created,
+	.mail_namespaces_created = crdt_namespaces_created,
 	.mailbox_allocated = crdt_mailbox_allocated,
 	.mailbox_opened = crdt_mailbox_opened,
 };

@@ -27,6 +27,7 @@ static int record_open(struct crdt_user *cuser, const char **error_r)
 		.slot = cuser->set.slot,
 		.replica = cuser->set.replica,
 		.user = cuser->user->username,
+		.user_gen = cuser->set.generation,
 	};
 	struct mailbox_list *list = journal_list(cuser);
 	const char *dir;
@@ -42,7 +43,14 @@ static int record_open(struct crdt_user *cuser, const char **error_r)
 	if (cuser->journal == NULL && errno == ENOENT &&
 	    mailbox_list_mkdir_root(list, dir, MAILBOX_LIST_PATH_TYPE_CONTROL) == 0)
 		cuser->journal = crdt_journal_open(dir, &ident, error_r);
-	return cuser->journal == NULL ? -1 : 0;
+	if (cuser->journal == NULL)
+		return -1;
+	if (crdt_journal_info(cuser->journal)->user_gen > cuser->set.generation) {
+		e_warning(cuser->user->event, "crdt: crdt_generation is %u here, but the mail store is already of "
+			"generation %u of this user name, which counts", cuser->set.generation,
+			crdt_journal_info(cuser->journal)->user_gen);
+	}
+	return 0;
 }
 
 static int record_lock(struct crdt_user *cuser, const char **error_r)

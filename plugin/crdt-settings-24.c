@@ -21,6 +21,7 @@ static const struct setting_define crdt_setting_defines[] = {
 	DEF(ENUM, crdt_ack_fail),
 	DEF(STR, crdt_external_expunge_max),
 	DEF(STR, crdt_survey_interval),
+	DEF(STR, crdt_generation),
 	SETTING_DEFINE_LIST_END
 };
 
@@ -37,6 +38,7 @@ static const struct crdt_settings_24 crdt_default_settings = {
 	.crdt_ack_fail = "ok:tempfail",
 	.crdt_external_expunge_max = CRDT_DEFAULT_EXTERNAL_EXPUNGE_MAX,
 	.crdt_survey_interval = CRDT_DEFAULT_SURVEY_INTERVAL,
+	.crdt_generation = CRDT_DEFAULT_GENERATION,
 };
 
 const struct setting_parser_info crdt_setting_parser_info = {

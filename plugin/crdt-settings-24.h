@@ -24,6 +24,7 @@ struct crdt_settings_24 {
 	const char *crdt_ack_fail;
 	const char *crdt_external_expunge_max;
 	const char *crdt_survey_interval;
+	const char *crdt_generation;
 };
 extern const struct setting_parser_info crdt_setting_parser_info;
 

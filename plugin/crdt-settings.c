@@ -74,6 +74,11 @@ static bool parse_ack_fail(const char *value, struct crdt_settings *set)
 	return set->ack_tempfail || strcmp(value, "ok") == 0;
 }
 
+static bool parse_generation(const char *value, struct crdt_settings *set)
+{
+	return str_to_uint32(value, &set->generation) == 0;
+}
+
 static const struct crdt_setting settings[] = {
 	/* first: off stops here */
 	{ "crdt_mode", "on", "on, observe or off", parse_mode },
@@ -85,6 +90,7 @@ static const struct crdt_setting settings[] = {
 	{ "crdt_ack", "local", "local or storage", parse_ack },
 	{ "crdt_ack_timeout", CRDT_DEFAULT_ACK_TIMEOUT, "a time from 1 to 45 seconds, such as 5 secs", parse_ack_timeout },
 	{ "crdt_ack_fail", "ok", "ok or tempfail", parse_ack_fail },
+	{ "crdt_generation", CRDT_DEFAULT_GENERATION, "a number from 0 to 4294967295", parse_generation },
 };
 
 int crdt_settings_read(struct mail_user *user, struct crdt_settings *set_r, const char **error_r)

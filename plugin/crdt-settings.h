@@ -10,6 +10,7 @@ struct mail_user;
 #define CRDT_ACK_SECS_MAX 45		/* crdt-sync keeps nobody longer */
 #define CRDT_DEFAULT_EXTERNAL_EXPUNGE_MAX "10"
 #define CRDT_DEFAULT_SURVEY_INTERVAL "1 hours"
+#define CRDT_DEFAULT_GENERATION "0"
 
 enum crdt_mode { CRDT_MODE_ON, CRDT_MODE_OBSERVE, CRDT_MODE_OFF };
 
@@ -22,6 +23,7 @@ struct crdt_settings {
 	bool ack_storage;		/* the answer waits for a storage daemon */
 	bool ack_tempfail;		/* and is an error if none has the change after */
 	unsigned int ack_secs;
+	uint32_t generation;		/* of the user's name */
 };
 
 /* 0, or -1 and *error_r, a text that says what to do.  Strings belong to the

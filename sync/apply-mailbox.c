@@ -105,7 +105,7 @@ static int create_record(struct worker_user *user, const struct ms_mailbox *made
 	rec.mailbox = made->guid;
 	rec.path = made->path;
 	rec.uidvalidity = made->uidvalidity;
-	if (crdt_journal_lock(user->journal, error_r) < 0)
+	if (worker_journal_lock(user, error_r) != MS_OK)
 		return MS_TEMP;
 	if (crdt_journal_raise_uidvalidity(user->journal, made->uidvalidity, error_r) < 0 ||
 	    (user->box.box->inbox_user && crdt_journal_set_inbox_made(user->journal, error_r) < 0))

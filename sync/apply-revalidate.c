@@ -330,7 +330,7 @@ static int records_end(struct reval *rv, struct apply_txn *txn, uint32_t uidvali
 
 	array_foreach_modifiable(&txn->recs, rec)
 		rec->uidvalidity = uidvalidity;
-	if (crdt_journal_lock(journal, rv->error_r) < 0)
+	if (worker_journal_lock(rv->user, rv->error_r) != MS_OK)
 		return MS_TEMP;
 	if (crdt_journal_raise_uidvalidity(journal, uidvalidity, rv->error_r) < 0)
 		ret = MS_TEMP;

@@ -518,7 +518,7 @@ static int txn_commit(struct mail_index_transaction *t,
 	}
 	txn_build_records(txn, t);
 	locked = array_count(&txn->recs) > 0;
-	if (locked && crdt_journal_lock(txn->user->journal, &error) < 0) {
+	if (locked && worker_journal_lock(txn->user, &error) != MS_OK) {
 		/* A save cannot be undone here: go on, and let it be verified. */
 		txn->error = p_strdup(txn->pool, error);
 		array_clear(&txn->recs);
@@ -639,7 +639,7 @@ static int sync_record(struct apply_txn *txn, struct mail_index_transaction *t, 
 	rec->before = ext.stamp;
 	if ((ret = worker_journal_get(txn->user, TRUE, error_r)) != MS_OK)
 		return ret;
-	if (crdt_journal_lock(txn->user->journal, error_r) < 0)
+	if (worker_journal_lock(txn->user, error_r) != MS_OK)
 		return MS_TEMP;
 	ret = worker_journal_append(txn->user, array_front_modifiable(&txn->recs), n, error_r);
 	if (ret == MS_OK) {

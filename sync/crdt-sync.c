@@ -147,20 +147,23 @@ static void node_log_line(void *ctx ATTR_UNUSED, int level, const char *text)
 
 /* ---- mail stores, called from the pool's threads ---- */
 
-static struct mailstore *mail_open(void *ctx, const char *user)
+static struct mailstore *mail_open(void *ctx, const char *user, uint32_t gen)
 {
 	const char *socket_path = ctx;
 
-	return worker_client_new(socket_path, user, 0);
+	return worker_client_new(socket_path, user, gen, 0);
 }
 
-static enum visit_mail mail_connect(void *ctx ATTR_UNUSED, struct mailstore *ms)
+static enum visit_mail mail_connect(void *ctx ATTR_UNUSED, struct mailstore *ms, uint32_t *gen_r)
 {
 	switch (worker_client_connect(ms)) {
 	case MS_OK:
 		return VISIT_MAIL_OK;
 	case MS_GONE:
 		return VISIT_MAIL_NO_USER;
+	case MS_GENERATION:
+		*gen_r = worker_client_generation(ms);
+		return VISIT_MAIL_GENERATION;
 	default:
 		return VISIT_MAIL_LATER;
 	}

@@ -12,13 +12,14 @@
  *
  * Results: 0 done; MS_RETRY: the mail store changed since `known_seq`, read
  * the journal first and decide anew; MS_GONE: no such mailbox or mail;
+ * MS_GENERATION: only of connecting (worker-client.h);
  * MS_TEMP: temporary failure, text in error, try later; MS_FAIL: it will not
  * work (text); the engine sets the thing aside and reports it.
  */
 #include "../journal/journal.h"
 #include "../crdt/state.h"
 
-enum ms_result { MS_OK = 0, MS_RETRY = 1, MS_GONE = 2, MS_TEMP = -1, MS_FAIL = -2 };
+enum ms_result { MS_OK = 0, MS_RETRY = 1, MS_GONE = 2, MS_GENERATION = 3, MS_TEMP = -1, MS_FAIL = -2 };
 
 /* A mailbox as known here.  The path is a hint: the GUID decides. */
 struct ms_mailbox {

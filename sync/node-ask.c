@@ -132,7 +132,8 @@ static void ask_daemons(struct node_question *q, const char *user)
 	struct node *n = q->n;
 
 	for (unsigned i = 0; i < n->cfg.storages_n; i++)
-		q->parts[i].asked = uplink_ask(n->storages[i].uplink, q->id, asks(q->what), user, 0);
+		q->parts[i].asked = uplink_ask(n->storages[i].uplink, q->id, asks(q->what), user,
+						user == NULL ? 0 : node_local_gen(n, user));
 	if (daemons_ended(q))
 		daemons_answer(q);
 }
@@ -196,8 +197,9 @@ static void put_user(struct crdt_buf *out, const struct user *u, const struct re
 
 	line.vv = &s->vv;
 	line.unsent = node_unsent(u, s);
-	line.pending = s->pending;
-	line.held = s->held;
+	line.absent = node_user_is_absent(u);
+	line.pending = line.absent ? 0 : s->pending;
+	line.held = line.absent ? 0 : s->held;
 	line.buffered = s->buffered;
 	status_put_user(out, &line);
 	/* the same line goes on */
@@ -233,10 +235,10 @@ static void user_answer(struct node_question *q, const struct visit *v, bool kno
 	answer(q, &out);
 }
 
-static bool user_known(struct node *n, const char *name)
+static bool user_known(struct node *n, const char *name, uint32_t gen)
 {
 	struct store_txn *t = store_begin(n->cfg.store);
-	bool known = store_user_id(t, name, 0, false) != 0;
+	bool known = store_user_id(t, name, gen, false) != 0;
 
 	store_abort(&t);
 	return known;
@@ -247,6 +249,21 @@ static void question_of(struct node_question *q, struct user *u)
 	q->u = u;
 	q->of_user = u->questions;
 	u->questions = q;
+}
+
+void node_questions_move(struct user *u, struct user *other)
+{
+	struct node_question *q, **p;
+
+	for (p = &other->questions; *p != NULL; p = &(*p)->of_user)
+		;
+	*p = u->questions;
+	u->questions = NULL;
+	for (q = *p; q != NULL; q = q->of_user) {
+		q->u = other;
+		q->ordered = false;
+		q->origin = 0;
+	}
 }
 
 static void repair_order(struct user *u, const char *path)
@@ -274,14 +291,14 @@ void node_ask(struct node *n, int64_t now, enum node_ask what, const char *user,
 		ask_daemons(q, user);
 		return;
 	}
-	u = node_user(n, user, 0);
+	u = node_user(n, user, node_local_gen(n, user));
 	question_of(q, u);
 	if (what == NODE_ASK_SYNC || what == NODE_ASK_REPAIR) {
 		if (what == NODE_ASK_REPAIR)
 			repair_order(u, path);
 		u->survey = u->journal = true;
 		u->survey_due = u->mail_due = 0;
-	} else if (!user_known(n, user)) {
+	} else if (!user_known(n, user, u->gen)) {
 		/* Nothing is to be made known by asking. */
 		user_answer(q, NULL, false);
 		return;
@@ -295,7 +312,7 @@ void node_await(struct node *n, int64_t now, const char *user, const struct ms_p
 		node_answer *done, void *ctx, struct node_question **q_r)
 {
 	struct node_question *q = question_new(n, now, done, ctx, q_r);
-	struct user *u = node_user(n, user, 0);
+	struct user *u = node_user(n, user, node_local_gen(n, user));
 
 	q->await = true;
 	q->record = *record;
@@ -353,7 +370,7 @@ static bool await_acked(struct node_question *q)
 void node_questions_order(struct user *u, struct visit *v)
 {
 	struct node *n = u->n;
-	bool known = u->questions != NULL && user_known(n, u->name);
+	bool known = u->questions != NULL && user_known(n, u->name, u->gen);
 
 	for (struct node_question *q = u->questions; q != NULL; q = q->of_user) {
 		q->ordered = true;

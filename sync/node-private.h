@@ -49,7 +49,8 @@ struct user {
 	int64_t mail_due;		/* not before */
 	unsigned failures;		/* in a row */
 	char *trouble;			/* text of the last one; NULL: none */
-	bool no_user;
+	bool no_user;			/* userdb does not know him */
+	bool waits;			/* for the mail store to be of his generation */
 
 	struct fetch *fetches;
 	unsigned fetches_asking;	/* of them a daemon is asked for */
@@ -69,6 +70,10 @@ struct storage {
 	unsigned serves;
 };
 
+/* Of which generation of a name the mail store here is, where it is not 0.  One for each
+ * such user of userdb. */
+struct local_gen { char *name; uint32_t gen; };
+
 /* A walk over the users of the store, by number. */
 struct walk {
 	uint64_t next_id;
@@ -86,6 +91,7 @@ struct node {
 	void *user_tree;
 	struct user *users;
 	size_t users_n;
+	void *local_gens;		/* tsearch() */
 	struct scheduler *sched;
 	unsigned visits;		/* open */
 	int64_t age_due;		/* forget settled users */
@@ -115,6 +121,10 @@ struct user *node_user(struct node *n, const char *name, uint32_t gen);	/* made 
 struct user *node_user_find(struct node *n, const char *name, uint32_t gen);
 /* Own ops that every daemon, that some daemon has acknowledged. */
 void node_user_acked(const struct user *u, uint64_t *all_r, uint64_t *any_r);
+/* The generation of a name that the mail store here is of; 0 unless somebody said so. */
+uint32_t node_local_gen(const struct node *n, const char *name);
+/* Nothing is applied for him: userdb does not know him, or a later user of his name. */
+bool node_user_is_absent(const struct user *u);
 void node_wake(struct user *u, enum sched_urgency urgency);
 void node_wake_at(struct user *u, int64_t due);
 void node_log(struct node *n, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
@@ -135,6 +145,7 @@ void node_body_ride(struct node *n, unsigned storage, const char *user, uint32_t
 /* node-ask.c */
 void node_questions_order(struct user *u, struct visit *v);	/* what they need of the visit */
 void node_questions_visited(struct user *u, struct visit *v);
+void node_questions_move(struct user *u, struct user *other);	/* they are about that one */
 void node_questions_link_down(struct node *n, unsigned storage);
 void node_told(struct node *n, unsigned storage, uint64_t id, const uint8_t *p, size_t len, bool last);
 int64_t node_questions_run(struct node *n);

@@ -87,8 +87,11 @@ static void put_user(struct node_report *r, const struct user *u, const struct r
 		st = &busy;
 	line.unsent = node_unsent(u, st);
 	line.vv = &st->vv;
-	line.pending = st->pending + (u->survey ? 1 : 0);
-	line.held = st->held;
+	line.absent = node_user_is_absent(u);
+	if (!line.absent) {
+		line.pending = st->pending + (u->survey ? 1 : 0);
+		line.held = st->held;
+	}
 	line.buffered = st->buffered;
 	line.digest = r->digest ? digest : NULL;
 	status_put_user(&r->out, &line);

@@ -64,6 +64,61 @@ struct user *node_user(struct node *n, const char *name, uint32_t gen)
 	return u;
 }
 
+static int local_gen_cmp(const void *_a, const void *_b)
+{
+	const struct local_gen *a = _a, *b = _b;
+
+	return strcmp(a->name, b->name);
+}
+
+static struct local_gen *local_gen_find(const struct node *n, const char *name)
+{
+	const struct local_gen key = { .name = (char *)name };
+	struct local_gen *const *node = tfind(&key, &n->local_gens, local_gen_cmp);
+
+	return node == NULL ? NULL : *node;
+}
+
+uint32_t node_local_gen(const struct node *n, const char *name)
+{
+	const struct local_gen *g = local_gen_find(n, name);
+
+	return g == NULL ? 0 : g->gen;
+}
+
+static void local_gen_free(struct node *n, struct local_gen *g)
+{
+	(void)tdelete(g, &n->local_gens, local_gen_cmp);
+	free(g->name);
+	free(g);
+}
+
+static void local_gen_set(struct node *n, const char *name, uint32_t gen)
+{
+	struct local_gen *g = local_gen_find(n, name);
+
+	if (g == NULL && gen > 0) {
+		g = xcalloc(1, sizeof(*g));
+		g->name = xstrdup(name);
+		if (tsearch(g, &n->local_gens, local_gen_cmp) == NULL)
+			abort();
+	}
+	if (gen > 0)
+		g->gen = gen;
+	else if (g != NULL)
+		local_gen_free(n, g);
+}
+
+static bool is_past(const struct user *u)
+{
+	return u->gen < node_local_gen(u->n, u->name);
+}
+
+bool node_user_is_absent(const struct user *u)
+{
+	return u->no_user || is_past(u);
+}
+
 static void user_free(struct user *u)
 {
 	struct node *n = u->n;
@@ -436,6 +491,8 @@ void node_free(struct node **_n)
 		uplink_free(&n->storages[i].uplink);
 		free(n->storages[i].endpoint);
 	}
+	while (n->local_gens != NULL)
+		local_gen_free(n, *(struct local_gen **)n->local_gens);
 	ops_free(n->waiting);
 	ops_free(n->syncing_ops);
 	sched_free(&n->sched);
@@ -506,14 +563,14 @@ void node_changed(struct node *n, int64_t now, const char *user)
 	int64_t soon;
 
 	n->now = now;
-	if (is_full(n, user, 0)) {
+	if (is_full(n, user, node_local_gen(n, user))) {
 		if (!n->full_logged)
 			node_log(n, 1, "%u users have work waiting: more of them wait for the next look at the "
 				 "markers of changed users", NODE_USERS_MAX);
 		n->full_logged = true;
 		return;
 	}
-	u = node_user(n, user, 0);
+	u = node_user(n, user, node_local_gen(n, user));
 	u->journal = true;
 	soon = now + MAIL_CHANGED_RETRY_MSECS * (int64_t)(u->failures + 1);
 	if (u->mail_due > soon)
@@ -530,9 +587,9 @@ void node_survey(struct node *n, int64_t now, const char *user, enum node_survey
 	int64_t due = now;
 
 	n->now = now;
-	if (n->users_n >= NODE_USERS_MAX && node_user_find(n, user, 0) == NULL)
+	if (is_full(n, user, node_local_gen(n, user)))
 		return;		/* another time */
-	u = node_user(n, user, 0);
+	u = node_user(n, user, node_local_gen(n, user));
 	if (why == NODE_SURVEY_LOGIN && u->surveyed != 0 && now - u->surveyed < NODE_SURVEY_LOGIN_MSECS)
 		return;
 	if (why == NODE_SURVEY_CHANGED && u->surveyed != 0)
@@ -549,7 +606,7 @@ void node_survey(struct node *n, int64_t now, const char *user, enum node_survey
 
 void node_marked(struct node *n, int64_t now, const char *user)
 {
-	struct user *u = node_user_find(n, user, 0);
+	struct user *u = node_user_find(n, user, node_local_gen(n, user));
 	uint64_t all, any = 0;
 
 	n->now = now;
@@ -618,7 +675,8 @@ static struct visit *order(struct user *u)
 	v->owner = u;
 	v->feeds = take_feeds(u);
 	if (v->feeds != NULL)
-		u->apply = true;
+		u->apply = !is_past(u);
+	v->gone = u->no_user;
 	if (n->now >= u->mail_due && !n->refilling) {
 		v->journal = u->journal;
 		v->survey = u->survey && n->cfg.apply && n->now >= u->survey_due;
@@ -725,6 +783,45 @@ void node_merged(struct node *n, int64_t now, struct visit_feed *feeds)
 		n->feed_sync_due = now + NODE_FEED_SYNC_MSECS;
 }
 
+/* The mail store is of another generation: what happened to it is that one's. */
+static void visited_other(struct user *u, const struct visit *v)
+{
+	struct node *n = u->n;
+	struct user *other = node_user(n, u->name, v->mail_gen);
+
+	if (node_local_gen(n, u->name) != v->mail_gen)
+		node_log(n, 2, "user %s: the mail store is of generation %u now", u->name, v->mail_gen);
+	local_gen_set(n, u->name, v->mail_gen);
+	other->journal = other->journal || v->journal || u->journal;
+	other->survey = other->survey || v->survey || u->survey;
+	other->mail_due = 0;
+	if (v->repair || u->repair) {
+		other->repair = true;	/* of all: it is another mail store */
+		free(other->repair_path);
+		other->repair_path = NULL;
+		u->repair = false;
+		free(u->repair_path);
+		u->repair_path = NULL;
+	}
+	node_questions_move(u, other);
+	if (other->journal || other->apply || other->survey || other->repair || other->questions != NULL)
+		node_wake(other, SCHED_NOW);
+	u->journal = u->survey = u->no_user = false;
+	u->trim_due = 0;
+	if (v->mail_gen > u->gen) {
+		u->apply = false;
+		u->mail_due = 0;
+		node_fetches_drop(u);
+		return;
+	}
+	if (!u->waits)
+		node_log(n, 2, "user %s: userdb has generation %u here: changes from other replicas of generation %u "
+			 "are kept until it has that, too", u->name, v->mail_gen, u->gen);
+	u->waits = true;
+	u->apply = true;
+	u->mail_due = n->now + NODE_GENERATION_MSECS;
+}
+
 static void visited_mail(struct user *u, struct visit *v)
 {
 	struct node *n = u->n;
@@ -737,9 +834,13 @@ static void visited_mail(struct user *u, struct visit *v)
 			node_log(n, 2, "user %s: the mail store works again", u->name);
 		u->failures = 0;
 		u->mail_due = 0;
-		u->no_user = false;
+		u->no_user = u->waits = false;
 		free(u->trouble);
 		u->trouble = NULL;
+		local_gen_set(n, u->name, u->gen);
+		return;
+	case VISIT_MAIL_GENERATION:
+		visited_other(u, v);
 		return;
 	case VISIT_MAIL_NO_USER:
 		u->mail_due = n->now + NODE_NO_USER_MSECS;

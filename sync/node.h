@@ -15,6 +15,11 @@
  * META rows: 'c' endpoint -> u64 daemon id, u64 gsn (what was durably fed); 'r': see
  * node_rebuild().
  *
+ * Generations: a user is a name and its generation; each has an engine, rows and ops of its
+ * own.  One of them is the mail store's, says crdt-worker whenever it connects
+ * (VISIT_MAIL_GENERATION); what happens here to the name is his.  Earlier ones are past:
+ * their ops are still exchanged, and nothing is applied.  A later one waits for userdb.
+ *
  * One thread.  Times: milliseconds of a clock that does not go back.
  */
 #include "visit.h"
@@ -26,6 +31,7 @@
 #define NODE_TRIM_MSECS 200		/* journal is trimmed so long after the last reason to */
 #define NODE_APPLIED_MSECS 1000		/* APPLIED for a user, at most so often */
 #define NODE_NO_USER_MSECS (10 * 60 * 1000)	/* a user whom userdb does not know is tried again */
+#define NODE_GENERATION_MSECS 60000	/* one of a generation that the mail store is not of yet */
 #define NODE_FETCHES_MAX 64		/* texts that are asked for at a time, of all users */
 #define NODE_FETCHES_USER_MAX 16	/* of one user */
 #define NODE_FETCHES_KNOWN_MAX 16384	/* with those that nobody had, until they are asked for again */

@@ -22,7 +22,7 @@ struct engine {
 	struct replica *r;
 	struct mailstore *ms;
 	bool busy;
-	time_t used;
+	time_t used, connected;
 };
 
 struct pool {
@@ -163,14 +163,14 @@ static uint64_t unix_time(void *ctx)
 	return (uint64_t)time(NULL);
 }
 
-static void text_seen(void *ctx, const char *user, const struct crdt_content *c, const void *text, size_t n)
+static void text_seen(void *ctx, const char *user, uint32_t gen, const struct crdt_content *c, const void *text, size_t n)
 {
 	struct pool *p = ctx;
 	const char *error;
 	uint64_t next;
 
 	/* The content id is the digest that the engine just made of it. */
-	(void)spool_add(p->cfg.sent, user, 0, c, n, 0, text, n, &next, &error);
+	(void)spool_add(p->cfg.sent, user, gen, c, n, 0, text, n, &next, &error);
 }
 
 /* Without the lock. */
@@ -202,6 +202,36 @@ static struct engine *engine_choose(struct pool *p, const struct visit *v)
 	return v->mail ? best : NULL;
 }
 
+static bool is_known(struct pool *p, const struct visit *v)
+{
+	struct store_txn *t = store_begin(p->cfg.store);
+	bool known = store_user_id(t, v->user, v->gen, false) != 0;
+
+	store_abort(&t);
+	return known;
+}
+
+static enum visit_mail mail_open(struct pool *p, struct engine *e, struct visit *v)
+{
+	enum visit_mail mail;
+	time_t now = seconds();
+
+	if (e->ms != NULL && now - e->connected >= POOL_CONNECTION_SECS)
+		p->cfg.close_mail(p->cfg.ctx, &e->ms);
+	if (e->ms == NULL) {
+		e->ms = p->cfg.open_mail(p->cfg.ctx, v->user, v->gen);
+		e->connected = now;
+		if (e->r != NULL)
+			replica_set_mailstore(e->r, e->ms);
+	}
+	if (e->ms == NULL)
+		return VISIT_MAIL_LATER;
+	mail = p->cfg.connect_mail(p->cfg.ctx, e->ms, &v->mail_gen);
+	if (mail != VISIT_MAIL_OK && e->ms->error[0] != '\0')
+		v->error = xstrdup(e->ms->error);
+	return mail;
+}
+
 /* Opens what the visit needs and e does not have; sets v->failed on error. */
 static enum visit_mail engine_open(struct pool *p, struct engine *e, struct visit *v)
 {
@@ -213,18 +243,11 @@ static enum visit_mail engine_open(struct pool *p, struct engine *e, struct visi
 		e->user = xstrdup(v->user);
 		e->gen = v->gen;
 	}
-	if (v->mail) {
-		if (e->ms == NULL) {
-			e->ms = p->cfg.open_mail(p->cfg.ctx, v->user);
-			if (e->r != NULL)
-				replica_set_mailstore(e->r, e->ms);
-		}
-		mail = e->ms == NULL ? VISIT_MAIL_LATER : p->cfg.connect_mail(p->cfg.ctx, e->ms);
-		if (mail != VISIT_MAIL_OK && e->ms != NULL && e->ms->error[0] != '\0')
-			v->error = xstrdup(e->ms->error);
-	}
-	/* A name that userdb does not know makes no rows. */
-	if (e->r == NULL && mail == VISIT_MAIL_NO_USER && v->feeds == NULL && !v->status && !v->want_ops)
+	if (v->mail)
+		mail = mail_open(p, e, v);
+	/* A name that userdb does not know, or not in this generation, makes no rows. */
+	if (e->r == NULL && (mail == VISIT_MAIL_NO_USER || mail == VISIT_MAIL_GENERATION) && v->feeds == NULL &&
+	    !is_known(p, v))
 		return mail;
 	if (e->r == NULL) {
 		char *error = NULL;
@@ -257,7 +280,7 @@ static void carry_out(struct pool *p, struct visit *v)
 		e = &brief;	/* no mail store: nothing worth to be kept */
 	mail = engine_open(p, e, v);
 	visit_run(v, e->r, mail, p->cfg.spool, &hooks);
-	if (e == &brief || v->mail_result == VISIT_MAIL_NO_USER)
+	if (e == &brief || v->mail_result == VISIT_MAIL_NO_USER || v->mail_result == VISIT_MAIL_GENERATION)
 		engine_close(p, e);
 	if (e != &brief) {
 		pthread_mutex_lock(&p->lock);

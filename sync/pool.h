@@ -17,6 +17,7 @@
 
 #define POOL_THREADS 4
 #define POOL_KEEP_SECS 30	/* an engine that is not used */
+#define POOL_CONNECTION_SECS 60	/* userdb is asked again: the name may have passed to another user */
 #define POOL_STOP_SECS 5	/* for visits to end, when the service stops */
 
 struct pool_config {
@@ -27,9 +28,9 @@ struct pool_config {
 	unsigned threads;
 	/* Makes the mail store of a user; called from the threads.
 	 * worker_client_new(), or in tests something else. */
-	struct mailstore *(*open_mail)(void *ctx, const char *user);
-	/* Connects it, before anything else is asked of it. */
-	enum visit_mail (*connect_mail)(void *ctx, struct mailstore *ms);
+	struct mailstore *(*open_mail)(void *ctx, const char *user, uint32_t gen);
+	/* Connects it, before anything else is asked of it.  *gen_r: of VISIT_MAIL_GENERATION. */
+	enum visit_mail (*connect_mail)(void *ctx, struct mailstore *ms, uint32_t *gen_r);
 	void (*close_mail)(void *ctx, struct mailstore **ms);
 	/* Calls cb for all users that userdb can list; from a thread.  0; -1 with *error_r
 	 * (malloc'ed). */

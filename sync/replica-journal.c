@@ -108,7 +108,7 @@ static void text_note(struct replica *r, const struct place *p, const struct ms_
 {
 	text_place_put(r, &m->content, p, m->size);
 	if (m->text != NULL && r->cfg->text_seen != NULL)
-		r->cfg->text_seen(r->cfg->ctx, r->user, &m->content, m->text, (size_t)m->size);
+		r->cfg->text_seen(r->cfg->ctx, r->user, r->gen, &m->content, m->text, (size_t)m->size);
 }
 
 static struct crdt_str *sorted(const struct crdt_str *list, unsigned n)

@@ -29,7 +29,7 @@ struct replica_config {
 	void (*log)(void *ctx, int level, const char *text);	/* 0 error, 1 warning, 2 info, 3 debug */
 	/* A text that was read on the way (size <= CRDT_BODY_RIDE): may be kept for
 	 * sending soon.  May be NULL. */
-	void (*text_seen)(void *ctx, const char *user, const struct crdt_content *c, const void *p, size_t n);
+	void (*text_seen)(void *ctx, const char *user, uint32_t gen, const struct crdt_content *c, const void *p, size_t n);
 	void *ctx;
 	/* So many mails may vanish from a mailbox at once and count as removed
 	 * (by another program); of more, each has to be proven. */

@@ -206,10 +206,17 @@ static bool read_journal(struct run *run)
 	return ret > 0;
 }
 
+/* The mail store is not this user's any more: who asks is to go on without. */
+static bool texts_are_gone(const struct visit *v)
+{
+	return (v->mail_result == VISIT_MAIL_GENERATION && v->mail_gen > v->gen) ||
+		(v->mail_result == VISIT_MAIL_NO_USER && v->gone);
+}
+
 static int read_body(struct run *run, struct visit_read *r)
 {
 	if (run->v->mail_result != VISIT_MAIL_OK)
-		return MS_TEMP;
+		return texts_are_gone(run->v) ? MS_GONE : MS_TEMP;
 	crdt_buf_clear(&r->data);
 	return replica_read_body(run->r, &r->content, r->offset, r->len, &r->data, &r->size);
 }
@@ -224,7 +231,7 @@ static bool read_bodies(struct run *run)
 		return false;
 	for (r = reads; r != NULL; r = r->next) {
 		r->result = read_body(run, r);
-		if (r->result == MS_GONE && !read) {
+		if (r->result == MS_GONE && !read && run->v->mail_result == VISIT_MAIL_OK) {
 			/* moved just now: the journal tells where to */
 			read = true;
 			news = read_journal(run);
@@ -335,11 +342,15 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 {
 	struct run run = { .v = v, .r = r, .spool = spool, .hooks = hooks, .handed_over = v->ops_after };
 	crdt_origin known = v->origin;
+	struct visit_read *read;
 	char *error = NULL;
 
 	v->mail_result = mail;
-	if (r == NULL)
+	if (r == NULL) {
+		for (read = v->reads; read != NULL && texts_are_gone(v); read = read->next)
+			read->result = MS_GONE;
 		return;
+	}
 	merge(&run);
 	if (v->failed)
 		return;

@@ -68,6 +68,7 @@ enum visit_mail {
 	VISIT_MAIL_NOT_TRIED,
 	VISIT_MAIL_OK,
 	VISIT_MAIL_NO_USER,
+	VISIT_MAIL_GENERATION,		/* the mail store is of another one of the name */
 	VISIT_MAIL_LATER,
 };
 
@@ -91,6 +92,7 @@ struct visit {
 	bool ops_asked;			/* also when there is no new one */
 	uint64_t ops_after;
 	struct crdt_vv *stable;		/* owned; drop leftovers, a slice */
+	bool gone;			/* userdb has not known him for long */
 	bool tell_applied;		/* applied_vv (costs a look at all that is not applied) */
 	bool status, digest;
 	bool backlog;			/* with status: backlogs, of each daemon */
@@ -104,6 +106,7 @@ struct visit {
 	bool failed;			/* the database failed: stop serving */
 	char *error;			/* owned; of failed or of mail */
 	enum visit_mail mail_result;
+	uint32_t mail_gen;		/* of VISIT_MAIL_GENERATION: what it is */
 	bool applied;			/* applying was tried: progress says how it ended */
 	enum replica_progress progress;
 	bool read_journal;		/* it was read to its end */

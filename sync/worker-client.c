@@ -18,10 +18,12 @@
 struct worker_client {
 	struct mailstore ms;		/* first: ms is what callers have */
 	char *socket_path, *user;
+	uint32_t gen;
 	int timeout_msecs;
 	int fd;				/* -1: not connected */
 	bool ready;			/* HELLO was answered with MS_OK */
 	bool no_user;
+	uint32_t other_gen;
 
 	struct crdt_buf out;
 	struct crdt_buf in;		/* bytes of the message that msg points into */
@@ -215,8 +217,14 @@ int worker_client_connect(struct mailstore *ms)
 		return ret;
 	hello.user.p = (const uint8_t *)c->user;
 	hello.user.n = (uint16_t)strlen(c->user);
+	hello.gen = c->gen;
 	if ((ret = send_msg(c, &hello)) != MS_OK || (ret = recv_msg(c)) != MS_OK)
 		return ret;
+	if (c->msg.type == WORKER_GENERATION) {
+		c->other_gen = c->msg.gen;
+		if ((ret = recv_msg(c)) != MS_OK)
+			return ret;
+	}
 	ret = result(c);
 	if (ret == MS_OK)
 		c->ready = true;
@@ -229,7 +237,7 @@ int worker_client_connect(struct mailstore *ms)
 int worker_client_users(const char *socket_path, unsigned timeout_s,
 			void (*cb)(void *ctx, const char *user), void *ctx, char *error_r, size_t n)
 {
-	struct mailstore *ms = worker_client_new(socket_path, "", timeout_s);
+	struct mailstore *ms = worker_client_new(socket_path, "", 0, timeout_s);
 	struct worker_msg m = { .type = WORKER_USERS };
 	struct worker_client *c;
 	int ret;
@@ -260,6 +268,11 @@ bool worker_client_no_user(const struct mailstore *ms)
 	return ((const struct worker_client *)ms)->no_user;
 }
 
+uint32_t worker_client_generation(const struct mailstore *ms)
+{
+	return ((const struct worker_client *)ms)->other_gen;
+}
+
 void worker_client_disconnect(struct mailstore *ms)
 {
 	client_close(client(ms));
@@ -283,7 +296,7 @@ static int request(struct worker_client *c, const struct worker_msg *m)
 		}
 	}
 	if (ret != MS_OK)
-		return ret == MS_GONE ? MS_FAIL : ret;
+		return ret == MS_GONE ? MS_FAIL : ret == MS_GENERATION ? MS_TEMP : ret;
 	return send_msg(c, m);
 }
 
@@ -852,7 +865,7 @@ static int ms_note_subscription(struct mailstore *ms, struct crdt_str path)
 	return request_result(client(ms), &m);
 }
 
-struct mailstore *worker_client_new(const char *socket_path, const char *user, unsigned timeout_s)
+struct mailstore *worker_client_new(const char *socket_path, const char *user, uint32_t gen, unsigned timeout_s)
 {
 	struct worker_client *c = calloc(1, sizeof(*c));
 
@@ -864,6 +877,7 @@ struct mailstore *worker_client_new(const char *socket_path, const char *user, u
 	c->timeout_msecs = timeout_s > 3600 ? 3600 * 1000 : (int)timeout_s * 1000;
 	c->socket_path = strdup(socket_path);
 	c->user = strdup(user);
+	c->gen = gen;
 	c->ms.read = ms_read;
 	c->ms.trim = ms_trim;
 	c->ms.set_seen = ms_set_seen;

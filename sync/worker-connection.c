@@ -319,6 +319,7 @@ static void conn_input(struct worker_conn *conn);
 
 static int handle_hello(struct worker_conn *conn, const struct worker_msg *msg, const char **error_r)
 {
+	struct worker_msg other = { .type = WORKER_GENERATION, .gen = msg->gen };
 	const char *name = worker_cstr(&msg->user);
 	int ret;
 
@@ -327,7 +328,9 @@ static int handle_hello(struct worker_conn *conn, const struct worker_msg *msg, 
 		conn->failed = TRUE;
 		return MS_FAIL;
 	}
-	ret = worker_user_init(name, &conn->user, error_r);
+	ret = worker_user_init(name, &other.gen, &conn->user, error_r);
+	if (ret == MS_GENERATION)
+		worker_send(conn, &other);
 	if (ret == MS_OK) {
 		event_unref(&conn->event);
 		conn->event = conn->user->event;
@@ -439,12 +442,16 @@ static void request_run(struct worker_conn *conn, const struct worker_msg *msg)
 		conn_fail(conn, "no HELLO");
 		return;
 	} else {
-		ret = worker_user_recover(conn->user, &error);
+		ret = worker_user_check(conn->user, &error);
+		if (ret == MS_OK)
+			ret = worker_user_recover(conn->user, &error);
 		if (ret == MS_OK)
 			ret = handle(conn, msg, &result, &error);
 		worker_user_unlock(conn->user);
 	}
 	send_result(conn, ret, error, &result);
+	if (conn->user != NULL && conn->user->outdated)
+		conn_fail(conn, NULL);
 }
 
 /* Requests in parts */

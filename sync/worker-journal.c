@@ -7,6 +7,7 @@
 #include "apply-txn.h"
 
 #include <dirent.h>
+#include <stdio.h>
 
 /* How often a mail that cannot be read stops the reading (the trouble may pass)
  * before it is passed over. */
@@ -89,6 +90,26 @@ static bool is_set_aside(const char *name)
 		(hex[16] == '-' && hex[17] != '\0' && str_is_numeric(hex + 17, '\0'));
 }
 
+/* What a predecessor of this name has not sent is not about the mail here, and is not
+ * sent: his mail is gone. */
+static bool is_predecessors(struct worker_user *user, struct crdt_journal *j, const char *path)
+{
+	const struct crdt_journal_info *info = crdt_journal_info(j);
+	const char *kept = t_strdup_printf("%s/"CRDT_JOURNAL_NAME".generation%u.%s", user->control_dir,
+					   info->user_gen, strrchr(path, '.') + 1);
+
+	if (info->user_gen >= user->ident.user_gen || strcmp(info->user, user->ident.user) != 0)
+		return FALSE;
+	if (rename(path, kept) < 0) {
+		e_error(user->event, "rename(%s, %s) failed: %m", path, kept);
+		return TRUE;
+	}
+	e_warning(user->event, "crdt: A journal is of generation %u of this user name, which is at %u now: "
+		"the %"PRIu64" records that had not been sent stay in %s, which can be removed",
+		info->user_gen, user->ident.user_gen, info->next_seq - info->base_seq, kept);
+	return TRUE;
+}
+
 static int journals_set_aside(struct worker_user *user, struct journals *js, const char **error_r)
 {
 	struct dirent *d;
@@ -112,7 +133,9 @@ static int journals_set_aside(struct worker_user *user, struct journals *js, con
 		if (stat(path, &st) < 0 && errno == ENOENT)
 			continue;
 		j = crdt_journal_open_file(path, error_r);
-		if (j != NULL)
+		if (j != NULL && is_predecessors(user, j, path))
+			crdt_journal_close(&j);
+		else if (j != NULL)
 			journals_insert(js, j, path, &st);
 		else if (errno != 0 && errno != ENOENT)
 			ret = MS_TEMP;
@@ -134,7 +157,7 @@ static void journals_close(struct worker_user *user, struct journals *js)
 /* Locks and unlocks: info is fresh, a replaced file is followed. */
 static int journal_refresh(struct worker_user *user, const char **error_r)
 {
-	if (crdt_journal_lock(user->journal, error_r) < 0)
+	if (worker_journal_lock(user, error_r) != MS_OK)
 		return MS_TEMP;
 	crdt_journal_unlock(user->journal);
 	return MS_OK;
@@ -550,7 +573,7 @@ static int marker_clear(struct worker_user *user, const char **error_r)
 	if (!empty)
 		return MS_OK;
 	/* Who adds the first record makes the marker under the same lock. */
-	if (js.have_current && crdt_journal_lock(user->journal, error_r) < 0)
+	if (js.have_current && worker_journal_lock(user, error_r) != MS_OK)
 		return MS_TEMP;
 	info = js.have_current ? crdt_journal_info(user->journal) : NULL;
 	if (info == NULL || info->base_seq == info->next_seq) {
@@ -584,7 +607,7 @@ int worker_set_seen(struct worker_user *user, const struct worker_msg *req, cons
 
 	if (ret != MS_OK)
 		return ret;
-	if (crdt_journal_lock(user->journal, error_r) < 0)
+	if (worker_journal_lock(user, error_r) != MS_OK)
 		return MS_TEMP;
 	if (crdt_journal_set_seen(user->journal, &req->seen, error_r) < 0 ||
 	    crdt_journal_raise_uidvalidity(user->journal, req->uidvalidity, error_r) < 0)
@@ -615,7 +638,7 @@ int worker_journal_add(struct worker_user *user, struct crdt_jrec *recs, size_t 
 
 	if (ret != MS_OK)
 		return ret;
-	if (crdt_journal_lock(user->journal, error_r) < 0)
+	if (worker_journal_lock(user, error_r) != MS_OK)
 		return MS_TEMP;
 	ret = worker_journal_append(user, recs, n, error_r);
 	crdt_journal_unlock(user->journal);

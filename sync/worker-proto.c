@@ -171,6 +171,10 @@ static void put_fields(struct crdt_buf *b, const struct worker_msg *m)
 	case WORKER_HELLO:
 		crdt_buf_u8(b, WORKER_PROTO_VERSION);
 		put_str(b, &m->user);
+		crdt_buf_varint(b, m->gen);
+		break;
+	case WORKER_GENERATION:
+		crdt_buf_varint(b, m->gen);
 		break;
 	case WORKER_READ:
 	case WORKER_TRIM:
@@ -580,7 +584,7 @@ static void get_looks(struct crdt_reader *r, struct worker_msg *m)
 static void get_result(struct crdt_reader *r, struct worker_msg *m)
 {
 	m->code = (int8_t)crdt_get_u8(r);
-	if (m->code < MS_FAIL || m->code > MS_GONE)
+	if (m->code < MS_FAIL || m->code > MS_GENERATION)
 		r->bad = true;
 	m->flag = get_bool(r);
 	m->uidnext = get_u32(r);
@@ -597,6 +601,10 @@ static bool get_fields(struct crdt_reader *r, struct worker_msg *m)
 		m->user = get_str(r, WORKER_USER_MAX);
 		if (m->user.n == 0 || memchr(m->user.p, '\0', m->user.n) != NULL)
 			r->bad = true;
+		m->gen = get_u32(r);
+		break;
+	case WORKER_GENERATION:
+		m->gen = get_u32(r);
 		break;
 	case WORKER_READ:
 	case WORKER_JOURNALS:

@@ -11,7 +11,8 @@
  * here and one RESULT; then the client may ask again.  A connection begins with
  * HELLO (but for USERS).  ALIVE may come at any time while the worker works.
  *
- *  HELLO                RESULT (MS_GONE: no such user)
+ *  HELLO                RESULT (MS_GONE: no such user); or GENERATION, RESULT
+ *                       (MS_GENERATION): the mail store is of that one
  *  READ                 for each record MAIL* RECORD; then JOURNALS RESULT.  A
  *                       batch: RESULT.more says that there are further records
  *  TRIM, SET_SEEN       RESULT
@@ -32,7 +33,7 @@
 #include "mailstore.h"
 #include "../wire/frame.h"	/* CRDT_BODY_RIDE, CRDT_BODY_CHUNK */
 
-#define WORKER_PROTO_VERSION 1
+#define WORKER_PROTO_VERSION 2
 /* Bytes of one message after its length field: a journal record and some. */
 #define WORKER_MSG_MAX (CRDT_JOURNAL_RECORD_MAX + 64 * 1024)
 #define WORKER_USER_MAX 512
@@ -60,7 +61,7 @@ enum worker_msg_type {
 	WORKER_OUTCOME, WORKER_MADE, WORKER_FOUND, WORKER_ALIVE,
 	WORKER_SURVEY, WORKER_CHECK, WORKER_LOOK, WORKER_NOTE, WORKER_NOTE_SUBSCRIPTION,
 	WORKER_NAME, WORKER_CHECKED, WORKER_LOOKED, WORKER_LOST,
-	WORKER_USERS,
+	WORKER_USERS, WORKER_GENERATION,
 };
 
 /* NOTE */
@@ -74,6 +75,7 @@ enum worker_text_source { WORKER_TEXT_CLIENT = 1, WORKER_TEXT_MAILBOX };
 struct worker_msg {
 	uint8_t type;
 	struct crdt_str user;			/* HELLO */
+	uint32_t gen;				/* HELLO: of the name; GENERATION */
 	struct ms_mailbox box;			/* APPLY .. LIST but SUBSCRIBE; MADE */
 	/* READ: what was read; TRIM, REMOVE, REVALIDATE: pos[0]; JOURNALS */
 	uint16_t pos_n;

@@ -17,6 +17,7 @@
 #include "worker-service.h"
 #include "apply-txn.h"
 #include "../plugin/crdt-compat.h"
+#include "../plugin/crdt-generation.h"
 #include "../plugin/crdt-private.h"
 #include "../plugin/crdt-settings.h"
 
@@ -39,10 +40,12 @@ static const char *const storage_plugins[] = {
 	"listescape", "mailbox_alias", "var_expand_crypt", "charset_alias", NULL
 };
 
-static int user_open(struct worker_user *user, const char **error_r)
+static int user_open(struct worker_user *user, uint32_t *gen, const char **error_r)
 {
 	struct crdt_settings set;
 	const char *dir;
+	uint32_t wanted = *gen;
+	int ret;
 
 	if (crdt_settings_read(user->user, &set, error_r) < 0)
 		return MS_FAIL;
@@ -66,10 +69,18 @@ static int user_open(struct worker_user *user, const char **error_r)
 	}
 	user->control_dir = p_strdup(user->pool, dir);
 	user->lock_path = p_strconcat(user->pool, dir, "/"LOCK_NAME, NULL);
+	ret = crdt_generation_check(user->user, &set, gen, error_r);
+	if (ret < 0 || (ret == 0 && *gen == wanted))
+		return MS_TEMP;
+	user->ident.user_gen = *gen;
+	if (*gen != wanted) {
+		*error_r = t_strdup_printf("the mail store is of generation %u of this user name", *gen);
+		return MS_GENERATION;
+	}
 	return MS_OK;
 }
 
-int worker_user_init(const char *name, struct worker_user **user_r, const char **error_r)
+int worker_user_init(const char *name, uint32_t *gen, struct worker_user **user_r, const char **error_r)
 {
 	struct mail_storage_service_user *service_user;
 	struct worker_user *user;
@@ -93,7 +104,7 @@ int worker_user_init(const char *name, struct worker_user **user_r, const char *
 	user->user = mail_user;
 	user->event = mail_user->event;
 	user->lock_fd = -1;
-	if ((ret = user_open(user, error_r)) != MS_OK) {
+	if ((ret = user_open(user, gen, error_r)) != MS_OK) {
 		worker_user_deinit(&user);
 		return ret;
 	}
@@ -590,6 +601,19 @@ static int control_dir_create(struct worker_user *user, const char **error_r)
 	return 0;
 }
 
+/* As of the last lock.  The journal of a mail store goes from one generation to a
+ * higher one, which a mail process may have heard of first. */
+static int generation_check(struct worker_user *user, const char **error_r)
+{
+	uint32_t gen = crdt_journal_info(user->journal)->user_gen;
+
+	if (gen == user->ident.user_gen)
+		return MS_OK;
+	user->outdated = TRUE;
+	*error_r = t_strdup_printf("the mail store has passed to generation %u of this user name", gen);
+	return MS_TEMP;
+}
+
 int worker_journal_get(struct worker_user *user, bool create, const char **error_r)
 {
 	const char *path = t_strconcat(user->control_dir, "/"CRDT_JOURNAL_NAME, NULL);
@@ -606,7 +630,32 @@ int worker_journal_get(struct worker_user *user, bool create, const char **error
 	if (create && control_dir_create(user, error_r) < 0)
 		return MS_TEMP;
 	user->journal = crdt_journal_open(user->control_dir, &user->ident, error_r);
-	return user->journal != NULL ? MS_OK : MS_TEMP;
+	return user->journal != NULL ? generation_check(user, error_r) : MS_TEMP;
+}
+
+int worker_journal_lock(struct worker_user *user, const char **error_r)
+{
+	int ret;
+
+	if (crdt_journal_lock(user->journal, error_r) < 0)
+		return MS_TEMP;
+	if ((ret = generation_check(user, error_r)) != MS_OK)
+		crdt_journal_unlock(user->journal);
+	return ret;
+}
+
+int worker_user_check(struct worker_user *user, const char **error_r)
+{
+	struct crdt_journal_peek peek;
+	int ret;
+
+	if (user->journal == NULL || crdt_journal_peek(user->journal, &peek))
+		return MS_OK;
+	/* It was replaced, or its directory is gone. */
+	if ((ret = worker_journal_lock(user, error_r)) != MS_OK)
+		return user->outdated ? ret : MS_OK;
+	crdt_journal_unlock(user->journal);
+	return MS_OK;
 }
 
 int worker_user_lock(struct worker_user *user, const char **error_r)

@@ -50,6 +50,7 @@ struct worker_user {
 
 	struct crdt_journal_ident ident;
 	const char *state_dir, *control_dir;
+	bool outdated;			/* the name has passed to another generation meanwhile */
 	struct crdt_journal *journal;	/* NULL: not opened yet */
 	int lock_fd;			/* locked file, -1: none */
 	const char *lock_path;
@@ -69,8 +70,9 @@ void worker_users_init(void);
 
 /* Sends the NAMEs of all users. */
 int worker_users(struct worker_conn *conn, const char **error_r);
-/* MS_GONE: no such user, or not one of ours (crdt_mode = off). */
-int worker_user_init(const char *name, struct worker_user **user_r, const char **error_r);
+/* MS_GONE: no such user, or not one of ours (crdt_mode = off).  MS_GENERATION: his
+ * mail store is not of generation *gen, but of what is then there. */
+int worker_user_init(const char *name, uint32_t *gen, struct worker_user **user_r, const char **error_r);
 void worker_user_deinit(struct worker_user **user);
 /* Whether its mailboxes are replicated. */
 bool worker_ns_is_recorded(struct worker_user *user, const struct mail_namespace *ns);
@@ -108,8 +110,13 @@ int worker_list_lock(struct mailbox_list *list, const char **error_r);
 const char *worker_box_path(struct mailbox *box, const char **error_r);
 /* What the last error of this mailbox means. */
 int worker_box_error(struct mailbox *box, const char *what, const char **error_r);
+/* Before a request: the mail store has not passed to another generation since HELLO. */
+int worker_user_check(struct worker_user *user, const char **error_r);
 /* The current journal.  MS_GONE: there is none and create is FALSE. */
 int worker_journal_get(struct worker_user *user, bool create, const char **error_r);
+/* crdt_journal_lock(), but not of another generation's: what is to be written would be
+ * taken for the new user's.  MS_OK or MS_TEMP. */
+int worker_journal_lock(struct worker_user *user, const char **error_r);
 /* One process at a time changes a user's mailboxes; waits some time.  What a
  * killed one left is put in order then. */
 int worker_user_lock(struct worker_user *user, const char **error_r);

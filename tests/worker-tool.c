@@ -492,7 +492,7 @@ int main(int argc, char *argv[])
 
 	if (argc < 3)
 		return 2;
-	ms = worker_client_new(argv[1], argv[2], argc > 3 ? (unsigned)atoi(argv[3]) : 0);
+	ms = worker_client_new(argv[1], argv[2], 0, argc > 3 ? (unsigned)atoi(argv[3]) : 0);
 	while (getline(&line, &cap, stdin) > 0) {
 		int ret = MS_FAIL;
 

@@ -175,6 +175,8 @@ void status_put_user(struct crdt_buf *b, const struct status_user *s)
 	status_uint(b, "pending", s->pending);
 	status_uint(b, "held", s->held);
 	status_uint(b, "buffered", s->buffered);
+	if (s->absent)
+		status_uint(b, "absent", 1);
 	if (s->digest != NULL)
 		status_hex(b, "digest", s->digest, 32);
 	status_end(b);

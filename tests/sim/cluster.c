@@ -278,13 +278,13 @@ static uint64_t worker_random(void *ctx)
 	return vmail_random(&sim.rng);
 }
 
-static void worker_text_seen(void *ctx, const char *user, const struct crdt_content *c, const void *p, size_t n)
+static void worker_text_seen(void *ctx, const char *user, uint32_t gen, const struct crdt_content *c, const void *p, size_t n)
 {
 	struct worker *w = ctx;
 	const char *error;
 	uint64_t next;
 
-	(void)spool_add(w->sent, user, 0, c, n, 0, p, n, &next, &error);
+	(void)spool_add(w->sent, user, gen, c, n, 0, p, n, &next, &error);
 }
 
 /* The virtual store's journal, with the texts of most new mails, as

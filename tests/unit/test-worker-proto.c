@@ -58,6 +58,7 @@ static void sample_common(struct worker_msg *m, uint8_t type)
 	m->flag = true;
 	m->path = str("x/y");
 	m->uid = 5;
+	m->gen = UINT32_MAX;
 	m->offset = UINT64_C(1) << 40;
 	m->len = 65536;
 	m->data.p = (const uint8_t *)"text";
@@ -108,7 +109,7 @@ static void test_each_type(void **state)
 	const char *error;
 
 	(void)state;
-	for (uint8_t type = WORKER_HELLO; type <= WORKER_USERS; type++) {
+	for (uint8_t type = WORKER_HELLO; type <= WORKER_GENERATION; type++) {
 		sample(&m, type);
 		crdt_buf_clear(&once);
 		crdt_buf_clear(&twice);
@@ -169,13 +170,13 @@ static void break_flags(struct worker_msg *m) { m->cmd.flags_add = 0x20; }
 static void break_source(struct worker_msg *m) { m->text_source = 3; }
 static void break_slot(struct worker_msg *m) { m->numberer.slot = 64; }
 static void break_count(struct worker_msg *m) { m->n = WORKER_CMDS_MAX + 1; }
-static void break_code(struct worker_msg *m) { m->code = 3; }
+static void break_code(struct worker_msg *m) { m->code = MS_GENERATION + 1; }
 static void break_outcome(struct worker_msg *m) { m->cmd.outcome = 5; }
 static void break_user(struct worker_msg *m) { m->user = (struct crdt_str){ (const uint8_t *)"a\0b", 3 }; }
 static void break_empty_user(struct worker_msg *m) { m->user.n = 0; }
 static void break_position(struct worker_msg *m) { m->pos_n = 2; }
 static void break_size(struct worker_msg *m) { m->mail.size = 5; }
-static void break_type(struct worker_msg *m) { m->type = WORKER_USERS + 1; }
+static void break_type(struct worker_msg *m) { m->type = WORKER_GENERATION + 1; }
 static void break_what(struct worker_msg *m) { m->what = 4; }
 static void break_ranges(struct worker_msg *m) { m->ranges[1] = backwards; m->ranges_n[1] = 2; }
 static void break_look(struct worker_msg *m) { m->looks = bad_look; m->looks_n = 1; }
@@ -300,7 +301,7 @@ static void answer(struct crdt_buf *b, uint8_t type, int code, const char *error
 
 static int subscribe_once(struct script *s, struct mailstore **ms_r, unsigned timeout)
 {
-	*ms_r = worker_client_new(s->path, "u", timeout);
+	*ms_r = worker_client_new(s->path, "u", 0, timeout);
 	return (*ms_r)->subscribe(*ms_r, "x", true);
 }
 
@@ -344,6 +345,29 @@ static void test_client_no_user(void **state)
 	script_end(&s);
 }
 
+/* Also when it shows on the way. */
+static void test_client_generation(void **state)
+{
+	struct script s = { .n = 0 };
+	struct worker_msg m = { .type = WORKER_GENERATION, .gen = 3000000000 };
+	struct mailstore *ms;
+
+	(void)state;
+	worker_msg_encode(&s.answers[0][0], &m);
+	answer(&s.answers[0][0], WORKER_RESULT, MS_GENERATION, "another generation");
+	worker_msg_encode(&s.answers[1][0], &m);
+	answer(&s.answers[1][0], WORKER_RESULT, MS_GENERATION, "another generation");
+	answer(&s.answers[2][0], WORKER_RESULT, MS_OK, "");
+	script_start(&s, 3);
+	assert_int_equal(subscribe_once(&s, &ms, 5), MS_TEMP);
+	assert_string_equal(ms->error, "another generation");
+	assert_int_equal(worker_client_connect(ms), MS_GENERATION);
+	assert_int_equal(worker_client_generation(ms), 3000000000);
+	assert_int_equal(worker_client_connect(ms), MS_OK);
+	worker_client_free(&ms);
+	script_end(&s);
+}
+
 static void test_client_closed_connections(void **state)
 {
 	struct script s = { .n = 0 };
@@ -380,7 +404,7 @@ static void test_client_silence(void **state)
 
 static void test_client_nobody_there(void **state)
 {
-	struct mailstore *ms = worker_client_new("/nonexistent/socket", "u", 1);
+	struct mailstore *ms = worker_client_new("/nonexistent/socket", "u", 0, 1);
 
 	(void)state;
 	assert_int_equal(worker_client_connect(ms), MS_TEMP);
@@ -413,7 +437,7 @@ static void test_client_nonsense(void **state)
 
 static void test_client_limits(void **state)
 {
-	struct mailstore *ms = worker_client_new("/nonexistent/socket", "u", 1);
+	struct mailstore *ms = worker_client_new("/nonexistent/socket", "u", 0, 1);
 	char *path = calloc(1, CRDT_PATH_MAX + 2);
 	struct ms_apply a;
 
@@ -435,7 +459,7 @@ int main(void)
 		cmocka_unit_test(test_values_that_cannot_be),
 		cmocka_unit_test(test_lying_counts),
 		cmocka_unit_test(test_client_results),
-		cmocka_unit_test(test_client_no_user),
+		cmocka_unit_test(test_client_no_user), cmocka_unit_test(test_client_generation),
 		cmocka_unit_test(test_client_closed_connections),
 		cmocka_unit_test(test_client_silence),
 		cmocka_unit_test(test_client_nobody_there),

@@ -316,10 +316,213 @@ static void many_users(void **state)
 	assert_int_equal(x->n->users_n, NODE_USERS_MAX);
 }
 
+/* ---- generations ---- */
+
+/* The end of a visit that no engine was opened for. */
+static void mail_is(struct fix *x, enum visit_mail mail, uint32_t gen)
+{
+	const struct visit_hooks hooks = { NULL, NULL, NULL, NULL };
+	struct visit *v = take_visit(x);
+
+	v->mail_gen = gen;
+	visit_run(v, NULL, mail, x->spool, &hooks);
+	visited(x, v);
+}
+
+static void mail_works(struct fix *x)
+{
+	struct visit *v = take_visit(x);
+
+	v->mail_result = VISIT_MAIL_OK;
+	v->read_journal = v->journal;
+	v->applied = v->apply;
+	v->progress = REPLICA_DONE;
+	visited(x, v);
+}
+
+static void feed(struct fix *x, const char *user, uint32_t gen, uint64_t gsn)
+{
+	struct crdt_bytes op = { (const uint8_t *)"op", 2 };
+	struct crdt_frame f = { .type = CRDT_FRAME_FEED, .gen = gen, .gsn = gsn, .gsn_prev = gsn - 1,
+				.ops = &op, .ops_n = 1 };
+
+	f.user.p = (const uint8_t *)user;
+	f.user.n = (uint16_t)strlen(user);
+	in(x, &f);
+	run(x);
+}
+
+/* Lets time pass; later visits of trimming and the like are carried out. */
+static void rest(struct fix *x, int64_t msecs, uint32_t gen)
+{
+	int64_t end = x->now + msecs;
+
+	for (; x->now < end; x->now += 100) {
+		run(x);
+		while (x->visits != NULL) {
+			assert_int_equal(x->visits->gen, gen);
+			mail_works(x);
+		}
+	}
+	run(x);
+}
+
+static void report_done(void *ctx, const char *text, size_t len)
+{
+	char *copy = ctx;
+
+	assert_true(len < 1000);
+	memcpy(copy, text, len);
+	copy[len] = '\0';
+}
+
+/* The status; every visit finds the mail store like this. */
+static void status(struct fix *x, enum visit_mail mail, uint32_t gen, char text[1000])
+{
+	struct node_report *r = node_report_start(x->n, x->now, false, report_done, text);
+
+	text[0] = '\0';
+	assert_non_null(r);
+	run(x);
+	while (x->visits != NULL) {
+		struct visit *v = take_visit(x);
+
+		v->mail_gen = gen;
+		v->mail_result = v->mail ? mail : VISIT_MAIL_NOT_TRIED;
+		v->own_origin = CRDT_ORIGIN(1, 1);
+		v->st = calloc(1, sizeof(*v->st));
+		v->st->pending = 7;
+		visited(x, v);
+	}
+	assert_true(text[0] != '\0');
+}
+
+static void known_user(struct fix *x, const char *name, uint32_t gen)
+{
+	struct store_txn *t = store_begin(x->store);
+	char *error;
+
+	assert_true(store_user_id(t, name, gen, true) != 0);
+	assert_int_equal(store_commit(&t, false, &error), 0);
+}
+
+/* What happens to a name is of the generation that the mail store is of. */
+static void name_used_again(void **state)
+{
+	struct fix *x = *state;
+	char text[1000];
+
+	node_changed(x->n, x->now, "a");
+	run(x);
+	assert_int_equal(x->visits->gen, 0);
+	assert_true(x->visits->journal);
+	mail_is(x, VISIT_MAIL_GENERATION, 3);
+	assert_int_equal(x->visits->gen, 3);
+	assert_true(x->visits->journal);
+	mail_works(x);
+	rest(x, 2000, 3);
+	node_changed(x->n, x->now, "a");
+	rest(x, 100, 3);
+	node_survey(x->n, x->now, "a", NODE_SURVEY_LOGIN);
+	run(x);
+	assert_int_equal(x->visits->gen, 3);
+	assert_true(x->visits->survey);
+	mail_works(x);
+	rest(x, 2000, 3);
+
+	/* His predecessor's ops are merged, and nothing more happens to him. */
+	feed(x, "a", 0, 1);
+	assert_int_equal(x->visits->gen, 0);
+	assert_non_null(x->visits->feeds);
+	assert_false(x->visits->mail);
+	mail_is(x, VISIT_MAIL_NOT_TRIED, 0);
+	rest(x, NODE_NO_USER_MSECS, 3);
+	known_user(x, "a", 0);
+	status(x, VISIT_MAIL_GENERATION, 3, text);
+	assert_non_null(strstr(text, "gen=0"));
+	assert_non_null(strstr(text, "pending=0"));
+	assert_non_null(strstr(text, "absent=1"));
+	/* and his texts are gone */
+	want(x, "a", 1);
+	run(x);
+	assert_int_equal(x->visits->gen, 0);
+	mail_is(x, VISIT_MAIL_GENERATION, 3);
+	assert_int_equal(x->nones, 1);
+}
+
+/* userdb here does not have him yet. */
+static void generation_to_come(void **state)
+{
+	struct fix *x = *state;
+	char text[1000];
+
+	feed(x, "a", 1, 1);
+	assert_int_equal(x->visits->gen, 1);
+	assert_true(x->visits->apply);
+	mail_is(x, VISIT_MAIL_GENERATION, 0);
+	assert_null(x->visits);
+	/* his predecessor is not held up */
+	node_changed(x->n, x->now, "a");
+	rest(x, 1000, 0);
+	known_user(x, "a", 1);
+	status(x, VISIT_MAIL_GENERATION, 0, text);
+	assert_non_null(strstr(text, "pending=7"));
+	assert_null(strstr(text, "absent=1"));
+	/* asked for now and then */
+	x->now += NODE_GENERATION_MSECS;
+	run(x);
+	assert_int_equal(x->visits->gen, 1);
+	mail_is(x, VISIT_MAIL_GENERATION, 0);
+	assert_null(x->visits);
+	/* at once, when his predecessor is found to be past */
+	node_changed(x->n, x->now, "a");
+	run(x);
+	assert_int_equal(x->visits->gen, 0);
+	mail_is(x, VISIT_MAIL_GENERATION, 1);
+	assert_int_equal(x->visits->gen, 1);
+	assert_true(x->visits->apply);
+	assert_true(x->visits->journal);
+	mail_works(x);
+	rest(x, 2000, 1);
+}
+
+/* One whom userdb has not known for long has no texts, and nothing waits for him. */
+static void removed_user(void **state)
+{
+	const struct visit_hooks hooks = { NULL, NULL, NULL, NULL };
+	struct fix *x = *state;
+	char text[1000];
+
+	known_user(x, "a", 0);
+	want(x, "a", 1);
+	run(x);
+	for (unsigned i = 0; i < 2; i++) {
+		struct visit *v = take_visit(x);
+
+		assert_int_equal(x->nones, 0);
+		v->own_origin = CRDT_ORIGIN(1, 1);
+		visit_run(v, NULL, VISIT_MAIL_NO_USER, x->spool, &hooks);
+		visited(x, v);
+		status(x, VISIT_MAIL_NO_USER, 0, text);
+		assert_non_null(strstr(text, "pending=0"));
+		assert_non_null(strstr(text, "absent=1"));
+		x->now += NODE_NO_USER_MSECS;
+		run(x);
+	}
+	assert_int_equal(x->nones, 1);
+	/* until it does know him */
+	while (x->visits != NULL)
+		mail_works(x);
+	rest(x, NODE_NO_USER_MSECS + 1000, 0);
+	status(x, VISIT_MAIL_OK, 0, text);
+	assert_null(strstr(text, "absent=1"));
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many), TEST(nobody_has), TEST(many_users) };
+	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many), TEST(nobody_has), TEST(many_users),
+		TEST(name_used_again), TEST(generation_to_come), TEST(removed_user) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -699,7 +699,7 @@ static struct visit *order(struct user *u)
 			node_user_acked(u, &v->acked, &v->acked_any);
 			u->trim_due = 0;
 		}
-		v->mail = v->journal || v->apply || v->reads != NULL || v->acknowledge;
+		v->mail = v->journal || v->apply || v->reads != NULL || (v->acknowledge && !is_past(u));
 	}
 	if (u->applied_due != 0 && u->applied_due <= n->now) {
 		v->tell_applied = true;
@@ -712,7 +712,7 @@ static struct visit *order(struct user *u)
 		v->stable = u->stable;
 		u->stable = NULL;
 	}
-	if (v->mail || v->feeds != NULL || u->ops_wanted != 0 || v->status || v->stable != NULL || v->tell_applied) {
+	if (v->mail || v->feeds != NULL || v->acknowledge || u->ops_wanted != 0 || v->status || v->stable != NULL || v->tell_applied) {
 		order_ops(u, v);
 		return v;
 	}
@@ -807,7 +807,6 @@ static void visited_other(struct user *u, const struct visit *v)
 	if (other->journal || other->apply || other->survey || other->repair || other->questions != NULL)
 		node_wake(other, SCHED_NOW);
 	u->journal = u->survey = u->no_user = false;
-	u->trim_due = 0;
 	if (v->mail_gen > u->gen) {
 		u->apply = false;
 		u->mail_due = 0;

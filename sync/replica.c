@@ -777,11 +777,16 @@ void replica_checkpoint(struct replica *r)
 	memcpy(r->checkpoint.at, r->pos, sizeof(r->pos));
 }
 
-int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **error_r)
+int replica_forget_ops(struct replica *r, uint64_t all, char **error_r)
 {
 	if (all > r->last_seq)
 		all = r->last_seq;
-	if (all > r->acked_seq && forget_ops(r, all, error_r) < 0)
+	return all > r->acked_seq ? forget_ops(r, all, error_r) : 0;
+}
+
+int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **error_r)
+{
+	if (replica_forget_ops(r, all, error_r) < 0)
 		return -1;
 	return trim_journal(r, any > r->acked_seq ? any : r->acked_seq, error_r);
 }

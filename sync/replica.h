@@ -94,6 +94,8 @@ crdt_origin replica_own_origin(struct replica *r);
 /* Every storage has own ops up to `all` durably: forget them.  Some storage has
  * those up to `any`: trim the journal that they were made of. */
 int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **error_r);
+/* Only the first: no mail store is at hand, or it is not this user's. */
+int replica_forget_ops(struct replica *r, uint64_t all, char **error_r);
 /* A piece of a text that a peer asks for, from a place where this user's mail store has
  * it.  MS_GONE: it is in none. */
 int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,

@@ -312,6 +312,23 @@ static void apply(struct run *run)
 	}
 }
 
+static int acknowledged(struct run *run, crdt_origin known)
+{
+	struct visit *v = run->v;
+	/* Numbers that were acknowledged of another origin say nothing here. */
+	bool same = known == replica_own_origin(run->r);
+	char *error = NULL;
+	int ret = 0;
+
+	if (v->mail_result == VISIT_MAIL_OK)
+		ret = replica_acknowledged(run->r, same ? v->acked : 0, same ? v->acked_any : 0, &error);
+	else if (v->mail_result != VISIT_MAIL_LATER && same)
+		ret = replica_forget_ops(run->r, v->acked, &error);
+	if (ret < 0)
+		failed(v, error);
+	return ret;
+}
+
 static void look(struct run *run)
 {
 	struct visit *v = run->v;
@@ -343,7 +360,6 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 	struct run run = { .v = v, .r = r, .spool = spool, .hooks = hooks, .handed_over = v->ops_after };
 	crdt_origin known = v->origin;
 	struct visit_read *read;
-	char *error = NULL;
 
 	v->mail_result = mail;
 	if (r == NULL) {
@@ -358,13 +374,8 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 	if ((v->journal || v->acknowledge) && mail == VISIT_MAIL_OK)
 		(void)read_journal(&run);
 	give_ops(&run, v->ops_asked);
-	/* Numbers that were acknowledged of another origin say nothing here. */
-	if (v->acknowledge && v->mail_result == VISIT_MAIL_OK &&
-	    replica_acknowledged(r, known == replica_own_origin(r) ? v->acked : 0,
-				 known == replica_own_origin(r) ? v->acked_any : 0, &error) < 0) {
-		failed(v, error);
+	if (v->acknowledge && acknowledged(&run, known) < 0)
 		return;
-	}
 	if (read_bodies(&run))
 		give_ops(&run, false);
 	if ((v->apply || (v->news && v->apply_news)) && v->mail_result == VISIT_MAIL_OK) {

@@ -79,11 +79,11 @@ struct visit {
 
 	/* ---- order ---- */
 	struct visit_feed *feeds;	/* merge these */
-	bool mail;			/* the mail store may be used: for the four below */
+	bool mail;			/* the mail store may be used: for what follows */
 	bool journal;			/* read the journal to its end */
 	bool apply;			/* one slice */
 	bool survey;			/* with apply: look for changes without a record, too */
-	bool acknowledge;		/* trim, forget own ops up to acked */
+	bool acknowledge;		/* forget own ops up to acked; with mail: trim the journal, too */
 	struct visit_read *reads;
 	bool apply_news;		/* apply also when the journal had something */
 	crdt_origin origin;		/* of the seqs below; 0 unknown */

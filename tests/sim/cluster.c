@@ -5,7 +5,7 @@
  * joined by a virtual network, with virtual time, in one process.  Users act on
  * all workers; connections break and lose what is in them, sockets take nothing
  * for a while, visits and syncs end late, wake-ups get lost, workers and daemons
- * are killed.  In the end everything is let through and all must show the same,
+ * are killed; names are used again by other users, on one worker after the other.  In the end everything is let through and all must show the same,
  * with nothing left to do.  Everything follows from the seed.
  *
  *   cluster [--runs N] [--seed S] [--steps N (default: by the seed)] [--verbose]
@@ -21,6 +21,7 @@ enum { WORKERS_MAX = 3, DAEMONS_MAX = 2, USERS = 3, PATHS = 5, PIPE_MAX = 1200, 
 static const char *const paths[PATHS] = { "INBOX", "a", "b", "a/c", "d" };
 static const char *const users[USERS] = { "u1", "u2", "u3" };
 static const char *const daemons[DAEMONS_MAX] = { "tcp://s1", "tcp://s2" };
+#define GENERATION_TEXTS 1000000000	/* numbers of texts of one generation */
 #define SETTLE_MSECS (10 * 60 * 1000)
 
 struct frame { struct frame *next; size_t n; uint8_t p[]; };
@@ -41,6 +42,7 @@ struct engine {
 		    bool (*cb)(void *ctx, const struct ms_record *rec), void *ctx,
 		    struct ms_position *ids_r, size_t *ids_n_r);
 	struct replica *replica;
+	uint32_t gen;			/* of the mail store, and of replica */
 	unsigned acted;			/* native records that the worker was told of */
 };
 
@@ -74,6 +76,8 @@ static struct sim {
 	struct daemon daemons[DAEMONS_MAX];
 	uint64_t commands, kills, cuts, frames, rides, odd, lost;
 	bool lost_one;			/* in this schedule */
+	uint32_t gens[USERS];		/* the highest on some worker */
+	uint64_t replaced;
 	/* Texts that no daemon had when asked: they may be gone for good, when the
 	 * only one who had the mail removed it before it was sent, and somebody
 	 * else's rename of its folder keeps the mail itself. */
@@ -405,6 +409,41 @@ static void hook_read(void *ctx, struct visit *v, struct visit_read *reads)
 	node_read(((struct worker *)ctx)->node, sim.now, reads);
 }
 
+/* Of a generation that the mail store is not of: without it. */
+static void carry_out_other(struct worker *w, struct visit *v, const struct engine *e)
+{
+	const struct visit_hooks hooks = { hook_merged, hook_ops, hook_read, w };
+	enum visit_mail mail = v->mail ? VISIT_MAIL_GENERATION : VISIT_MAIL_NOT_TRIED;
+	struct store_txn *t = store_begin(w->store);
+	struct replica *replica = NULL;
+	char *error = NULL;
+
+	v->mail_gen = e->gen;
+	if (v->feeds != NULL || store_user_id(t, v->user, v->gen, false) != 0 || !v->mail)
+		replica = replica_open(w->store, &w->cfg, v->user, v->gen, NULL, &error);
+	store_abort(&t);
+	visit_run(v, replica, mail, w->spool, &hooks);
+	replica_close(&replica);
+	if (sim.verbose)
+		fprintf(stderr, "%8lld %s: visit of %s: generation %u, the mail store's is %u\n", (long long)sim.now,
+			w->name, v->user, v->gen, e->gen);
+	if (node_visited(w->node, sim.now, v, &error) < 0)
+		fail("%s", error);
+}
+
+/* No mail of another generation is ever in the mail store: the number of its text tells. */
+static void check_mails(const struct engine *e)
+{
+	for (size_t b = 0; b < e->mail.boxes_n; b++) {
+		for (size_t m = 0; m < e->mail.boxes[b].n; m++) {
+			const char *guid = e->mail.boxes[b].mails[m].guid;
+
+			if (strtoull(guid + 1, NULL, 10) / GENERATION_TEXTS != e->gen)
+				fail("mail %s is another generation's", guid);
+		}
+	}
+}
+
 static void carry_out(struct worker *w)
 {
 	const struct visit_hooks hooks = { hook_merged, hook_ops, hook_read, w };
@@ -423,6 +462,10 @@ static void carry_out(struct worker *w)
 	while (strcmp(users[u], v->user) != 0)
 		u++;
 	e = &w->engines[u];
+	if (v->gen != e->gen) {
+		carry_out_other(w, v, e);
+		return;
+	}
 	if (v->mail) {
 		mail = sim.calm || rnd(20) != 0 ? VISIT_MAIL_OK : VISIT_MAIL_LATER;
 		e->mail.kill_armed = !sim.calm && rnd(20) == 0;
@@ -440,6 +483,7 @@ static void carry_out(struct worker *w)
 			v->reads != NULL);
 	if (e->mail.fault != NULL)
 		fail("%s", e->mail.fault);
+	check_mails(e);
 	if (!sim.calm && rnd(10) == 0)
 		replica_close(&e->replica);
 	if (node_visited(w->node, sim.now, v, &error) < 0)
@@ -472,8 +516,9 @@ static bool odd(struct vmail *v)
 	return true;
 }
 
-static void act(struct vmail *v)
+static void act(struct engine *e)
 {
+	struct vmail *v = &e->mail;
 	uint64_t mails = sim.mails;
 	const char *p = paths[rnd(PATHS)], *q = paths[rnd(PATHS)];
 	static const uint8_t flags[] = { CRDT_FLAG_SEEN, CRDT_FLAG_DELETED, CRDT_FLAG_FLAGGED, CRDT_FLAG_ANSWERED };
@@ -491,7 +536,7 @@ static void act(struct vmail *v)
 	case 7: (void)vmail_expunge(v, p, uid); break;
 	case 8: case 9: (void)vmail_store(v, p, uid, flags[rnd(4)], 0, 0, 0); break;
 	case 10: (void)vmail_store(v, p, uid, 0, flags[rnd(4)], (uint32_t)1 << rnd(3), 0); break;
-	default: (void)vmail_append(v, p, sim.mails++, 0, NULL); break;
+	default: (void)vmail_append(v, p, e->gen * (uint64_t)GENERATION_TEXTS + sim.mails++, 0, NULL); break;
 	}
 	v->mode = VMAIL_RECORDED;
 	sim.commands++;
@@ -499,6 +544,43 @@ static void act(struct vmail *v)
 		fprintf(stderr, "  text %llu into %s\n", (unsigned long long)mails, p);
 	if (v->fault != NULL)
 		fail("%s", v->fault);
+}
+
+static void mail_new(struct worker *w, struct engine *e)
+{
+	vmail_init(&e->mail, w->i, &sim.rng);
+	e->mail.trace = sim.verbose;
+	e->read = e->mail.ms.read;
+	e->mail.ms.read = read_with_texts;
+	(void)vmail_create(&e->mail, "INBOX");
+}
+
+/* On this worker the name, and an empty mail store, are another one's now. */
+static void replace_user(struct worker *w, unsigned u, uint32_t gen)
+{
+	struct engine *e = &w->engines[u];
+
+	if (sim.verbose)
+		fprintf(stderr, "%8lld w%u: generation %u of %s\n", (long long)sim.now, w->i + 1, gen, users[u]);
+	replica_close(&e->replica);
+	vmail_deinit(&e->mail);
+	mail_new(w, e);
+	e->gen = gen;
+	if (gen > sim.gens[u])
+		sim.gens[u] = gen;
+	sim.replaced++;
+}
+
+/* In one schedule of three. */
+static void step_names(void)
+{
+	struct worker *w = &sim.workers[rnd(sim.workers_n)];
+	unsigned u = (unsigned)rnd(USERS);
+
+	if (w->engines[u].gen < sim.gens[u])
+		replace_user(w, u, sim.gens[u]);
+	else if (rnd(4) == 0)
+		replace_user(w, u, sim.gens[u] + 1);
 }
 
 static void step_user(void)
@@ -511,7 +593,7 @@ static void step_user(void)
 		fprintf(stderr, "%8lld w%u: %s acts, next text is %llu\n", (long long)sim.now, w->i + 1, users[u],
 			(unsigned long long)sim.mails);
 	for (unsigned n = 1 + (unsigned)rnd(rnd(20) == 0 ? 200 : 3); n > 0; n--)
-		act(&e->mail);
+		act(e);
 	if (w->node != NULL && rnd(10) != 0)
 		node_changed(w->node, sim.now, users[u]);
 	if (w->node != NULL && rnd(20) == 0)
@@ -642,6 +724,8 @@ static void step(void)
 		step_user();
 	if (rnd(40) == 0)
 		trouble();
+	if (sim.seed % 3 == 2 && rnd(40) == 0)
+		step_names();
 	if (rnd(10) == 0)
 		sim.now += (int64_t)rnd(rnd(10) == 0 ? 40000 : 50);
 	for (unsigned d = 0; d < sim.daemons_n; d++) {
@@ -708,6 +792,10 @@ static void settle(void)
 	for (unsigned i = 0; i < sim.workers_n; i++) {
 		if (sim.workers[i].node == NULL)
 			worker_start(&sim.workers[i]);
+		for (unsigned u = 0; u < USERS; u++) {
+			if (sim.workers[i].engines[u].gen < sim.gens[u])
+				replace_user(&sim.workers[i], u, sim.gens[u]);
+		}
 	}
 	while (sim.now < until) {
 		unsigned rounds = 0;
@@ -843,7 +931,7 @@ static void run(uint64_t seed, unsigned steps)
 	struct store_options opts = { .create = true, .in_memory = true };
 	char *error = NULL;
 	bool verbose = sim.verbose;
-	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost };
+	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost, sim.replaced };
 
 	memset(&sim, 0, sizeof(sim));
 	sim.verbose = verbose;
@@ -854,6 +942,7 @@ static void run(uint64_t seed, unsigned steps)
 	sim.rides = totals[4];
 	sim.odd = totals[5];
 	sim.lost = totals[6];
+	sim.replaced = totals[7];
 	sim.seed = seed;
 	sim.rng = seed * 7919 + 17;
 	sim.now = 1000;
@@ -871,13 +960,8 @@ static void run(uint64_t seed, unsigned steps)
 						  .log = worker_log, .text_seen = worker_text_seen, .ctx = w,
 						  .external_expunge_max = 2 };
 		for (unsigned u = 0; u < USERS; u++) {
-			struct engine *e = &w->engines[u];
-
-			vmail_init(&e->mail, i, &sim.rng);
-			e->mail.trace = sim.verbose;
-			e->read = e->mail.ms.read;
-			e->mail.ms.read = read_with_texts;
-			(void)vmail_create(&e->mail, "INBOX");
+			mail_new(w, &w->engines[u]);
+			w->engines[u].gen = 0;
 		}
 		worker_start(w);
 	}
@@ -935,8 +1019,9 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	for (uint64_t i = 0; i < runs; i++)
 		run(seed + i, steps > 0 ? steps : schedule_length(seed + i));
-	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost: all converged\n",
+	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost, %llu names used again: all converged\n",
 	       (unsigned long long)runs, (unsigned long long)sim.commands, (unsigned long long)sim.frames,
-	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts, (unsigned long long)sim.odd, (unsigned long long)sim.lost);
+	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts, (unsigned long long)sim.odd, (unsigned long long)sim.lost,
+	       (unsigned long long)sim.replaced);
 	return 0;
 }

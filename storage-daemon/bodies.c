@@ -1067,6 +1067,54 @@ static void queues_drop(struct hub_conn *c)
 	}
 }
 
+static void outs_drop_user(struct hub_conn *c, uint64_t user)
+{
+	struct body_out **p = &c->outs, *out;
+
+	c->outs_tail = NULL;
+	while ((out = *p) != NULL) {
+		if (out->key.user == user) {
+			*p = out->next;
+			c->outs_n--;
+			free(out);
+		} else {
+			c->outs_tail = out;
+			p = &out->next;
+		}
+	}
+}
+
+void bodies_drop_user(struct hub *h, uint64_t user)
+{
+	struct body_orphan *o, *next_orphan;
+	struct body_in *in, *next;
+	struct body_queue *q;
+	struct body_want *w;
+	struct hub_conn *c;
+
+	for (c = h->conns; c != NULL; c = c->next) {
+		outs_drop_user(c, user);
+		if ((q = queue_find(c, user)) == NULL)
+			continue;
+		while ((w = q->wants) != NULL) {
+			q->wants = w->next;
+			free(w);
+		}
+		if (q->active == 0)
+			queue_turn(c, q);	/* else with the last of h->ins */
+	}
+	for (in = h->ins; in != NULL; in = next) {
+		next = in->next;
+		if (in->key.user == user)
+			in_free(h, in);
+	}
+	for (o = h->orphans; o != NULL; o = next_orphan) {
+		next_orphan = o->next;
+		if (o->key.user == user)
+			orphan_free(h, o);
+	}
+}
+
 void bodies_conn_drop(struct hub_conn *c)
 {
 	struct body_orphan *o;

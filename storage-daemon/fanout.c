@@ -4,7 +4,7 @@
  *
  * LOG has one row for each merged op, in the order in which they took effect,
  * so a feed is causal.  Ops of a worker's own slot are left out of its feed,
- * unless it lost its database; an empty FEED moves its cursor over them.  A row goes when every listed worker
+ * unless it lost its database, and those of dropped users; an empty FEED moves its cursor over them.  A row goes when every listed worker
  * has acknowledged it and newer ones of a set number are there.
  */
 #include "hub-private.h"
@@ -327,7 +327,8 @@ static bool feeder_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t
 		s->c->feed_broken = true;
 		return false;
 	}
-	if (conf->role == HUB_WORKER && row.slot == conf->slot && row.gsn > s->c->own_upto) {
+	if ((conf->role == HUB_WORKER && row.slot == conf->slot && row.gsn > s->c->own_upto) ||
+	    hub_id_has(&s->c->h->dropped, row.user)) {
 		if (s->ops_n > 0 && row.gsn - s->last < HUB_SKIP_MAX) {
 			s->skipped = row.gsn;	/* lies between two of the frame, or behind it */
 			return true;

@@ -5,7 +5,7 @@
  * The parts of the hub.  hub.c: peers, connections, frames, commit, status;
  * ingest.c: OPS to merged ops; bodies.c: texts in and out; fanout.c: the feed;
  * stable.c: what every member has applied, and collection; asks.c: an administrator's
- * questions; retire.c: workers that are gone for good.
+ * questions; retire.c: workers that are gone for good; drop.c: users who are.
  *
  * State is in the store; what is kept in memory belongs to a connection, is
  * bounded by a limit here or in wire/frame.h, and may be lost at any time.
@@ -17,7 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* META rows of the hub (store.c has 0x00, 'U' and 'I'). */
+/* META rows of the hub (store.c has 0x00, 'U' and 'I', dropped.c 'Y'). */
 #define META_DAEMON_ID 'D'	/* -> u64 */
 #define META_TRIMMED 'T'	/* -> varint gsn: LOG rows up to it are gone */
 #define META_CURSOR 'C'		/* peer name -> varint gsn: fed and acknowledged */
@@ -212,6 +212,7 @@ struct hub {
 	size_t unknown_left;		/* of them: to be tried after the start */
 	struct hub_id_set changed;	/* users whose stable vector may advance */
 	struct hub_id_set collecting;
+	struct hub_id_set dropped;	/* users */
 };
 
 /* ---- hub.c ---- */
@@ -219,7 +220,7 @@ void *hub_alloc(size_t n);				/* zeroed; ends the process without memory */
 void *hub_grow(void *p, size_t n, size_t *cap, size_t size);	/* room for n + 1 elements */
 void hub_log(struct hub *h, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 struct store_txn *hub_txn(struct hub *h);
-/* The user of a frame, with his number; false: unknown (and not created). */
+/* The user of a frame, with his number; false: unknown (and not created), or dropped. */
 bool hub_user(struct hub *h, const struct crdt_frame *f, bool create, struct hub_user *user_r);
 bool hub_user_by_id(struct store_txn *t, uint64_t id, struct hub_user *user_r);
 void hub_frame_user(struct crdt_frame *f, const struct hub_user *user);
@@ -251,6 +252,7 @@ void ingest_conn_drop(struct hub_conn *c);
 void ingest_flush_notes(struct hub *h, bool merged);
 /* A collection pass ended: what was refused for want of room may be sent again. */
 void ingest_collected(struct hub *h, struct crdt_rows *rows, uint64_t user);
+void ingest_drop_user(struct hub *h, uint64_t user);
 /* Whether an op in a 'B' row names the text. */
 bool ingest_buffered_names(struct crdt_rows *rows, const struct crdt_content *content);
 bool ingest_background(struct hub *h);
@@ -278,6 +280,7 @@ void bodies_pump_in(struct hub_conn *c);
 bool bodies_pump_out(struct hub_conn *c, size_t *budget, bool *more_r);
 bool bodies_background(struct hub *h);
 void bodies_conn_drop(struct hub_conn *c);
+void bodies_drop_user(struct hub *h, uint64_t user);
 
 /* ---- fanout.c ---- */
 void fanout_init(struct hub *h);
@@ -306,4 +309,8 @@ void stable_on_applied(struct hub_conn *c, const struct crdt_frame *f);
 bool stable_pump(struct hub_conn *c, bool *more_r);	/* after the feed; false: a send was refused */
 bool stable_background(struct hub *h);
 void stable_all_changed(struct hub *h, struct store_txn *t);	/* the members changed */
+void stable_drop_user(struct hub *h, uint64_t user);	/* the row that is not under his number */
+
+/* ---- drop.c ---- */
+int drop_init(struct hub *h, char **error_r);
 #endif

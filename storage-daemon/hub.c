@@ -114,7 +114,7 @@ bool hub_user(struct hub *h, const struct crdt_frame *f, bool create, struct hub
 	user_r->name[f->user.n] = '\0';
 	user_r->gen = f->gen;
 	user_r->id = store_user_id(hub_txn(h), user_r->name, user_r->gen, create);
-	return user_r->id != 0;
+	return user_r->id != 0 && !hub_id_has(&h->dropped, user_r->id);
 }
 
 bool hub_user_by_id(struct store_txn *t, uint64_t id, struct hub_user *user_r)
@@ -410,7 +410,7 @@ struct hub *hub_new(struct store *s, const char *name, const struct hub_callback
 	h->s = s;
 	h->cb = *cb;
 	snprintf(h->name, sizeof(h->name), "%s", name);
-	if (daemon_id_init(h, error_r) < 0) {
+	if (daemon_id_init(h, error_r) < 0 || drop_init(h, error_r) < 0) {
 		hub_free(&h);
 		return NULL;
 	}
@@ -447,6 +447,7 @@ void hub_free(struct hub **_h)
 	free(h->unknown.ids);
 	free(h->changed.ids);
 	free(h->collecting.ids);
+	free(h->dropped.ids);
 	free(h);
 }
 
@@ -705,6 +706,8 @@ static bool status_user_cb(void *ctx, uint64_t id, const char *name, uint32_t ge
 	struct crdt_vv vv;
 	uint8_t digest[32];
 
+	if (hub_id_has(&s->h->dropped, id))
+		return true;
 	store_rows_init(&rows, s->t, id);
 	crdt_vv_get_merged(&rows.rows, &vv);
 	user.vv = &vv;

@@ -53,6 +53,10 @@ bool hub_pump(struct hub *h);
 /* A slice of background work (collection, trimming, unreferenced bodies);
  * true when more is left. */
 bool hub_background(struct hub *h);
+/*
+ * Drops a user, for good (drop.c).  1; 0: there is none such; -1 as hub_commit().
+ */
+int hub_drop_user(struct hub *h, const char *name, uint32_t gen, char **error_r);
 /* Status lines for the control socket (digest: with state digests). */
 void hub_status(struct hub *h, bool digest, struct crdt_buf *out);
 #endif

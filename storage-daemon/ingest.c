@@ -551,6 +551,35 @@ static void ingest_op(struct hub_conn *c, const struct hub_user *user, const str
 		held_add(c, user, op, p, n, missing, missing_n);
 }
 
+/* Once on each connection. */
+static void refuse_dropped(struct hub_conn *c, const struct hub_user *user)
+{
+	if (user->id == 0 || blocked_find(c, user->id) != NULL)
+		return;
+	(void)block(c, user->id);
+	hub_log(c->h, 1, "peer %s: has changes of user %s, generation %u, who was dropped here: they are refused. "
+		"Drop him there, too; or, if he is still a user, see DROPPING USERS in crdt-stored(8)",
+		c->peer->conf.name, user->name, user->gen);
+}
+
+void ingest_drop_user(struct hub *h, uint64_t user)
+{
+	struct held_user *hu;
+	struct hub_conn *c;
+	size_t i = 0;
+
+	for (c = h->conns; c != NULL; c = c->next) {
+		hu = held_find(c, user);
+		if (hu != NULL)
+			held_user_free(c, hu);
+	}
+	while (i < h->unknown.n && h->unknown.ids[i] < user)
+		i++;
+	if (hub_id_has(&h->unknown, user) && i < h->unknown_left)
+		h->unknown_left--;
+	hub_id_del(&h->unknown, user);
+}
+
 void ingest_ops(struct hub_conn *c, const struct crdt_frame *f)
 {
 	struct hub_user user;
@@ -558,8 +587,12 @@ void ingest_ops(struct hub_conn *c, const struct crdt_frame *f)
 	const char *error;
 	size_t i;
 
-	if (!ops_allowed(c, f) || !hub_user(c->h, f, true, &user))
+	if (!ops_allowed(c, f))
 		return;
+	if (!hub_user(c->h, f, true, &user)) {
+		refuse_dropped(c, &user);
+		return;
+	}
 	for (i = 0; i < f->ops_n && c->ready; i++) {
 		if (crdt_op_decode(f->ops[i].p, f->ops[i].n, &op, &error) == 0)
 			ingest_op(c, &user, &op, f->ops[i].p, f->ops[i].n);

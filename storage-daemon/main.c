@@ -16,16 +16,18 @@
 
 static const char usage_text[] =
 	"usage: crdt-stored [-c FILE] [--check-config | --status | --digest |\n"
-	"                   --retire NAME | --admit NAME]\n"
+	"                   --retire NAME | --admit NAME | --drop-user NAME --generation N]\n"
 	"  -c, --config FILE   configuration (" CONF_FILE_DEFAULT ")\n"
 	"      --check-config  read configuration, list of peers and key, and exit\n"
 	"      --status        ask the running daemon for its state\n"
 	"      --digest        the same, with a digest of each user's state\n"
 	"      --retire NAME   a worker that will not come back is not waited for any more\n"
 	"      --admit NAME    a retired worker is a member again: its mail store is empty\n"
+	"      --drop-user NAME --generation N\n"
+	"                      forgets a user who is gone, for good\n"
 	"  -h, --help\n";
 
-enum mode { MODE_RUN, MODE_CHECK, MODE_STATUS, MODE_DIGEST, MODE_RETIRE, MODE_ADMIT };
+enum mode { MODE_RUN, MODE_CHECK, MODE_STATUS, MODE_DIGEST, MODE_RETIRE, MODE_ADMIT, MODE_DROP, OPTION_GENERATION };
 
 static int failed(char *error)
 {
@@ -110,10 +112,12 @@ static int run(const struct stored_conf *conf, char **error_r)
 	return ret;
 }
 
-static int print_status(const struct stored_conf *conf, enum mode mode, const char *name, char **error_r)
+static int print_status(const struct stored_conf *conf, enum mode mode, const char *name, const char *generation,
+			char **error_r)
 {
 	static const char *const words[] = {
 		[MODE_STATUS] = "status", [MODE_DIGEST] = "digest", [MODE_RETIRE] = "retire", [MODE_ADMIT] = "admit",
+		[MODE_DROP] = "drop",
 	};
 	struct crdt_buf request = CRDT_BUF_INIT;
 	int ret;
@@ -125,6 +129,8 @@ static int print_status(const struct stored_conf *conf, enum mode mode, const ch
 	crdt_buf_raw(&request, words[mode], strlen(words[mode]));
 	if (name != NULL)
 		status_word(&request, name);
+	if (generation != NULL)
+		status_word(&request, generation);
 	crdt_buf_raw(&request, "\n", 2);
 	ret = request.failed ? -1 : control_print(conf->status_socket, (char *)request.data, error_r);
 	crdt_buf_free(&request);
@@ -140,10 +146,13 @@ int main(int argc, char *argv[])
 		{ "digest", no_argument, NULL, MODE_DIGEST },
 		{ "retire", required_argument, NULL, MODE_RETIRE },
 		{ "admit", required_argument, NULL, MODE_ADMIT },
+		{ "drop-user", required_argument, NULL, MODE_DROP },
+		{ "generation", required_argument, NULL, OPTION_GENERATION },
 		{ "help", no_argument, NULL, 'h' },
 		{ NULL, 0, NULL, 0 }
 	};
-	const char *path = CONF_FILE_DEFAULT, *name = NULL;
+	const char *path = CONF_FILE_DEFAULT, *name = NULL, *generation = NULL;
+	uint32_t gen;
 	enum mode mode = MODE_RUN;
 	struct stored_conf conf;
 	char *error = NULL;
@@ -158,12 +167,15 @@ int main(int argc, char *argv[])
 		} else if (c == '?') {
 			fputs(usage_text, stderr);
 			return 2;
+		} else if (c == OPTION_GENERATION) {
+			generation = optarg;
 		} else {
 			mode = (enum mode)c;
 			name = optarg;
 		}
 	}
-	if (optind < argc) {
+	if (optind < argc || (generation != NULL) != (mode == MODE_DROP) ||
+	    (generation != NULL && !status_generation(generation, &gen))) {
 		fputs(usage_text, stderr);
 		return 2;
 	}
@@ -172,7 +184,7 @@ int main(int argc, char *argv[])
 		return failed(error);
 	log_init(conf.log_level);
 	if (mode >= MODE_STATUS)
-		ret = print_status(&conf, mode, name, &error);
+		ret = print_status(&conf, mode, name, generation, &error);
 	else if (become(conf.user, &error) < 0)
 		ret = -1;
 	else

@@ -202,6 +202,7 @@ static void on_request(void *ctx, unsigned int n, char *const *words, struct crd
 {
 	struct serve *s = ctx;
 	char *error = NULL;
+	uint32_t gen;
 	int ret;
 
 	if (n == 1 && strcmp(words[0], "status") == 0) {
@@ -215,6 +216,11 @@ static void on_request(void *ctx, unsigned int n, char *const *words, struct crd
 	} else if (n == 2 && strcmp(words[0], "admit") == 0) {
 		ret = hub_admit(s->hub, words[1], &error);
 		put_outcome(out, "admitted", words[1], error, ret);
+	} else if (n == 3 && strcmp(words[0], "drop") == 0 && status_generation(words[2], &gen)) {
+		ret = hub_drop_user(s->hub, words[1], gen, &error);
+		if (ret == 0)
+			error = strdup("there is no such user here, in that generation");
+		put_outcome(out, "dropped", words[1], error, ret > 0 ? 0 : -1);
 	}
 }
 

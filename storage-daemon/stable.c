@@ -229,14 +229,25 @@ bool stable_background(struct hub *h)
 
 static bool changed_cb(void *ctx, uint64_t id, const char *name, uint32_t gen)
 {
+	struct hub *h = ctx;
+
 	(void)name; (void)gen;
-	hub_id_add(ctx, id);
+	if (!hub_id_has(&h->dropped, id))
+		hub_id_add(&h->changed, id);
 	return true;
 }
 
 void stable_all_changed(struct hub *h, struct store_txn *t)
 {
-	store_scan_users(t, changed_cb, &h->changed);	/* ascending: each goes to the end */
+	store_scan_users(t, changed_cb, h);	/* ascending: each goes to the end */
+}
+
+void stable_drop_user(struct hub *h, uint64_t user)
+{
+	struct stable_row row;
+
+	if (row_get(h, hub_txn(h), user, &row) && row.number > 0)
+		meta_del(h->txn, META_ADVANCED, row.number);
 }
 
 static bool last_number_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)

@@ -658,6 +658,25 @@ static void db_key_init(struct db_key *k, const struct store *s, const void *key
 	k->n = klen + sizeof(s->prefix);
 }
 
+int store_erase(struct store *s, enum store_space sp, const void *from, size_t flen,
+		const void *to, size_t tlen, char **error_r)
+{
+	struct db_key first, end;
+	char *err = NULL;
+
+	*error_r = NULL;
+	if (store_failed(s) == NULL) {
+		db_key_init(&first, s, from, flen);
+		db_key_init(&end, s, to, tlen);
+		rocksdb_delete_range_cf(s->db, s->write, s->cf[sp], first.p, first.n, end.p, end.n, &err);
+		if (err == NULL)
+			return 0;
+		store_set_failed(s, "write", err);
+	}
+	*error_r = text("%s", store_failed(s));
+	return -1;
+}
+
 bool store_get(struct store_txn *t, enum store_space sp, const void *key, size_t klen, struct crdt_buf *val)
 {
 	char *err = NULL, *data;

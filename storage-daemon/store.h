@@ -55,6 +55,10 @@ void store_del(struct store_txn *t, enum store_space sp, const void *key, size_t
 typedef bool store_scan_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen);
 void store_scan(struct store_txn *t, enum store_space sp, const void *prefix, size_t plen,
 		const void *from, size_t flen, bool reverse, store_scan_cb *cb, void *ctx);
+/* Deletes all rows from `from` on that are before `to`, at once and whatever their number; in no
+ * transaction: behind those that were committed before.  0; -1 as store_commit(). */
+int store_erase(struct store *s, enum store_space sp, const void *from, size_t flen,
+		const void *to, size_t tlen, char **error_r);
 /* A read failed since begin (then also commit fails). */
 bool store_txn_failed(const struct store_txn *t);
 

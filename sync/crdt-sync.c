@@ -22,6 +22,7 @@
 #include "worker-client.h"
 #include "../crdt/plant.h"
 #include "../plugin/crdt-compat.h"
+#include "../storage-daemon/dropped.h"
 #include "../wire/link.h"
 
 #include <sodium.h>
@@ -566,7 +567,7 @@ static bool store_init(void)
 	store_lost(db);
 	opts.create = (access(store_marker(), F_OK) < 0 && errno == ENOENT) || access(rebuild_marker(), F_OK) == 0;
 	store = store_open(db, &opts, &error);
-	if (store == NULL || store_rebuild(&error) < 0) {
+	if (store == NULL || store_rebuild(&error) < 0 || dropped_finish(store, &error) < 0) {
 		store_close(&store);
 		i_error("%s", error);
 		free(error);

@@ -520,6 +520,17 @@ void node_body_ride(struct node *n, unsigned storage, const char *name, uint32_t
 	spool_release(n->cfg.sent, &t, false);
 }
 
+void node_serves_drop(struct user *u)
+{
+	struct serve *s, *next;
+
+	for (s = u->n->serves; s != NULL; s = next) {
+		next = s->next;
+		if (s->u == u)
+			serve_free(u->n, s);
+	}
+}
+
 static void serves_run(struct node *n, int64_t *due)
 {
 	struct serve *s, *next;

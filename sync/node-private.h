@@ -5,7 +5,7 @@
  * Inside of the node.  node.c: users, visits, syncs.  node-bodies.c: texts that
  * are fetched and texts that are asked of us.  node-report.c: the walk over all
  * users, for the status and after a start.  node-ask.c: questions about one user,
- * and to the daemons.
+ * and to the daemons.  node-drop.c: users who go.
  */
 #include "node.h"
 #include "scheduler.h"
@@ -36,6 +36,7 @@ struct user {
 	struct node_question *questions;	/* of which he is the subject */
 	bool repair;			/* all his mail is to be compared, or that of */
 	char *repair_path;		/* NULL: of all mailboxes */
+	struct node_drop *drops;
 
 	/* ---- known ---- */
 	crdt_origin origin;		/* 0: not looked yet */
@@ -125,6 +126,7 @@ void node_user_acked(const struct user *u, uint64_t *all_r, uint64_t *any_r);
 uint32_t node_local_gen(const struct node *n, const char *name);
 /* Nothing is applied for him: userdb does not know him, or a later user of his name. */
 bool node_user_is_absent(const struct user *u);
+void node_user_forget(struct user *u);		/* not while a visit is open */
 void node_wake(struct user *u, enum sched_urgency urgency);
 void node_wake_at(struct user *u, int64_t due);
 void node_log(struct node *n, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
@@ -134,6 +136,7 @@ void node_fetches_wanted(struct user *u, const struct visit_want *wants, size_t 
 void node_fetches_drop(struct user *u);		/* nothing is wanted any more */
 void node_bodies_link_down(struct node *n, unsigned storage);
 void node_bodies_free(struct node *n);
+void node_serves_drop(struct user *u);		/* nothing is sent of his any more */
 int64_t node_bodies_run(struct node *n);	/* returns when it is due again */
 void node_body_in(struct node *n, unsigned storage, const char *user, uint32_t gen, const struct crdt_content *c,
 		  uint64_t size, uint64_t offset, const uint8_t *p, size_t len);
@@ -150,6 +153,10 @@ void node_questions_link_down(struct node *n, unsigned storage);
 void node_told(struct node *n, unsigned storage, uint64_t id, const uint8_t *p, size_t len, bool last);
 int64_t node_questions_run(struct node *n);
 void node_questions_free(struct node *n);
+
+/* node-drop.c */
+void node_drop_visited(struct user *u, const struct visit *v);
+void node_drops_free(struct user *u);
 
 /* node-report.c */
 uint64_t node_unsent(const struct user *u, const struct replica_status *st);

@@ -5,6 +5,7 @@
  * merged changes that were not applied).
  */
 #include "node-private.h"
+#include "../storage-daemon/dropped.h"
 #include "../wire/status.h"
 
 #define CHECK_USERS 2	/* looked at at a time after a start, beside the work that comes in */
@@ -39,6 +40,8 @@ static struct user *walk_next(struct node *n, struct walk *w)
 	if (w->ended)
 		return NULL;
 	t = store_begin(n->cfg.store);
+	while (dropped_is(t, w->next_id))
+		w->next_id++;
 	if (store_user_name(t, w->next_id, &name, &gen)) {
 		crdt_buf_u8(&name, '\0');
 		if (name.failed)
@@ -215,7 +218,8 @@ void node_report_visited(struct user *u, const struct visit *v)
 			node_wake(u, SCHED_LOW);
 			continue;
 		}
-		put_user(e->report, u, v->st, v->digest ? v->digest_r : NULL);
+		if (!v->dropped)
+			put_user(e->report, u, v->st, v->digest ? v->digest_r : NULL);
 		entry_free(e);
 	}
 }

@@ -124,6 +124,7 @@ static void user_free(struct user *u)
 	struct node *n = u->n;
 	struct visit_read *r;
 
+	node_drops_free(u);
 	sched_remove(n->sched, &u->item);
 	(void)tdelete(u, &n->user_tree, user_cmp);
 	if (u->prev != NULL)
@@ -178,13 +179,24 @@ static bool is_full(struct node *n, const char *name, uint32_t gen)
 	return n->users_n >= NODE_USERS_MAX && node_user_find(n, name, gen) == NULL;
 }
 
+void node_user_forget(struct user *u)
+{
+	struct node *n = u->n;
+
+	node_fetches_drop(u);
+	node_serves_drop(u);
+	for (unsigned i = 0; i < n->cfg.storages_n; i++)
+		uplink_drop(n->storages[i].uplink, u->name, u->gen);
+	user_free(u);
+}
+
 static bool user_forgettable(const struct user *u, int64_t now)
 {
 	const struct node *n = u->n;
 
 	if (u->item.state != SCHED_IDLE || u->item.timer != 0 || now - u->touched < NODE_IDLE_MSECS ||
 	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->survey || u->repair || u->check || u->stable != NULL ||
-	    u->entries != NULL || u->questions != NULL || u->ops_waiting > 0 || u->fetches != NULL || u->wanting || u->no_user ||
+	    u->entries != NULL || u->questions != NULL || u->drops != NULL || u->ops_waiting > 0 || u->fetches != NULL || u->wanting || u->no_user ||
 	    u->serves > 0)
 		return false;
 	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
@@ -673,6 +685,10 @@ static struct visit *order(struct user *u)
 	struct visit *v = visit_new(u->name, u->gen);
 
 	v->owner = u;
+	if (u->drops != NULL && u->ops_waiting == 0) {
+		v->drop = v->mail = true;
+		return v;
+	}
 	v->feeds = take_feeds(u);
 	if (v->feeds != NULL)
 		u->apply = !is_past(u);
@@ -931,6 +947,47 @@ static void visited_engine(struct user *u, struct visit *v)
 	}
 }
 
+static void visited_drop(struct user *u, struct visit *v)
+{
+	struct node *n = u->n;
+	struct visit_feed *feeds = u->feeds;
+
+	if (v->dropped) {
+		u->feeds = u->feeds_tail = NULL;
+		node_merged(n, n->now, feeds);
+	}
+	node_drop_visited(u, v);
+	if (v->dropped && u->entries == NULL && u->questions == NULL && !u->check && u->ops_waiting == 0)
+		node_user_forget(u);
+	else
+		set_timers(u);
+	visit_free(v);
+}
+
+/* Something came of a user who was dropped: it is as if it had not. */
+static void visited_dropped(struct user *u, struct visit *v)
+{
+	struct node *n = u->n;
+	struct visit_read *reads = v->reads;
+
+	if (v->mail_result == VISIT_MAIL_OK) {
+		if (!u->no_user)
+			node_log(n, 0, "user %s: generation %u of this name was dropped, and userdb has it again: nothing "
+				 "of him is replicated. Raise crdt_generation", u->name, u->gen);
+		u->no_user = true;
+		u->mail_due = n->now + NODE_NO_USER_MSECS;
+		set_timers(u);
+	}
+	for (unsigned i = 0; i < n->cfg.storages_n; i++)
+		uplink_drop(n->storages[i].uplink, u->name, u->gen);
+	v->reads = NULL;
+	node_read(n, n->now, reads);
+	if (v->status)
+		node_report_visited(u, v);
+	node_questions_visited(u, v);
+	visit_free(v);
+}
+
 int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
 {
 	struct user *u = v->owner;
@@ -943,6 +1000,14 @@ int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
 		*error_r = xstrdup(v->failed && v->error != NULL ? v->error : store_failed(n->cfg.store));
 		visit_free(v);
 		return -1;
+	}
+	if (v->drop) {
+		visited_drop(u, v);
+		return 0;
+	}
+	if (v->dropped) {
+		visited_dropped(u, v);
+		return 0;
 	}
 	visited_mail(u, v);
 	visited_applied(u, v);
@@ -1060,6 +1125,8 @@ void node_synced(struct node *n, int64_t now)
 
 		n->syncing_ops = o->next;
 		u->ops_waiting--;
+		if (u->drops != NULL)
+			node_wake(u, SCHED_NOW);
 		if (u->origin == 0)
 			u->origin = o->origin;
 		if (u->origin == o->origin && o->n > 0 && o->ops[o->n - 1].seq > u->synced_seq)

@@ -111,6 +111,22 @@ void node_synced(struct node *n, int64_t now);
  * (INT64_MAX: when something happened).  -1 as time: the database failed. */
 int64_t node_run(struct node *n, int64_t now, char **error_r);
 
+/*
+ * Drops a user of whom userdb here says that there is none, or a later one of his name:
+ * his rows, and ops that no daemon has, go for good.  done() once, or node_drop_cancel();
+ * node_free() calls nothing.
+ */
+enum node_drop_result {
+	NODE_DROPPED,
+	NODE_DROP_UNKNOWN,		/* nothing is there of him */
+	NODE_DROP_IN_USE,		/* he is a user here, or is to be one */
+	NODE_DROP_LATER,		/* userdb could not be asked */
+};
+struct node_drop;
+struct node_drop *node_drop_start(struct node *n, int64_t now, const char *user, uint32_t gen,
+				  void (*done)(void *ctx, enum node_drop_result result, bool name_free), void *ctx);
+void node_drop_cancel(struct node_drop **d);
+
 /* ---- status ---- */
 /* gsn: what is durably fed; head: what came. */
 void node_storage_state(const struct node *n, unsigned storage, bool *up_r, uint64_t *gsn_r, uint64_t *head_r);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "pool.h"
+#include "../storage-daemon/dropped.h"
 #include "xalloc.h"
 
 #include <errno.h>
@@ -202,13 +203,15 @@ static struct engine *engine_choose(struct pool *p, const struct visit *v)
 	return v->mail ? best : NULL;
 }
 
-static bool is_known(struct pool *p, const struct visit *v)
+/* 0: nothing is known of him. */
+static uint64_t user_id(struct pool *p, struct visit *v)
 {
 	struct store_txn *t = store_begin(p->cfg.store);
-	bool known = store_user_id(t, v->user, v->gen, false) != 0;
+	uint64_t id = store_user_id(t, v->user, v->gen, false);
 
+	v->dropped = id != 0 && dropped_is(t, id);
 	store_abort(&t);
-	return known;
+	return id;
 }
 
 static enum visit_mail mail_open(struct pool *p, struct engine *e, struct visit *v)
@@ -246,10 +249,10 @@ static enum visit_mail engine_open(struct pool *p, struct engine *e, struct visi
 	if (v->mail)
 		mail = mail_open(p, e, v);
 	/* A name that userdb does not know, or not in this generation, makes no rows. */
-	if (e->r == NULL && (mail == VISIT_MAIL_NO_USER || mail == VISIT_MAIL_GENERATION) && v->feeds == NULL &&
-	    !is_known(p, v))
+	if (e->r == NULL && user_id(p, v) == 0 && v->feeds == NULL &&
+	    (mail == VISIT_MAIL_NO_USER || mail == VISIT_MAIL_GENERATION))
 		return mail;
-	if (e->r == NULL) {
+	if (e->r == NULL && !v->dropped) {
 		char *error = NULL;
 
 		e->r = replica_open(p->cfg.store, &p->replica_cfg, v->user, v->gen, e->ms, &error);
@@ -259,6 +262,31 @@ static enum visit_mail engine_open(struct pool *p, struct engine *e, struct visi
 			v->error = error;
 		}
 	}
+	return mail;
+}
+
+/* Only if nobody is told so by userdb now: he would be a new user of this name, of whom
+ * nothing is taken. */
+static enum visit_mail drop(struct pool *p, struct engine *e, struct visit *v)
+{
+	enum visit_mail mail;
+	struct store_txn *t;
+	uint64_t id;
+
+	engine_close(p, e);
+	mail = mail_open(p, e, v);
+	engine_close(p, e);
+	id = user_id(p, v);
+	if (id == 0 || v->dropped ||
+	    !(mail == VISIT_MAIL_NO_USER || (mail == VISIT_MAIL_GENERATION && v->mail_gen > v->gen)))
+		return mail;
+	free(v->error);
+	v->error = NULL;
+	t = store_begin(p->cfg.store);
+	dropped_mark(t, id);
+	if (store_commit(&t, true, &v->error) < 0 || dropped_erase(p->cfg.store, id, &v->error) < 0)
+		v->failed = true;
+	v->dropped = true;
 	return mail;
 }
 
@@ -278,7 +306,7 @@ static void carry_out(struct pool *p, struct visit *v)
 	pthread_mutex_unlock(&p->lock);
 	if (e == NULL)
 		e = &brief;	/* no mail store: nothing worth to be kept */
-	mail = engine_open(p, e, v);
+	mail = v->drop ? drop(p, e, v) : engine_open(p, e, v);
 	visit_run(v, e->r, mail, p->cfg.spool, &hooks);
 	if (e == &brief || v->mail_result == VISIT_MAIL_NO_USER || v->mail_result == VISIT_MAIL_GENERATION)
 		engine_close(p, e);

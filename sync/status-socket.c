@@ -27,6 +27,8 @@ struct status_client {
 	bool keep;			/* it will ask more */
 	struct node_report *report;
 	struct node_question *question;
+	char *user;			/* to be dropped */
+	struct node_drop *drop;
 };
 
 static struct status_client *clients = NULL;
@@ -36,6 +38,8 @@ static void client_destroy(struct status_client *client)
 	DLLIST_REMOVE(&clients, client);
 	node_report_cancel(&client->report);
 	node_question_cancel(&client->question);
+	node_drop_cancel(&client->drop);
+	i_free(client->user);
 	timeout_remove(&client->to);
 	io_remove(&client->io);
 	i_stream_destroy(&client->input);
@@ -171,6 +175,50 @@ static bool client_await(struct status_client *client, char *const *words, unsig
 	return TRUE;
 }
 
+static void client_drop_done(void *ctx, enum node_drop_result result, bool name_free)
+{
+	struct status_client *client = ctx;
+	struct crdt_buf out = CRDT_BUF_INIT;
+	const char *why = NULL, *error;
+
+	client->drop = NULL;
+	switch (result) {
+	case NODE_DROPPED:
+		break;
+	case NODE_DROP_UNKNOWN:
+		why = "there is no such user here, in that generation";
+		break;
+	case NODE_DROP_IN_USE:
+		why = "userdb has that user and generation, or will have it next: nothing is dropped";
+		break;
+	case NODE_DROP_LATER:
+		why = "userdb cannot be asked now: see the log, and try again";
+		break;
+	}
+	/* A journal of his will not be read any more. */
+	if (name_free && (result == NODE_DROPPED || result == NODE_DROP_UNKNOWN) &&
+	    crdt_dirty_clear(client->src->set->state_dir, client->user, &error) < 0)
+		i_error("%s", error);
+	status_begin(&out, why == NULL ? "dropped" : "error");
+	status_str(&out, why == NULL ? "name" : "text", why == NULL ? client->user : why);
+	status_end(&out);
+	i_free(client->user);
+	client_report_done(client, (const char *)out.data, out.len);
+	crdt_buf_free(&out);
+}
+
+static bool client_drop(struct status_client *client, char *const *words, unsigned int n)
+{
+	const struct status_source *src = client->src;
+	uint32_t gen;
+
+	if (n != 3 || strcmp(words[0], "drop") != 0 || !user_valid(words[1]) || !status_generation(words[2], &gen))
+		return FALSE;
+	client->user = i_strdup(words[1]);
+	client->drop = node_drop_start(src->node, src->now(), words[1], gen, client_drop_done, client);
+	return TRUE;
+}
+
 static bool client_request(struct status_client *client, char *line)
 {
 	const struct status_source *src = client->src;
@@ -197,7 +245,7 @@ static bool client_request(struct status_client *client, char *line)
 		client_report_done(client, "", 0);
 		return TRUE;
 	}
-	return client_ask(client, words, n);
+	return client_drop(client, words, n) || client_ask(client, words, n);
 }
 
 static void client_input(struct status_client *client)

@@ -567,6 +567,14 @@ bool uplink_forget(struct uplink *u, const char *user, uint32_t gen)
 	return true;
 }
 
+void uplink_drop(struct uplink *u, const char *user, uint32_t gen)
+{
+	struct stream *s = stream_find(u, user, gen);
+
+	if (s != NULL)
+		stream_free(u, s);
+}
+
 /* ---- feed ---- */
 
 void uplink_feed_merged(struct uplink *u, uint64_t gsn)

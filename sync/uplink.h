@@ -104,6 +104,8 @@ uint64_t uplink_acked(struct uplink *u, const char *user, uint32_t gen);
 int64_t uplink_acked_at(const struct uplink *u);	/* when an ACK came last; INT64_MIN: none */
 /* Drops the record of a user whose ops are all acknowledged; false: they are not. */
 bool uplink_forget(struct uplink *u, const char *user, uint32_t gen);
+/* Whatever is acknowledged: there are no ops of this user any more. */
+void uplink_drop(struct uplink *u, const char *user, uint32_t gen);
 
 /* Feed. */
 void uplink_feed_merged(struct uplink *u, uint64_t gsn);

@@ -363,8 +363,14 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 
 	v->mail_result = mail;
 	if (r == NULL) {
-		for (read = v->reads; read != NULL && texts_are_gone(v); read = read->next)
+		for (read = v->reads; read != NULL && (v->dropped || texts_are_gone(v)); read = read->next)
 			read->result = MS_GONE;
+		if (v->dropped && v->feeds != NULL) {
+			struct visit_feed *feeds = v->feeds;
+
+			v->feeds = NULL;
+			hooks->merged(hooks->ctx, v, feeds);
+		}
 		return;
 	}
 	merge(&run);

@@ -78,6 +78,7 @@ struct visit {
 	char *user; uint32_t gen;
 
 	/* ---- order ---- */
+	bool drop;			/* this, and nothing else: drop the user if he is gone */
 	struct visit_feed *feeds;	/* merge these */
 	bool mail;			/* the mail store may be used: for what follows */
 	bool journal;			/* read the journal to its end */
@@ -103,6 +104,7 @@ struct visit {
 	char *repair_path;		/* owned; NULL: of all mailboxes */
 
 	/* ---- outcome ---- */
+	bool dropped;			/* he is, now or since long: nothing of him is taken */
 	bool failed;			/* the database failed: stop serving */
 	char *error;			/* owned; of failed or of mail */
 	enum visit_mail mail_result;
@@ -136,7 +138,7 @@ struct visit_hooks {
 };
 /*
  * r: the user's engine, or NULL if it could not be opened (v->failed and error
- * are set) or is not wanted (no such user, nothing to merge).  mail: how
+ * are set) or is not wanted (no such user, nothing to merge; v->dropped).  mail: how
  * connecting to the mail store went.
  */
 void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct spool *spool,

@@ -1,11 +1,26 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "status.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static const char hex[] = "0123456789abcdef";
+
+bool status_generation(const char *word, uint32_t *gen_r)
+{
+	unsigned long gen;
+	char *end;
+
+	if (word[0] < '0' || word[0] > '9')
+		return false;
+	errno = 0;
+	gen = strtoul(word, &end, 10);
+	*gen_r = (uint32_t)gen;
+	return errno == 0 && *end == '\0' && gen <= UINT32_MAX;
+}
 
 void status_begin(struct crdt_buf *b, const char *kind)
 {

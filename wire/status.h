@@ -10,7 +10,7 @@
  */
 #include "../crdt/state.h"
 
-#define STATUS_REQUEST_MAX 128		/* bytes, to crdt-stored: a word and a peer's name */
+#define STATUS_REQUEST_MAX 1024		/* bytes, to crdt-stored: a word, a user's name, each byte may take three, and a number */
 #define STATUS_LINE_MAX 16384		/* to crdt-sync: a user name and a path, each byte may take three */
 #define STATUS_WORDS_MAX 8
 
@@ -26,6 +26,8 @@ void status_end(struct crdt_buf *b);		/* of the line */
 
 /* An argument of a request: a TAB, and the word encoded. */
 void status_word(struct crdt_buf *b, const char *word);
+/* A word that is a user's generation. */
+bool status_generation(const char *word, uint32_t *gen_r);
 /* Undoes the encoding, in place.  false: it is none. */
 bool status_decode(char *value);
 /* Cuts a request into its words, decoded, in place; how many, 0: not a request. */

@@ -11,6 +11,8 @@ import itertools
 import os
 import re
 import shutil
+import socket
+import subprocess
 
 import pytest
 
@@ -265,3 +267,103 @@ def test_userdb_goes_back(cluster, user):
     equal(cluster, user, {"INBOX": ["new"], "g": ["more", "other"]})
     wait_log(cluster, "w2", "crdt_generation is 0 here, but the mail store is already of generation 1")
     assert re.search("Panic|Fatal", cluster.log("w2")) is None
+
+
+def ask(cluster, worker, line):
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+        sock.settimeout(60)
+        sock.connect(cluster.node(worker)["status_socket"])
+        sock.sendall(line.encode() + b"\n")
+        with sock.makefile("r", encoding="ascii") as file:
+            return file.read()
+
+
+def drop_stored(cluster, user, generation):
+    argv = [stored(cluster), "-c", os.path.join(cluster.directory, "nodes", "s1", "crdt-stored.conf"),
+            "--drop-user", user, "--generation", str(generation)]
+    return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+
+def stored(cluster):
+    path = os.readlink(f"/proc/{cluster.pid('s1', 'crdt-stored')}/exe")
+    assert os.path.basename(path) == "crdt-stored"
+    return path
+
+
+def knows(cluster, node, user, generation):
+    return (user, generation) in cluster.status(node).users
+
+
+def test_dropping_what_is_left(cluster, user):
+    """Of the predecessor, and of nobody else."""
+    fill(cluster, user)
+    replace(cluster, user, 1)
+    use(cluster, user, "new", "other")
+    for worker in WORKERS:
+        assert "nothing%20is%20dropped" in ask(cluster, worker, f"drop\t{user}\t1")
+        assert "nothing%20is%20dropped" in ask(cluster, worker, f"drop\t{user}\t2")
+        assert "no%20such%20user" in ask(cluster, worker, "drop\tnobody\t0")
+        assert knows(cluster, worker, user, 0)
+        assert ask(cluster, worker, f"drop\t{user}\t0") == f"dropped\tname={user}\nend\n"
+        assert ask(cluster, worker, f"drop\t{user}\t0") == f"dropped\tname={user}\nend\n"
+        assert not knows(cluster, worker, user, 0)
+    assert knows(cluster, "s1", user, 0)
+    assert drop_stored(cluster, user, 0).returncode == 0
+    again = drop_stored(cluster, user, 0)
+    assert again.returncode == 1 and "no such user" in again.stderr
+    assert not knows(cluster, "s1", user, 0)
+    equal(cluster, user, {"INBOX": ["new"], "g": ["other"]})
+    restart(cluster)
+    with login(cluster, "w2", user) as client:
+        client.do("append INBOX more")
+    equal(cluster, user, {"INBOX": ["more", "new"], "g": ["other"]})
+    for node in ("w1", "w2", "s1"):
+        assert not knows(cluster, node, user, 0)
+        assert knows(cluster, node, user, 1)
+
+
+def test_removed_with_unsent_changes(cluster, user):
+    """They are not reported as work to be done, and go when he is dropped."""
+    fill(cluster, user)
+    cluster.wait()
+    with cluster.partition("w2"):
+        with login(cluster, "w2", user) as client:
+            client.do("append INBOX unsent", "append f unheard")
+        until(lambda: cluster.status("w2").users[user, 0].backlog["unsent"] > 0)
+        remove(cluster, user)
+        for worker in WORKERS:
+            cluster.kill(worker)
+        delete_mail(cluster, user)
+        for worker in WORKERS:
+            cluster.start(worker)
+    until(lambda: all(cluster.status(worker).users[user, 0].backlog["pending"] == 0 for worker in WORKERS))
+    for worker in WORKERS:
+        assert ask(cluster, worker, f"drop\t{user}\t0") == f"dropped\tname={user}\nend\n"
+    assert drop_stored(cluster, user, 0).returncode == 0
+    cluster.wait()
+    for node in ("w1", "w2", "s1"):
+        assert not knows(cluster, node, user, 0)
+
+
+def test_dropped_by_mistake(cluster, user):
+    """It is noticed, nothing is lost, and a new generation with the mail of one
+    worker puts it right."""
+    fill(cluster, user)
+    assert drop_stored(cluster, user, 0).returncode == 0
+    with login(cluster, "w1", user) as client:
+        client.do("append INBOX kept", "create g", "append g n")
+    wait_log(cluster, "s1", f"has changes of user {user}, generation 0, who was dropped here")
+    until(lambda: cluster.status("w1").users[user, 0].backlog["unsent"] > 0)
+    remove(cluster, user)
+    kick(cluster, user)
+    delete_mail(cluster, user, ["w2"])
+    for path in glob.glob(cluster.home("w1", user) + "/**/dovecot.crdt.journal*", recursive=True):
+        os.unlink(path)
+    make(cluster, user, 1)
+    for worker in WORKERS:
+        see(cluster, worker, user)
+    mails = {"INBOX": [r"a \Flagged", "b", "kept"], "f": ["m"], "g": ["n"]}
+    until(lambda: all(view.mails() == mails for view in views(cluster, user)))
+    for worker in WORKERS:
+        assert ask(cluster, worker, f"drop\t{user}\t0") == f"dropped\tname={user}\nend\n"
+    equal(cluster, user, mails)

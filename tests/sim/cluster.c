@@ -903,7 +903,11 @@ static void compare(void)
 		else {
 			for (char *line = text; line != NULL && *line != '\0'; line = strchr(line, '\n') + 1) {
 				char *digest = strstr(line, "\tdigest=");
+				char *nothing = strstr(line, "\tvv=\t");
 
+				/* the other need not have heard of him */
+				if (nothing != NULL && nothing < digest)
+					continue;
 				digest = strndup(digest, 8 + 64);
 				if (strstr(first, digest) == NULL)
 					fail("states differ (I1):\n%s", text);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The hub without sockets: frames in, frames out, an in-memory store. */
+#include "../../storage-daemon/dropped.h"
 #include "../../storage-daemon/hub-private.h"
 #include "../../crdt/state.h"
 
@@ -2271,6 +2272,207 @@ static void test_ask(void **state)
 	reader_free(&r1);
 }
 
+/* ---- users who go ---- */
+
+struct user_rows { uint64_t id; enum store_space sp; size_t n; };
+
+static bool of_user_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct user_rows *s = ctx;
+	size_t at = s->sp == STORE_META ? 1 : 0;
+	struct crdt_reader r = crdt_reader(key + at, klen < at ? 0 : klen - at);
+	struct crdt_reader v = crdt_reader(val, vlen);
+	bool his = crdt_get_be64(&r) == s->id && !r.bad;
+
+	if (s->sp == STORE_META) {
+		/* his number, and that he is dropped, stay; cursors have names */
+		if (strchr("UIYXCDT", key[0]) != NULL || key[0] == 0)
+			his = false;
+		if (key[0] == META_ADVANCED)
+			his = crdt_get_varint(&v) == s->id;
+	}
+	s->n += his ? 1 : 0;
+	return true;
+}
+
+static size_t rows_of_user(struct world *w, const char *name, uint32_t gen)
+{
+	static const enum store_space spaces[] = { STORE_STATE, STORE_BODY, STORE_META };
+	struct store_txn *t = store_begin(w->s);
+	struct user_rows s = { .id = store_user_id(t, name, gen, false) };
+
+	assert_true(s.id != 0);
+	for (unsigned int i = 0; i < 3; i++) {
+		s.sp = spaces[i];
+		store_scan(t, s.sp, NULL, 0, NULL, 0, false, of_user_cb, &s);
+	}
+	store_abort(&t);
+	return s.n;
+}
+
+/* A mail with its text, one without, one whose text has begun to come, one that waits for
+ * its; a text that nothing names. */
+static void two_users(struct world *w)
+{
+	static const char *const names[] = { "alice", "bob" };
+	static char large[CRDT_BODY_CHUNK + 5000];
+	struct crdt_content c;
+	struct crdt_vv vv;
+
+	connect_worker(w, 1);
+	connect_worker(w, 2);
+	for (unsigned int i = 0; i < 2; i++) {
+		send_op(w, 1, names[i], op_create_inbox(ORIGIN1, 1));
+		send_body(w, 1, names[i], names[i], strlen(names[i]), 0, strlen(names[i]));
+		send_op(w, 1, names[i], op_add(ORIGIN1, 2, "small", names[i], strlen(names[i])));
+		commit(w);
+		send_op(w, 1, names[i], op_add(ORIGIN1, 3, "gone", "gone", 4));
+		commit(w);
+		content_of("gone", 4, &c);
+		send_none(w, 1, names[i], &c);
+		commit(w);
+		send_body(w, 1, names[i], "orphan", 6, 0, 6);
+		large[0] = (char)i;
+		send_op(w, 1, names[i], op_add(ORIGIN1, 4, "large", large, sizeof(large)));
+		send_op(w, 1, names[i], op_add(ORIGIN1, 5, "waits", large, 10));
+		commit(w);
+		send_body(w, 1, names[i], large, sizeof(large), 0, CRDT_BODY_CHUNK);
+		crdt_vv_init(&vv);
+		crdt_vv_raise(&vv, ORIGIN1, 2);
+		send_applied(w, 1, names[i], &vv);
+		send_applied(w, 2, names[i], &vv);
+	}
+	settle(w);
+	sent_drop(w);
+}
+
+/* All of him goes, nobody else's, and nothing of him is taken any more. */
+static void test_drop(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	struct crdt_content c;
+	struct crdt_frame *f;
+	size_t bobs, round, nones;
+	char *error;
+
+	two_users(w);
+	assert_true(rows_of_user(w, "alice", 0) > 10);
+	bobs = rows_of_user(w, "bob", 0);
+	assert_int_equal(rows_of_user(w, "alice", 0), bobs);
+	assert_int_equal(hub_drop_user(w->h, "alice", 1, &error), 0);
+	assert_int_equal(hub_drop_user(w->h, "alic", 0, &error), 0);
+	assert_int_equal(rows_of_user(w, "alice", 0), bobs);
+	assert_int_equal(hub_drop_user(w->h, "alice", 0, &error), 1);
+	assert_int_equal(hub_drop_user(w->h, "alice", 0, &error), 0);
+	assert_int_equal(rows_of_user(w, "bob", 0), bobs);
+	for (struct body_in *in = w->h->ins; in != NULL; in = in->next)
+		assert_string_equal(in->user.name, "bob");
+	assert_int_equal(w->h->orphans_n, 1);
+	assert_int_equal(ingest_held_count(w->h, 1), 0);
+	assert_int_equal(ingest_held_count(w->h, 2), 2);
+
+	for (round = 0; round < 2; round++) {
+		settle(w);
+		sent_drop(w);
+		assert_int_equal(rows_of_user(w, "alice", 0), 0);
+		assert_false(status_has(w, false, "name=alice"));
+		assert_true(status_has(w, false, "name=bob"));
+		/* what comes of him is not acknowledged, nor kept; that is said once */
+		w->log[0] = '\0';
+		send_op(w, 1, "alice", op_subscribe(ORIGIN1, 6, "x"));
+		send_body(w, 1, "alice", "new", 3, 0, 3);
+		content_of("alice", 5, &c);
+		send_want(w, 1, "alice", &c, 0);
+		send_op(w, 1, "alice", op_subscribe(ORIGIN1, 7, "x"));
+		commit(w);
+		nones = 0;
+		while (next(w, CONN1, &r1.f, &r1.hold)) {
+			nones += r1.f.type == CRDT_FRAME_BODY_NONE;
+			assert_true(r1.f.type == CRDT_FRAME_BODY_NONE || r1.f.user.n == 3);
+		}
+		assert_int_equal(nones, 1);
+		assert_non_null(strstr(w->log, "has changes of user alice, generation 0, who was dropped"));
+		assert_null(strstr(strstr(w->log, "alice") + 1, "alice"));
+		assert_int_equal(rows_of_user(w, "alice", 0), 0);
+		/* his ops are still in the log, and fed to nobody */
+		hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+		expect(&r2, CRDT_FRAME_WELCOME);
+		while (next(w, CONN2, &r2.f, &r2.hold)) {
+			f = &r2.f;
+			if (f->type == CRDT_FRAME_FEED || f->type == CRDT_FRAME_BODY || f->type == CRDT_FRAME_STABLE)
+				assert_memory_equal(f->user.p, "bob", 3);
+		}
+		/* the same after a restart */
+		if (round == 0) {
+			hub_free(&w->h);
+			sent_drop(w);
+			world_open_hub(w);
+			hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
+		}
+	}
+	/* another generation is another user */
+	f = &(struct crdt_frame){ .type = CRDT_FRAME_OPS, .gen = 1 };
+	struct crdt_buf op = op_subscribe(ORIGIN1, 1, "x");
+	struct crdt_bytes bytes = { op.data, op.len };
+	f->user = str("alice");
+	f->ops = &bytes;
+	f->ops_n = 1;
+	frame(w, CONN1, "w1", f);
+	commit(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	assert_true(status_has(w, false, "name=alice\tgen=1"));
+	crdt_buf_free(&op);
+	reader_free(&r1);
+	reader_free(&r2);
+}
+
+/* The text that was coming for the others still comes. */
+static void test_drop_beside(void **state)
+{
+	static char large[CRDT_BODY_CHUNK + 5000];
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	char *error;
+
+	two_users(w);
+	assert_int_equal(hub_drop_user(w->h, "alice", 0, &error), 1);
+	send_body(w, 1, "alice", large, sizeof(large), CRDT_BODY_CHUNK, 5000);
+	large[0] = 1;
+	send_body(w, 1, "bob", large, sizeof(large), CRDT_BODY_CHUNK, 5000);
+	settle(w);
+	send_body(w, 1, "bob", large, 10, 0, 10);
+	settle(w);
+	assert_true(status_has(w, false, "vv=0100000000111111:5"));
+	assert_int_equal(rows_of_user(w, "alice", 0), 0);
+	reader_free(&r1);
+}
+
+/* Killed before his rows were gone. */
+static void test_drop_killed(void **state)
+{
+	struct world *w = *state;
+	struct store_txn *t;
+	char *error;
+
+	two_users(w);
+	hub_free(&w->h);
+	t = store_begin(w->s);
+	dropped_mark(t, store_user_id(t, "alice", 0, false));
+	assert_int_equal(store_commit(&t, true, &error), 0);
+	assert_true(rows_of_user(w, "alice", 0) > 10);
+	world_open_hub(w);
+	settle(w);
+	assert_true(rows_of_user(w, "bob", 0) > 10);
+	assert_false(status_has(w, false, "name=alice"));
+	t = store_begin(w->s);
+	struct user_rows s = { .id = store_user_id(t, "alice", 0, false), .sp = STORE_STATE };
+	store_scan(t, STORE_STATE, NULL, 0, NULL, 0, false, of_user_cb, &s);
+	assert_int_equal(s.n, 0);
+	store_abort(&t);
+	sent_drop(w);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -2286,6 +2488,7 @@ int main(void)
 		T(test_limit_of_connections), T(test_damaged_log), T(test_trim_and_reset), T(test_stable_and_collect),
 		T(test_collection_resumes), T(test_stable_after_feed),
 		T(test_stable_after_own_ops), T(test_stable_of_older_build), T(test_retire), T(test_ask),
+		T(test_drop), T(test_drop_beside), T(test_drop_killed),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -518,11 +518,118 @@ static void removed_user(void **state)
 	assert_null(strstr(text, "absent=1"));
 }
 
+/* ---- users who are dropped ---- */
+
+struct answer { unsigned n; enum node_drop_result result; bool name_free; };
+
+static void drop_done(void *ctx, enum node_drop_result result, bool name_free)
+{
+	struct answer *a = ctx;
+
+	a->n++;
+	a->result = result;
+	a->name_free = name_free;
+}
+
+static void drop_ends(struct fix *x, enum visit_mail mail, uint32_t gen, bool dropped)
+{
+	const struct visit_hooks hooks = { NULL, NULL, NULL, NULL };
+	struct visit *v = take_visit(x);
+
+	assert_true(v->drop);
+	assert_null(v->feeds);
+	v->mail_gen = gen;
+	v->dropped = dropped;
+	visit_run(v, NULL, mail, x->spool, &hooks);
+	visited(x, v);
+}
+
+static void merged(void *ctx, struct visit *v, struct visit_feed *feeds)
+{
+	struct fix *x = ctx;
+
+	(void)v;
+	node_merged(x->n, x->now, feeds);
+}
+
+/* Only one who is no user here; then nothing waits for him any more. */
+static void drop_user(void **state)
+{
+	static const struct { enum visit_mail mail; uint32_t gen; bool dropped; enum node_drop_result result; } cases[] = {
+		{ VISIT_MAIL_OK, 0, false, NODE_DROP_IN_USE },
+		{ VISIT_MAIL_GENERATION, 0, false, NODE_DROP_IN_USE },
+		{ VISIT_MAIL_LATER, 0, false, NODE_DROP_LATER },
+		{ VISIT_MAIL_NO_USER, 0, false, NODE_DROP_UNKNOWN },
+		{ VISIT_MAIL_GENERATION, 9, false, NODE_DROP_UNKNOWN },
+		{ VISIT_MAIL_GENERATION, 9, true, NODE_DROPPED },
+		{ VISIT_MAIL_NO_USER, 0, true, NODE_DROPPED },
+	};
+	struct fix *x = *state;
+	struct node_drop *d;
+	uint64_t gsn = 0;
+
+	for (unsigned i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		struct answer a = { .n = 0 }, b = { .n = 0 };
+
+		(void)node_drop_start(x->n, x->now, "a", 5, drop_done, &a);
+		d = node_drop_start(x->n, x->now, "a", 5, drop_done, &b);
+		run(x);
+		node_drop_cancel(&d);
+		assert_null(d);
+		/* what comes meanwhile of somebody else, and of him */
+		feed(x, "b", 0, ++gsn);
+		feed(x, "a", 5, ++gsn);
+		mail_works(x);
+		drop_ends(x, cases[i].mail, cases[i].gen, cases[i].dropped);
+		assert_int_equal(a.n, 1);
+		assert_int_equal(b.n, 0);
+		assert_int_equal(a.result, cases[i].result);
+		assert_int_equal(a.name_free, cases[i].mail == VISIT_MAIL_NO_USER);
+		assert_int_equal(node_user_find(x->n, "a", 5) == NULL, cases[i].dropped);
+		while (x->visits != NULL)
+			mail_works(x);
+	}
+}
+
+/* What is fed of him later counts as done. */
+static void dropped_user_is_fed(void **state)
+{
+	struct fix *x = *state;
+	struct visit_hooks hooks = { .merged = merged, .ctx = x };
+	uint64_t gsn, head;
+	struct visit *v;
+	bool up;
+
+	feed(x, "a", 0, 1);
+	v = take_visit(x);
+	assert_non_null(v->feeds);
+	v->dropped = true;
+	visit_run(v, NULL, VISIT_MAIL_NO_USER, x->spool, &hooks);
+	assert_null(v->feeds);
+	visited(x, v);
+	x->now += NODE_FEED_SYNC_MSECS;
+	run(x);
+	node_synced(x->n, x->now);
+	node_storage_state(x->n, 0, &up, &gsn, &head);
+	assert_int_equal(head, 1);
+	assert_int_equal(gsn, 1);
+	assert_null(x->visits);
+	/* his texts are nowhere */
+	want(x, "a", 1);
+	run(x);
+	v = take_visit(x);
+	v->dropped = true;
+	visit_run(v, NULL, VISIT_MAIL_LATER, x->spool, &hooks);
+	visited(x, v);
+	assert_int_equal(x->nones, 1);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many), TEST(nobody_has), TEST(many_users),
-		TEST(name_used_again), TEST(generation_to_come), TEST(removed_user) };
+		TEST(name_used_again), TEST(generation_to_come), TEST(removed_user),
+		TEST(drop_user), TEST(dropped_user_is_fed) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -130,6 +130,10 @@ def test_name_is_used_again(cluster, user):
     with login(cluster, "w1", user) as client:
         client.do("append g more", "expunge INBOX new")
     equal(cluster, user, {"INBOX": [], "g": ["more", "other"]})
+    # what an administrator asks is about the user of today
+    for worker in WORKERS:
+        cluster.doveadm(worker, "crdt", "sync", "-u", user)
+        cluster.doveadm(worker, "crdt", "verify", "-u", user)
 
     replace(cluster, user, 2)
     use(cluster, user, "third", "fourth")

@@ -163,6 +163,7 @@ bool fanout_hello(struct hub_conn *c, const struct crdt_frame *f)
 	}
 	c->feed_pos = c->feed_sent = start;
 	c->own_upto = f->own ? h->head : 0;
+	c->goal = h->head;
 	c->ride_gsn = 0;
 	c->ride_next = 0;
 	set_cursor(c->peer, start);
@@ -359,6 +360,20 @@ static bool feeder_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t
 	return true;
 }
 
+/* What WELCOME named has been looked at, but the last of it was the peer's own: it is told
+ * that it has all of it.  (When it takes no frame now, these rows are looked at again.) */
+static void feeder_tell_goal(struct feeder *s)
+{
+	struct hub_conn *c = s->c;
+
+	if (s->refused || c->feed_broken || c->feed_pos < c->goal || c->feed_sent >= c->goal)
+		return;
+	s->last = c->feed_pos;
+	s->skipped = 0;
+	if (!feeder_flush(s))
+		c->feed_pos = c->feed_sent;
+}
+
 bool fanout_pump(struct hub_conn *c, size_t *budget, bool *more_r)
 {
 	struct feeder *s;
@@ -375,6 +390,7 @@ bool fanout_pump(struct hub_conn *c, size_t *budget, bool *more_r)
 	store_scan(s->t, STORE_LOG, NULL, 0, from, sizeof(from), false, feeder_row, s);
 	if (s->ops_n > 0 && !s->refused)
 		(void)feeder_flush(s);
+	feeder_tell_goal(s);
 	*more_r = *more_r || s->more;
 	ok = !s->refused;
 	store_abort(&s->t);

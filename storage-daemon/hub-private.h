@@ -164,6 +164,7 @@ struct hub_conn {
 	uint64_t feed_pos;		/* LOG row looked at last */
 	uint64_t feed_sent;		/* gsn of the last frame */
 	uint64_t own_upto;		/* ops of the peer's own slot are fed up to here */
+	uint64_t goal;			/* end of the log at HELLO; the peer's cursor gets there */
 	uint64_t ride_gsn; unsigned int ride_next;	/* texts that went ahead of ops not fed yet: up to these */
 	bool feed_broken;		/* a damaged row of the log is in its way; it was logged */
 	struct feed_flight *flights;

@@ -493,7 +493,7 @@ static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
 	welcome.name.n = (uint16_t)strlen(c->h->name);
 	welcome.daemon_id = c->h->daemon_id;
 	welcome.own = f->own;
-	welcome.gsn = c->own_upto;
+	welcome.gsn = c->goal;
 	hub_conn_send(c, &welcome);
 	hub_log(c->h, 2, "peer %s: connected", conf->name);
 }

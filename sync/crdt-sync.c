@@ -424,7 +424,8 @@ static void client_connected(struct master_service_connection *conn)
 	if (conn->fifo) {
 		wake_fifo_create(conn->fd);
 	} else if (node != NULL) {
-		status_client_create(&status_source, conn->fd, is_for_mail(conn));
+		status_client_create(&status_source, conn->fd, conn->remote_ip.family != 0 ? STATUS_REMOTE :
+				     is_for_mail(conn) ? STATUS_MAIL : STATUS_ADMIN);
 	} else {
 		/* starting, or crdt_mode = off: there is nothing to tell */
 		i_close_fd(&conn->fd);
@@ -618,7 +619,7 @@ static void node_init(void)
 	node = node_new(&cfg, &callbacks, &error);
 	if (node == NULL)
 		i_fatal("%s", error);
-	status_source = (struct status_source) { &set, node, markers_look, now_msecs, sync_run };
+	status_source = (struct status_source) { &set, node, markers_look, &markers, now_msecs, sync_run };
 }
 
 static void links_init(void)

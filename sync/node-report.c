@@ -21,7 +21,9 @@ struct report_entry {
 struct node_report {
 	struct node_report *next;
 	struct node *n;
-	bool digest;
+	enum node_report_what what;
+	unsigned behind;		/* lines of users who are */
+	uint64_t more;			/* users who are, beyond STATUS_BEHIND_MAX */
 	struct walk walk;
 	struct report_entry *entries;
 	int64_t due;
@@ -80,6 +82,16 @@ uint64_t node_unsent(const struct user *u, const struct replica_status *st)
 	return u->last_seq > acked ? u->last_seq - acked : 0;
 }
 
+static void put_behind(struct node_report *r, const struct status_user *line)
+{
+	if (line->unsent + line->pending + line->held + line->buffered == 0)
+		return;
+	if (r->behind++ < STATUS_BEHIND_MAX)
+		status_put_user(&r->out, line);
+	else
+		r->more++;
+}
+
 static void put_user(struct node_report *r, const struct user *u, const struct replica_status *st,
 		     const uint8_t *digest)
 {
@@ -92,11 +104,17 @@ static void put_user(struct node_report *r, const struct user *u, const struct r
 	line.vv = &st->vv;
 	line.absent = node_user_is_absent(u);
 	if (!line.absent) {
-		line.pending = st->pending + (u->survey ? 1 : 0);
+		line.pending = st->pending;
 		line.held = st->held;
 	}
 	line.buffered = st->buffered;
-	line.digest = r->digest ? digest : NULL;
+	if (r->what == NODE_REPORT_BEHIND) {
+		put_behind(r, &line);
+		return;
+	}
+	if (!line.absent)
+		line.pending += u->survey ? 1 : 0;
+	line.digest = r->what == NODE_REPORT_DIGEST ? digest : NULL;
 	status_put_user(&r->out, &line);
 }
 
@@ -116,14 +134,14 @@ static void entry_free(struct report_entry *e)
 	free(e);
 }
 
-struct node_report *node_report_start(struct node *n, int64_t now, bool digest,
+struct node_report *node_report_start(struct node *n, int64_t now, enum node_report_what what,
 				      void (*done)(void *ctx, const char *text, size_t len), void *ctx)
 {
 	struct node_report *r = xcalloc(1, sizeof(*r));
 
 	n->now = now;
 	r->n = n;
-	r->digest = digest;
+	r->what = what;
 	r->walk.next_id = 1;
 	r->due = now + NODE_REPORT_MSECS;
 	r->done = done;
@@ -181,10 +199,13 @@ static void report_hurry(struct node_report *r)
 
 static void report_end(struct node_report *r)
 {
-	struct crdt_buf out = r->out;
+	struct crdt_buf out;
 	void (*done)(void *ctx, const char *text, size_t len) = r->done;
 	void *ctx = r->ctx;
 
+	if (r->more > 0)
+		status_put_more(&r->out, r->more);
+	out = r->out;
 	memset(&r->out, 0, sizeof(r->out));
 	node_report_cancel(&r);
 	if (out.failed)
@@ -196,7 +217,7 @@ static void report_end(struct node_report *r)
 bool node_report_wants_digest(const struct user *u)
 {
 	for (struct report_entry *e = u->entries; e != NULL; e = e->next) {
-		if (e->report->digest)
+		if (e->report->what == NODE_REPORT_DIGEST)
 			return true;
 	}
 	return false;
@@ -214,7 +235,7 @@ void node_report_visited(struct user *u, const struct visit *v)
 	}
 	for (e = u->entries; e != NULL; e = next) {
 		next = e->next;
-		if (e->report->digest && !v->digest) {
+		if (e->report->what == NODE_REPORT_DIGEST && !v->digest) {
 			node_wake(u, SCHED_LOW);
 			continue;
 		}

@@ -128,8 +128,9 @@ struct node_drop *node_drop_start(struct node *n, int64_t now, const char *user,
 void node_drop_cancel(struct node_drop **d);
 
 /* ---- status ---- */
-/* gsn: what is durably fed; head: what came. */
-void node_storage_state(const struct node *n, unsigned storage, bool *up_r, uint64_t *gsn_r, uint64_t *head_r);
+/* gsn: what is durably fed; head: what came; goal: uplink_goal(). */
+void node_storage_state(const struct node *n, unsigned storage, bool *up_r, uint64_t *gsn_r, uint64_t *head_r,
+			uint64_t *goal_r);
 /* Seconds since it acknowledged something; -1: not since the start. */
 int64_t node_storage_acked_ago(const struct node *n, int64_t now, unsigned storage);
 /*
@@ -138,7 +139,12 @@ int64_t node_storage_acked_ago(const struct node *n, int64_t now, unsigned stora
  * (without done()).
  */
 struct node_report;
-struct node_report *node_report_start(struct node *n, int64_t now, bool digest,
+enum node_report_what {
+	NODE_REPORT_STATUS,
+	NODE_REPORT_DIGEST,	/* with digests */
+	NODE_REPORT_BEHIND,	/* users of whom something is left to do; a survey is not counted */
+};
+struct node_report *node_report_start(struct node *n, int64_t now, enum node_report_what what,
 				      void (*done)(void *ctx, const char *text, size_t len), void *ctx);
 void node_report_cancel(struct node_report **r);
 

@@ -14,17 +14,19 @@
 #define STATUS_CLIENT_TIMEOUT_MSECS (60 * 1000)
 #define STATUS_KEPT_TIMEOUT_MSECS (3600 * 1000)	/* it may be reading mail meanwhile */
 #define STATUS_AWAIT_MAX_MSECS (50 * 1000)
+#define STATUS_REMOTE_TIMEOUT_MSECS (10 * 1000)
 
 struct status_client {
 	struct status_client *prev, *next;
 	const struct status_source *src;
 	int fd;
+	enum status_client_kind kind;
 	struct io *io;
 	struct istream *input;
 	struct ostream *output;
 	struct timeout *to;
-	bool mail;
 	bool keep;			/* it will ask more */
+	bool looks;			/* counted in remote_looks */
 	struct node_report *report;
 	struct node_question *question;
 	char *user;			/* to be dropped */
@@ -32,10 +34,15 @@ struct status_client {
 };
 
 static struct status_client *clients = NULL;
+static unsigned int remotes, remote_looks;
 
 static void client_destroy(struct status_client *client)
 {
 	DLLIST_REMOVE(&clients, client);
+	if (client->kind == STATUS_REMOTE)
+		remotes--;
+	if (client->looks)
+		remote_looks--;
 	node_report_cancel(&client->report);
 	node_question_cancel(&client->question);
 	node_drop_cancel(&client->drop);
@@ -55,7 +62,9 @@ static void client_input(struct status_client *client);
 static void client_listen(struct status_client *client)
 {
 	timeout_remove(&client->to);
-	if (client->keep)
+	if (client->kind == STATUS_REMOTE)
+		client->to = timeout_add(STATUS_REMOTE_TIMEOUT_MSECS, client_destroy, client);
+	else if (client->keep)
 		client->to = timeout_add(STATUS_KEPT_TIMEOUT_MSECS, client_destroy, client);
 	else
 		client->to = timeout_add(STATUS_CLIENT_TIMEOUT_MSECS, client_destroy, client);
@@ -77,12 +86,10 @@ static int client_flush(struct status_client *client)
 	return ret;
 }
 
-static void client_report_done(void *ctx, const char *text, size_t len)
+static void client_answer(struct status_client *client, const char *text, size_t len)
 {
-	struct status_client *client = ctx;
 	struct crdt_buf end = CRDT_BUF_INIT;
 
-	client->report = NULL;
 	o_stream_nsend(client->output, text, len);
 	status_put_end(&end);
 	o_stream_nsend(client->output, end.data, end.len);
@@ -91,6 +98,17 @@ static void client_report_done(void *ctx, const char *text, size_t len)
 	o_stream_uncork(client->output);
 	/* Not from within the node: it is still at work. */
 	o_stream_set_flush_pending(client->output, TRUE);
+}
+
+static void client_report_done(void *ctx, const char *text, size_t len)
+{
+	struct status_client *client = ctx;
+
+	client->report = NULL;
+	if (client->looks)
+		remote_looks--;
+	client->looks = FALSE;
+	client_answer(client, text, len);
 }
 
 static void client_head(struct status_client *client, unsigned int dirty)
@@ -103,7 +121,7 @@ static void client_head(struct status_client *client, unsigned int dirty)
 	for (unsigned int i = 0; i < set->storages_n; i++) {
 		struct status_peer peer = { .name = set->storages[i].endpoint };
 
-		node_storage_state(client->src->node, i, &peer.connected, &peer.gsn, &peer.head);
+		node_storage_state(client->src->node, i, &peer.connected, &peer.gsn, &peer.head, &peer.goal);
 		peer.acked_ago = node_storage_acked_ago(client->src->node, client->src->now(), i);
 		status_put_peer(&b, &peer);
 	}
@@ -219,33 +237,74 @@ static bool client_drop(struct status_client *client, char *const *words, unsign
 	return TRUE;
 }
 
-static bool client_request(struct status_client *client, char *line)
+static void client_look(struct status_client *client, enum node_report_what what)
 {
 	const struct status_source *src = client->src;
+
+	client_head(client, src->dirty());
+	client->report = node_report_start(src->node, src->now(), what, client_report_done, client);
+}
+
+/* Without a word about users. */
+static void client_node(struct status_client *client)
+{
+	client_head(client, client->kind == STATUS_REMOTE ? *client->src->dirty_seen : client->src->dirty());
+	client_answer(client, "", 0);
+}
+
+/* Who comes over the network learns little, and makes little work: one look at the users
+ * at a time. */
+static bool client_remote(struct status_client *client, const char *word)
+{
+	if (strcmp(word, "node") == 0) {
+		client_node(client);
+		return TRUE;
+	}
+	if (strcmp(word, "behind") != 0 || remote_looks > 0)
+		return FALSE;
+	remote_looks++;
+	client->looks = TRUE;
+	client_look(client, NODE_REPORT_BEHIND);
+	return TRUE;
+}
+
+/* A word without arguments. */
+static bool client_word(struct status_client *client, const char *word)
+{
+	if (strcmp(word, "status") == 0) {
+		client_look(client, NODE_REPORT_STATUS);
+	} else if (strcmp(word, "digest") == 0) {
+		client_look(client, NODE_REPORT_DIGEST);
+	} else if (strcmp(word, "behind") == 0) {
+		client_look(client, NODE_REPORT_BEHIND);
+	} else if (strcmp(word, "node") == 0) {
+		client_node(client);
+	} else if (strcmp(word, "keep") == 0) {
+		client->keep = TRUE;
+		client_answer(client, "", 0);
+	} else {
+		return FALSE;
+	}
+	return TRUE;
+}
+
+static bool client_request(struct status_client *client, char *line)
+{
 	char *words[STATUS_WORDS_MAX];
 	unsigned int n = status_words(line, words);
 
 	if (n == 0)
 		return FALSE;
-	if (client->mail)
+	switch (client->kind) {
+	case STATUS_MAIL:
 		return client_await(client, words, n);
-	if (n == 1 && strcmp(words[0], "keep") == 0) {
-		client->keep = TRUE;
-		client_report_done(client, "", 0);
-		return TRUE;
+	case STATUS_REMOTE:
+		return n == 1 && client_remote(client, words[0]);
+	case STATUS_ADMIN:
+		break;
 	}
-	if (n == 1 && (strcmp(words[0], "status") == 0 || strcmp(words[0], "digest") == 0)) {
-		client_head(client, src->dirty());
-		client->report = node_report_start(src->node, src->now(), strcmp(words[0], "digest") == 0,
-						   client_report_done, client);
-		return TRUE;
-	}
-	if (n == 1 && strcmp(words[0], "node") == 0) {
-		client_head(client, src->dirty());
-		client_report_done(client, "", 0);
-		return TRUE;
-	}
-	return client_drop(client, words, n) || client_ask(client, words, n);
+	return (n == 1 && client_word(client, words[0])) || client_drop(client, words, n) ||
+		client_ask(client, words, n);
 }
 
 static void client_input(struct status_client *client)
@@ -267,13 +326,21 @@ static void client_input(struct status_client *client)
 	src->run();
 }
 
-void status_client_create(const struct status_source *src, int fd, bool mail)
+void status_client_create(const struct status_source *src, int fd, enum status_client_kind kind)
 {
-	struct status_client *client = i_new(struct status_client, 1);
+	struct status_client *client;
 
+	if (kind == STATUS_REMOTE && remotes == STATUS_REMOTES_MAX) {
+		i_close_fd(&fd);
+		master_service_client_connection_destroyed(master_service);
+		return;
+	}
+	client = i_new(struct status_client, 1);
 	client->src = src;
 	client->fd = fd;
-	client->mail = mail;
+	client->kind = kind;
+	if (kind == STATUS_REMOTE)
+		remotes++;
 	client->input = i_stream_create_fd(fd, STATUS_LINE_MAX);
 	client->output = o_stream_create_fd(fd, SIZE_MAX);
 	o_stream_set_no_error_handling(client->output, TRUE);

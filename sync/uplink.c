@@ -62,6 +62,7 @@ struct uplink {
 	bool own;			/* own slot's ops are wanted too; */
 	uint64_t own_until;		/* they come up to here; UINT64_MAX: not heard yet */
 	uint64_t daemon_id;
+	uint64_t goal;			/* WELCOME's gsn */
 	uint64_t received, merged, durable;	/* gsn */
 	struct feed *feeds;		/* received and not contiguously merged; ascending */
 	size_t feeds_first, feeds_n, feeds_cap;
@@ -606,6 +607,11 @@ uint64_t uplink_merged(const struct uplink *u)
 	return u->merged;
 }
 
+uint64_t uplink_goal(const struct uplink *u)
+{
+	return u->goal;
+}
+
 uint64_t uplink_received(const struct uplink *u)
 {
 	return u->received;
@@ -695,6 +701,7 @@ static void on_welcome(struct uplink *u, const struct crdt_frame *f)
 		log_text(u, 1, "another daemon, or one with a new database, answers there: all is exchanged again");
 	log_text(u, 2, "connected to %.*s", (int)f->name.n, (const char *)f->name.p);
 	u->state = UP;
+	u->goal = f->gsn;
 	u->due = INT64_MAX;
 	u->failures = 0;
 	u->logged = 0;

@@ -46,8 +46,8 @@ void crdt_frame_encode(struct crdt_buf *b, const struct crdt_frame *f)
 	case CRDT_FRAME_WELCOME:
 		crdt_buf_bytes(b, f->name.p, f->name.n);
 		crdt_buf_u64(b, f->daemon_id);
-		if (f->own) {
-			crdt_buf_u8(b, 1);
+		if (f->own || f->gsn > 0) {
+			crdt_buf_u8(b, f->own ? 1 : 0);
 			crdt_buf_varint(b, f->gsn);
 		}
 		break;
@@ -208,6 +208,8 @@ static void get_body(struct crdt_reader *r, struct crdt_frame *f)
 
 static void get_fields(struct crdt_reader *r, struct crdt_frame *f)
 {
+	uint8_t own;
+
 	switch ((enum crdt_frame_type)f->type) {
 	case CRDT_FRAME_HELLO:
 		f->role = crdt_get_u8(r);
@@ -220,8 +222,9 @@ static void get_fields(struct crdt_reader *r, struct crdt_frame *f)
 	case CRDT_FRAME_WELCOME:
 		get_node_name(r, &f->name);
 		f->daemon_id = crdt_get_u64(r);
-		f->own = crdt_reader_left(r) > 0 && crdt_get_u8(r) == 1;
-		if (f->own)
+		own = crdt_reader_left(r) > 0 ? crdt_get_u8(r) : 2;
+		f->own = own == 1;
+		if (own <= 1)
 			f->gsn = crdt_get_varint(r);
 		break;
 	case CRDT_FRAME_OPS:

@@ -177,6 +177,8 @@ void status_put_peer(struct crdt_buf *b, const struct status_peer *s)
 		status_int(b, "acked_ago", s->acked_ago);
 	if (s->retired)
 		status_uint(b, "retired", 1);
+	if (s->goal > 0)
+		status_uint(b, "goal", s->goal);
 	status_end(b);
 }
 
@@ -205,6 +207,13 @@ void status_put_folder(struct crdt_buf *b, const struct crdt_folder_digest *d)
 	status_uint(b, "uidvalidity", d->validity);
 	status_uint(b, "mails", d->mails);
 	status_hex(b, "digest", d->digest, sizeof(d->digest));
+	status_end(b);
+}
+
+void status_put_more(struct crdt_buf *b, uint64_t users)
+{
+	status_begin(b, "more");
+	status_uint(b, "users", users);
 	status_end(b);
 }
 

@@ -13,6 +13,7 @@
 #define STATUS_REQUEST_MAX 1024		/* bytes, to crdt-stored: a word, a user's name, each byte may take three, and a number */
 #define STATUS_LINE_MAX 16384		/* to crdt-sync: a user name and a path, each byte may take three */
 #define STATUS_WORDS_MAX 8
+#define STATUS_BEHIND_MAX 1000		/* users */
 
 void status_begin(struct crdt_buf *b, const char *kind);
 void status_str(struct crdt_buf *b, const char *key, const char *value);
@@ -38,6 +39,7 @@ struct status_peer {
 	const char *name;
 	bool connected, retired;
 	uint64_t gsn, head;
+	uint64_t goal;			/* crdt-sync: the end of the daemon's log when the connection began; 0: not known */
 	int64_t acked_ago;		/* seconds since its last ACK; -1: none */
 };
 struct status_user {
@@ -52,5 +54,6 @@ void status_put_node(struct crdt_buf *b, const struct status_node *s);
 void status_put_peer(struct crdt_buf *b, const struct status_peer *s);
 void status_put_user(struct crdt_buf *b, const struct status_user *s);
 void status_put_folder(struct crdt_buf *b, const struct crdt_folder_digest *d);
+void status_put_more(struct crdt_buf *b, uint64_t users);
 void status_put_end(struct crdt_buf *b);	/* of the answer */
 #endif

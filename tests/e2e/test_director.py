@@ -5,9 +5,12 @@ Needs root and what was built; see conftest.py.
 """
 
 import os
+import socket
 
 import pytest
 
+from crdtlib import in_netns
+from crdtcluster import layout, status
 from imap_lib import Client, look, message
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -80,3 +83,42 @@ def test_doveadm_works_on_the_users_worker(cluster):
     for user in USERS:
         cluster.doveadm("d1", "mailbox", "create", "-u", user, "made")
         assert "made" in look(cluster, worker_of(cluster, user), user).folders
+
+
+def health(cluster, worker, request):
+    """What the worker answers over TCP."""
+    node = cluster.node(worker)
+    with in_netns(cluster.node("d1")["netns"]):
+        return status.query((node["cluster_address"], layout.HEALTH_PORT), request)
+
+
+def test_health_over_tcp(cluster):
+    """The state of a worker, and who is behind; nothing else, and not for many at a time."""
+    cluster.wait()
+    for request in ("node", "behind"):
+        report = health(cluster, "w1", request)
+        assert report.peers and all(report.peers.values())
+        assert not report.users and report.dirty == 0
+    for request in ("status", "digest", "quit", "x" * 5000):
+        with pytest.raises(status.StatusError):
+            health(cluster, "w1", request)
+    with cluster.partition("w1"):
+        with Client.login(cluster, "w1", "u1") as client:
+            client.do("append INBOX unsent")
+        report = cluster.status("w1", "behind")     # the network is cut, the unix socket is not
+        assert [name for name, _ in report.users] == ["u1"]
+    cluster.wait()
+    node = cluster.node("w1")
+    address = (node["cluster_address"], layout.HEALTH_PORT)
+    with in_netns(cluster.node("d1")["netns"]):
+        silent = [socket.create_connection(address, timeout=60) for _ in range(16)]
+        late = socket.create_connection(address, timeout=60)
+    assert late.recv(1) == b""              # turned away
+    assert health_of_unix(cluster)          # the local one is not
+    for sock in silent:
+        assert sock.recv(1) == b""          # who says nothing has to go
+    assert health(cluster, "w1", "node").peers
+
+
+def health_of_unix(cluster):
+    return cluster.status("w1", "node").peers

@@ -836,7 +836,7 @@ static char *report(struct worker *w)
 {
 	char *text = NULL;
 
-	(void)node_report_start(w->node, sim.now, true, note_report, &text);
+	(void)node_report_start(w->node, sim.now, NODE_REPORT_DIGEST, note_report, &text);
 	while (text == NULL) {
 		worker_run(w);
 		carry_out(w);

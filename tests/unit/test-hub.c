@@ -240,6 +240,9 @@ static void connect_worker(struct world *w, unsigned int n)
 	hello(w, 100 + n, name, name, HUB_WORKER, (uint8_t)n, 0, 0);
 	struct reader r = { .w = w, .conn = 100 + n };
 	expect(&r, CRDT_FRAME_WELCOME);
+	/* if the log ends with its own: only that it has seen that */
+	if (next(w, r.conn, &r.f, &r.hold))
+		assert_true(r.f.type == CRDT_FRAME_FEED && r.f.ops_n == 0);
 	expect_none(&r);
 }
 
@@ -2066,6 +2069,9 @@ static void test_stable_after_own_ops(void **state)
 	struct world *w = *state;
 	struct reader r1 = { .w = w, .conn = CONN1 };
 
+	uint64_t goal;
+	const struct crdt_frame *f;
+
 	make_stable(w);
 	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
 	send_op(w, 1, "u", op_subscribe(ORIGIN1, 4, "a"));
@@ -2076,9 +2082,56 @@ static void test_stable_after_own_ops(void **state)
 	expect(&r1, CRDT_FRAME_STABLE);
 	hub_disconnected(w->h, CONN1);
 	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
-	expect(&r1, CRDT_FRAME_WELCOME);
+	goal = expect(&r1, CRDT_FRAME_WELCOME)->gsn;
 	expect(&r1, CRDT_FRAME_FEED);
+	f = expect(&r1, CRDT_FRAME_FEED);
+	assert_int_equal(f->ops_n, 0);
+	assert_int_equal(f->gsn, goal);
 	expect(&r1, CRDT_FRAME_STABLE);
+	reader_free(&r1);
+	sent_drop(w);
+}
+
+/* The end of the log that WELCOME names is reached, whoever's ops are there, and only
+ * once.  What comes later moves no goal. */
+static void test_goal(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	const struct crdt_frame *f;
+	uint64_t id;
+
+	connect_worker(w, 2);
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, 0, 0);
+	f = expect(&r1, CRDT_FRAME_WELCOME);
+	id = f->daemon_id;
+	assert_int_equal(f->gsn, 0);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 1, "a"));
+	send_op(w, 1, "v", op_subscribe(ORIGIN1, 1, "a"));
+	settle(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	expect(&r1, CRDT_FRAME_ACK);
+	expect_none(&r1);
+	hub_disconnected(w->h, CONN1);
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, id, 0);
+	assert_int_equal(expect(&r1, CRDT_FRAME_WELCOME)->gsn, 2);
+	f = expect(&r1, CRDT_FRAME_FEED);
+	assert_int_equal(f->ops_n, 0);
+	assert_int_equal(f->gsn, 2);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 2, "b"));
+	settle(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	expect_none(&r1);
+	/* others' ops end the log */
+	hub_disconnected(w->h, CONN1);
+	send_op(w, 2, "u", op_subscribe(ORIGIN2, 1, "c"));
+	settle(w);
+	hello(w, CONN1, "w1", "w1", HUB_WORKER, 1, id, 2);
+	assert_int_equal(expect(&r1, CRDT_FRAME_WELCOME)->gsn, 4);
+	f = expect(&r1, CRDT_FRAME_FEED);
+	assert_int_equal(f->ops_n, 1);
+	assert_int_equal(f->gsn, 4);
+	expect_none(&r1);
 	reader_free(&r1);
 	sent_drop(w);
 }
@@ -2487,7 +2540,7 @@ int main(void)
 		T(test_window), T(test_refused_sends), T(test_limit_of_held_ops), T(test_limit_of_wanted_texts),
 		T(test_limit_of_connections), T(test_damaged_log), T(test_trim_and_reset), T(test_stable_and_collect),
 		T(test_collection_resumes), T(test_stable_after_feed),
-		T(test_stable_after_own_ops), T(test_stable_of_older_build), T(test_retire), T(test_ask),
+		T(test_stable_after_own_ops), T(test_goal), T(test_stable_of_older_build), T(test_retire), T(test_ask),
 		T(test_drop), T(test_drop_beside), T(test_drop_killed),
 	};
 

@@ -379,7 +379,7 @@ static void report_done(void *ctx, const char *text, size_t len)
 /* The status; every visit finds the mail store like this. */
 static void status(struct fix *x, enum visit_mail mail, uint32_t gen, char text[1000])
 {
-	struct node_report *r = node_report_start(x->n, x->now, false, report_done, text);
+	struct node_report *r = node_report_start(x->n, x->now, NODE_REPORT_STATUS, report_done, text);
 
 	text[0] = '\0';
 	assert_non_null(r);
@@ -596,7 +596,7 @@ static void dropped_user_is_fed(void **state)
 {
 	struct fix *x = *state;
 	struct visit_hooks hooks = { .merged = merged, .ctx = x };
-	uint64_t gsn, head;
+	uint64_t gsn, head, goal;
 	struct visit *v;
 	bool up;
 
@@ -610,7 +610,7 @@ static void dropped_user_is_fed(void **state)
 	x->now += NODE_FEED_SYNC_MSECS;
 	run(x);
 	node_synced(x->n, x->now);
-	node_storage_state(x->n, 0, &up, &gsn, &head);
+	node_storage_state(x->n, 0, &up, &gsn, &head, &goal);
 	assert_int_equal(head, 1);
 	assert_int_equal(gsn, 1);
 	assert_null(x->visits);

@@ -23,6 +23,16 @@ _INSTALLED_24 = ("lib/dovecot/modules/lib90_crdt_plugin.so", "libexec/dovecot/cr
 _PROGRAM_DIRS = ("lib/dovecot/modules", "libexec/dovecot", "sbin", "bin")
 
 
+# What crdt-watch asks.
+_HEALTH = """service crdt-sync {{
+  inet_listener crdt-health {{
+    address = {}
+    port = {}
+  }}
+}}
+"""
+
+
 def check_installed(options):
     """Refuses a prefix in which scripts/build has not installed everything.
 
@@ -197,6 +207,7 @@ def _configure_behind_director(cluster, node, director):
         "director": director.cluster_address,
         "cluster_address": node.cluster_address,
         "example": f"{_examples(cluster)}/behind-director.conf",
+        "health": _HEALTH.format(node.cluster_address, HEALTH_PORT) if cluster.plugin else "",
         "password": _doveadm_password(cluster)})
 
 

@@ -52,7 +52,7 @@ class Report:
 
 
 def query(path, command="status", timeout=TIMEOUT):
-    """The Report of the replica whose status socket is at path.
+    """The Report of the replica whose status socket is at path, or (host, port).
 
     The command "digest" makes it compute every user's digest.
     """
@@ -67,7 +67,8 @@ def query(path, command="status", timeout=TIMEOUT):
 
 
 def _exchange(path, command, timeout):
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+    family = socket.AF_UNIX if isinstance(path, str) else socket.AF_INET
+    with contextlib.closing(socket.socket(family)) as sock:
         sock.settimeout(timeout)
         sock.connect(path)
         sock.sendall(command.encode("ascii") + b"\n")

@@ -1,93 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "conf.h"
+#include "conf-file.h"
 #include "../wire/z85.h"
 #include "../wire/zcert.h"
 
-#include <confuse.h>
-
-#include <errno.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define CONF_FILE_MAX (1024 * 1024)
 #define CONF_PEERS_MAX 1024
-
-/* libconfuse's error function has no argument of ours.  The first error counts:
- * later ones follow from it. */
-static __thread char *conf_error;
-static __thread const char *conf_path;
-
-static void on_error(cfg_t *cfg, const char *fmt, va_list args)
-{
-	char text[1024];
-
-	if (conf_error != NULL)
-		return;
-	vsnprintf(text, sizeof(text), fmt, args);
-	if (asprintf(&conf_error, "%s:%d: %s", conf_path, cfg != NULL ? cfg->line : 0, text) < 0)
-		conf_error = NULL;
-}
-
-/* 0; -1 with *error_r. */
-static int parse(cfg_t *cfg, const char *text, const char *path, char **error_r)
-{
-	int ret;
-
-	conf_path = path;
-	cfg_set_error_function(cfg, on_error);
-	ret = cfg_parse_buf(cfg, text);
-	*error_r = conf_error;
-	conf_error = NULL;
-	/* a value that does not fit its check may still leave a success behind it */
-	if (ret == CFG_SUCCESS && *error_r == NULL)
-		return 0;
-	if (*error_r == NULL && asprintf(error_r, "%s: cannot be read", path) < 0)
-		*error_r = NULL;
-	return -1;
-}
-
-static int fail(char **error_r, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-static int fail(char **error_r, const char *fmt, ...)
-{
-	va_list args;
-
-	va_start(args, fmt);
-	if (vasprintf(error_r, fmt, args) < 0)
-		*error_r = NULL;
-	va_end(args);
-	return -1;
-}
-
-static char *read_file(const char *path, char **error_r)
-{
-	FILE *f = fopen(path, "re");
-	char *text = malloc(CONF_FILE_MAX + 1);
-	size_t n;
-
-	if (f == NULL || text == NULL) {
-		(void)fail(error_r, "%s: %s", path, strerror(errno));
-		goto failed;
-	}
-	n = fread(text, 1, CONF_FILE_MAX + 1, f);
-	if (ferror(f)) {
-		(void)fail(error_r, "%s: %s", path, strerror(errno));
-		goto failed;
-	}
-	if (n > CONF_FILE_MAX || memchr(text, '\0', n) != NULL) {
-		(void)fail(error_r, "%s: is no configuration file", path);
-		goto failed;
-	}
-	text[n] = '\0';
-	fclose(f);
-	return text;
-failed:
-	if (f != NULL)
-		fclose(f);
-	free(text);
-	return NULL;
-}
 
 static bool node_name_valid(const char *name)
 {
@@ -97,45 +18,14 @@ static bool node_name_valid(const char *name)
 
 /* ---- crdt-stored.conf ---- */
 
-static const char *const log_levels[] = { "error", "warning", "info", "debug" };
-
-static int log_level(const char *s)
-{
-	int i;
-
-	for (i = 0; i < 4; i++) {
-		if (strcmp(s, log_levels[i]) == 0)
-			return i;
-	}
-	return -1;
-}
-
-static int check_range(cfg_t *cfg, cfg_opt_t *opt, long min, long max)
-{
-	long v = cfg_opt_getnint(opt, 0);
-
-	if (v >= min && v <= max)
-		return 0;
-	cfg_error(cfg, "%s must be from %ld to %ld, not %ld", cfg_opt_name(opt), min, max, v);
-	return -1;
-}
-
 static int check_memory(cfg_t *cfg, cfg_opt_t *opt)
 {
-	return check_range(cfg, opt, 16, 1024 * 1024);
+	return conf_check_range(cfg, opt, 16, 1024 * 1024);
 }
 
 static int check_log_keep(cfg_t *cfg, cfg_opt_t *opt)
 {
-	return check_range(cfg, opt, 0, 1000L * 1000 * 1000 * 1000);
-}
-
-static int check_log_level(cfg_t *cfg, cfg_opt_t *opt)
-{
-	if (log_level(cfg_opt_getnstr(opt, 0)) >= 0)
-		return 0;
-	cfg_error(cfg, "log_level must be error, warning, info or debug");
-	return -1;
+	return conf_check_range(cfg, opt, 0, 1000L * 1000 * 1000 * 1000);
 }
 
 static int check_name(cfg_t *cfg, cfg_opt_t *opt)
@@ -156,36 +46,6 @@ static int check_listen(cfg_t *cfg, cfg_opt_t *opt)
 	return -1;
 }
 
-static int check_path(cfg_t *cfg, cfg_opt_t *opt)
-{
-	if (cfg_opt_getnstr(opt, 0)[0] == '/')
-		return 0;
-	cfg_error(cfg, "%s must be an absolute path", cfg_opt_name(opt));
-	return -1;
-}
-
-static int check_socket(cfg_t *cfg, cfg_opt_t *opt)
-{
-	const char *s = cfg_opt_getnstr(opt, 0);
-
-	if (s[0] == '\0')
-		return 0;
-	if (strlen(s) > 107) {
-		cfg_error(cfg, "status_socket is longer than the 107 bytes that a socket's path may have");
-		return -1;
-	}
-	return check_path(cfg, opt);
-}
-
-static void take_str(cfg_t *cfg, const char *key, char **s_r)
-{
-	const char *s = cfg_getstr(cfg, key);
-
-	*s_r = strdup(s != NULL ? s : "");
-	if (*s_r == NULL)
-		abort();
-}
-
 int conf_parse(const char *text, const char *path, struct stored_conf *conf_r, char **error_r)
 {
 	cfg_opt_t opts[] = {
@@ -202,9 +62,9 @@ int conf_parse(const char *text, const char *path, struct stored_conf *conf_r, c
 		CFG_END()
 	};
 	static const struct { const char *key; cfg_validate_callback_t check; } checks[] = {
-		{ "listen", check_listen }, { "name", check_name }, { "key_file", check_path },
-		{ "peers_file", check_path }, { "data_dir", check_path }, { "status_socket", check_socket },
-		{ "memory_mb", check_memory }, { "log_keep", check_log_keep }, { "log_level", check_log_level },
+		{ "listen", check_listen }, { "name", check_name }, { "key_file", conf_check_path },
+		{ "peers_file", conf_check_path }, { "data_dir", conf_check_path }, { "status_socket", conf_check_socket },
+		{ "memory_mb", check_memory }, { "log_keep", check_log_keep }, { "log_level", conf_check_log_level },
 	};
 	cfg_t *cfg = cfg_init(opts, CFGF_NONE);
 	size_t i;
@@ -213,21 +73,21 @@ int conf_parse(const char *text, const char *path, struct stored_conf *conf_r, c
 	memset(conf_r, 0, sizeof(*conf_r));
 	for (i = 0; i < sizeof(checks) / sizeof(checks[0]); i++)
 		cfg_set_validate_func(cfg, checks[i].key, checks[i].check);
-	if (parse(cfg, text, path, error_r) < 0) {
+	if (conf_file_parse(cfg, text, path, error_r) < 0) {
 		/* said */
 	} else if (cfg_getstr(cfg, "name")[0] == '\0') {
-		(void)fail(error_r, "%s: name is missing: the name of this daemon, as it is in the workers' settings", path);
+		(void)conf_fail(error_r, "%s: name is missing: the name of this daemon, as it is in the workers' settings", path);
 	} else {
-		take_str(cfg, "listen", &conf_r->listen);
-		take_str(cfg, "name", &conf_r->name);
-		take_str(cfg, "key_file", &conf_r->key_file);
-		take_str(cfg, "peers_file", &conf_r->peers_file);
-		take_str(cfg, "data_dir", &conf_r->data_dir);
-		take_str(cfg, "status_socket", &conf_r->status_socket);
-		take_str(cfg, "user", &conf_r->user);
+		conf_take_str(cfg, "listen", &conf_r->listen);
+		conf_take_str(cfg, "name", &conf_r->name);
+		conf_take_str(cfg, "key_file", &conf_r->key_file);
+		conf_take_str(cfg, "peers_file", &conf_r->peers_file);
+		conf_take_str(cfg, "data_dir", &conf_r->data_dir);
+		conf_take_str(cfg, "status_socket", &conf_r->status_socket);
+		conf_take_str(cfg, "user", &conf_r->user);
 		conf_r->memory_mb = (unsigned long)cfg_getint(cfg, "memory_mb");
 		conf_r->log_keep = (unsigned long)cfg_getint(cfg, "log_keep");
-		conf_r->log_level = log_level(cfg_getstr(cfg, "log_level"));
+		conf_r->log_level = conf_log_level(cfg_getstr(cfg, "log_level"));
 		ret = 0;
 	}
 	cfg_free(cfg);
@@ -236,7 +96,7 @@ int conf_parse(const char *text, const char *path, struct stored_conf *conf_r, c
 
 int conf_read(const char *path, struct stored_conf *conf_r, char **error_r)
 {
-	char *text = read_file(path, error_r);
+	char *text = conf_file_read(path, error_r);
 	int ret;
 
 	memset(conf_r, 0, sizeof(*conf_r));
@@ -297,7 +157,7 @@ static int read_key_file(const char *list, const char *file, uint8_t key_r[32], 
 	else
 		n = snprintf(path, sizeof(path), "%.*s/%s", (int)(slash - list), list, file);
 	if (n < 0 || (size_t)n >= sizeof(path))
-		return fail(error_r, "path is too long");
+		return conf_fail(error_r, "path is too long");
 	if (zcert_read_public(path, &cert, error_r) < 0)
 		return -1;
 	memcpy(key_r, cert.public_key, 32);
@@ -317,12 +177,12 @@ static int take_peer(cfg_t *sec, const char *path, bool keys, struct hub_peer_co
 	if (key != NULL) {
 		if (z85_decode_key(key, p->public_key))
 			return 0;
-		return fail(error_r, "%s: peer %s: key is not 40 characters of Z85. (It may contain ${ or a "
+		return conf_fail(error_r, "%s: peer %s: key is not 40 characters of Z85. (It may contain ${ or a "
 			    "backslash: put it in single quotes.)", path, p->name);
 	}
 	if (!keys || read_key_file(path, file, p->public_key, &error) == 0)
 		return 0;
-	(void)fail(error_r, "%s: peer %s: %s", path, p->name, error != NULL ? error : "out of memory");
+	(void)conf_fail(error_r, "%s: peer %s: %s", path, p->name, error != NULL ? error : "out of memory");
 	free(error);
 	return -1;
 }
@@ -338,10 +198,10 @@ static int check_doubles(const char *path, bool keys, const struct hub_peer_conf
 			a = &peers[j];
 			b = &peers[i];
 			if (a->role == HUB_WORKER && b->role == HUB_WORKER && a->slot == b->slot)
-				return fail(error_r, "%s: peers %s and %s have the same slot %u: each worker needs its own",
+				return conf_fail(error_r, "%s: peers %s and %s have the same slot %u: each worker needs its own",
 					    path, a->name, b->name, a->slot);
 			if (keys && memcmp(a->public_key, b->public_key, 32) == 0)
-				return fail(error_r, "%s: peers %s and %s have the same key: each node needs its own",
+				return conf_fail(error_r, "%s: peers %s and %s have the same key: each node needs its own",
 					    path, a->name, b->name);
 		}
 	}
@@ -354,7 +214,7 @@ static int take_peers(cfg_t *cfg, const char *path, bool keys, struct hub_peer_c
 	struct hub_peer_conf *peers;
 
 	if (n > CONF_PEERS_MAX)
-		return fail(error_r, "%s: more than %d peers", path, CONF_PEERS_MAX);
+		return conf_fail(error_r, "%s: more than %d peers", path, CONF_PEERS_MAX);
 	peers = calloc(n + 1, sizeof(*peers));
 	if (peers == NULL)
 		abort();
@@ -389,7 +249,7 @@ int conf_parse_peers(const char *text, const char *path, bool keys,
 	int ret = -1;
 
 	cfg_set_validate_func(cfg, "peer", check_peer);
-	if (parse(cfg, text, path, error_r) == 0)
+	if (conf_file_parse(cfg, text, path, error_r) == 0)
 		ret = take_peers(cfg, path, keys, peers_r, n_r, error_r);
 	cfg_free(cfg);
 	return ret;
@@ -397,7 +257,7 @@ int conf_parse_peers(const char *text, const char *path, bool keys,
 
 int conf_read_peers(const char *path, struct hub_peer_conf **peers_r, size_t *n_r, char **error_r)
 {
-	char *text = read_file(path, error_r);
+	char *text = conf_file_read(path, error_r);
 	int ret;
 
 	if (text == NULL)

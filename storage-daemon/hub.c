@@ -725,7 +725,7 @@ void hub_status(struct hub *h, bool digest, struct crdt_buf *out)
 {
 	struct status s = { h, store_begin(h->s), out, digest };
 	struct status_node node = { .name = h->name, .slot = -1 };
-	struct status_peer peer = { .head = h->head, .acked_ago = -1 };
+	struct status_peer peer = { .head = h->head, .fed = -1, .acked_ago = -1 };
 	size_t i;
 
 	status_put_node(out, &node);

@@ -12,11 +12,13 @@
 #define LOG_BURST 50		/* lines */
 #define LOG_PER_SECOND 5
 
+static const char *program = "crdt-stored";
 static int max_level = LOG_LEVEL_INFO;
 static bool journal;
 
-void log_init(int level)
+void log_init(const char *name, int level)
 {
+	program = name;
 	max_level = level;
 	journal = getenv("JOURNAL_STREAM") != NULL;
 }
@@ -35,7 +37,7 @@ static void write_line(int level, const char *text)
 	} else {
 		now = time(NULL);
 		strftime(when, sizeof(when), "%Y-%m-%d %H:%M:%S", localtime_r(&now, &tm));
-		n = snprintf(line, sizeof(line), "%s crdt-stored: %s: %s\n", when, names[level], text);
+		n = snprintf(line, sizeof(line), "%s %s: %s: %s\n", when, program, names[level], text);
 	}
 	if (n >= (int)sizeof(line)) {
 		n = sizeof(line);

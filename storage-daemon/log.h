@@ -8,7 +8,8 @@
  */
 enum { LOG_LEVEL_ERROR, LOG_LEVEL_WARNING, LOG_LEVEL_INFO, LOG_LEVEL_DEBUG };
 
-void log_init(int max_level);
+/* name: of the program; must stay. */
+void log_init(const char *name, int max_level);
 void log_line(int level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void log_limited(int level, const char *text);
 #endif

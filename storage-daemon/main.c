@@ -179,10 +179,10 @@ int main(int argc, char *argv[])
 		fputs(usage_text, stderr);
 		return 2;
 	}
-	log_init(LOG_LEVEL_INFO);
+	log_init("crdt-stored", LOG_LEVEL_INFO);
 	if (conf_read(path, &conf, &error) < 0)
 		return failed(error);
-	log_init(conf.log_level);
+	log_init("crdt-stored", conf.log_level);
 	if (mode >= MODE_STATUS)
 		ret = print_status(&conf, mode, name, generation, &error);
 	else if (become(conf.user, &error) < 0)

@@ -134,6 +134,12 @@ static void entry_free(struct report_entry *e)
 	free(e);
 }
 
+/* How long a user may be busy. */
+static int64_t patience(const struct node_report *r)
+{
+	return r->what == NODE_REPORT_BEHIND ? NODE_REPORT_BEHIND_MSECS : NODE_REPORT_MSECS;
+}
+
 struct node_report *node_report_start(struct node *n, int64_t now, enum node_report_what what,
 				      void (*done)(void *ctx, const char *text, size_t len), void *ctx)
 {
@@ -143,7 +149,7 @@ struct node_report *node_report_start(struct node *n, int64_t now, enum node_rep
 	r->n = n;
 	r->what = what;
 	r->walk.next_id = 1;
-	r->due = now + NODE_REPORT_MSECS;
+	r->due = now + patience(r);
 	r->done = done;
 	r->ctx = ctx;
 	r->next = n->reports;
@@ -194,7 +200,7 @@ static void report_hurry(struct node_report *r)
 		put_user(r, e->u, NULL, NULL);
 		entry_free(e);
 	}
-	r->due = r->n->now + NODE_REPORT_MSECS;
+	r->due = r->n->now + patience(r);
 }
 
 static void report_end(struct node_report *r)

@@ -552,14 +552,14 @@ void node_frame(struct node *n, int64_t now, unsigned storage, const void *p, si
 }
 
 void node_storage_state(const struct node *n, unsigned storage, bool *up_r, uint64_t *gsn_r, uint64_t *head_r,
-			uint64_t *goal_r)
+			bool *fed_r)
 {
 	const struct uplink *u = n->storages[storage].uplink;
 
 	*up_r = uplink_is_up(u);
 	*gsn_r = uplink_durable(u);
 	*head_r = uplink_received(u);
-	*goal_r = uplink_goal(u);
+	*fed_r = uplink_is_fed(u);
 }
 
 int64_t node_storage_acked_ago(const struct node *n, int64_t now, unsigned storage)

@@ -38,6 +38,7 @@
 #define NODE_FETCH_MSECS 30000		/* without a piece: ask another daemon */
 #define NODE_SERVES_MAX 256		/* texts that are being sent, of each daemon */
 #define NODE_REPORT_MSECS 5000		/* a user who is busy that long is reported as such */
+#define NODE_REPORT_BEHIND_MSECS 1000	/* the same where it is asked who is behind: he is */
 #define NODE_REPORT_USERS 8		/* looked at at a time */
 #define NODE_QUESTION_MSECS 30000	/* then the answer is what is known */
 #define NODE_QUESTION_QUICK_MSECS 4000	/* of what a daemon need not reckon: its link may be dead */
@@ -128,9 +129,9 @@ struct node_drop *node_drop_start(struct node *n, int64_t now, const char *user,
 void node_drop_cancel(struct node_drop **d);
 
 /* ---- status ---- */
-/* gsn: what is durably fed; head: what came; goal: uplink_goal(). */
+/* gsn: what is durably fed; head: what came. */
 void node_storage_state(const struct node *n, unsigned storage, bool *up_r, uint64_t *gsn_r, uint64_t *head_r,
-			uint64_t *goal_r);
+			bool *fed_r);
 /* Seconds since it acknowledged something; -1: not since the start. */
 int64_t node_storage_acked_ago(const struct node *n, int64_t now, unsigned storage);
 /*

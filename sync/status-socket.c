@@ -120,8 +120,10 @@ static void client_head(struct status_client *client, unsigned int dirty)
 	status_put_node(&b, &head);
 	for (unsigned int i = 0; i < set->storages_n; i++) {
 		struct status_peer peer = { .name = set->storages[i].endpoint };
+		bool fed;
 
-		node_storage_state(client->src->node, i, &peer.connected, &peer.gsn, &peer.head, &peer.goal);
+		node_storage_state(client->src->node, i, &peer.connected, &peer.gsn, &peer.head, &fed);
+		peer.fed = fed;
 		peer.acked_ago = node_storage_acked_ago(client->src->node, client->src->now(), i);
 		status_put_peer(&b, &peer);
 	}

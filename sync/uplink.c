@@ -607,9 +607,9 @@ uint64_t uplink_merged(const struct uplink *u)
 	return u->merged;
 }
 
-uint64_t uplink_goal(const struct uplink *u)
+bool uplink_is_fed(const struct uplink *u)
 {
-	return u->goal;
+	return u->state == UP && u->merged >= u->goal;
 }
 
 uint64_t uplink_received(const struct uplink *u)

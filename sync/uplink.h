@@ -83,8 +83,8 @@ void uplink_pump(struct uplink *u);
 /* Time-outs; returns when to be called again, or INT64_MAX. */
 int64_t uplink_tick(struct uplink *u, int64_t now);
 bool uplink_is_up(const struct uplink *u);		/* after WELCOME */
-/* The end that the daemon's log had when the connection began; 0: not known. */
-uint64_t uplink_goal(const struct uplink *u);
+/* All is merged that the daemon had when the connection began (if it said what; older ones do not). */
+bool uplink_is_fed(const struct uplink *u);
 /* Frames wait for the socket: produce no more bodies now. */
 bool uplink_congested(const struct uplink *u);
 

@@ -177,8 +177,8 @@ void status_put_peer(struct crdt_buf *b, const struct status_peer *s)
 		status_int(b, "acked_ago", s->acked_ago);
 	if (s->retired)
 		status_uint(b, "retired", 1);
-	if (s->goal > 0)
-		status_uint(b, "goal", s->goal);
+	if (s->fed >= 0)
+		status_int(b, "fed", s->fed);
 	status_end(b);
 }
 

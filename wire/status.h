@@ -39,7 +39,7 @@ struct status_peer {
 	const char *name;
 	bool connected, retired;
 	uint64_t gsn, head;
-	uint64_t goal;			/* crdt-sync: the end of the daemon's log when the connection began; 0: not known */
+	int fed;			/* crdt-sync: all is merged that the daemon had when the connection began; -1: not said */
 	int64_t acked_ago;		/* seconds since its last ACK; -1: none */
 };
 struct status_user {

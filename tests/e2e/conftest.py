@@ -94,17 +94,22 @@ def pytest_runtest_makereport(item, call):
     for cluster in _RUNNING.values():
         for node in cluster.description["nodes"]:
             _add_log(report, cluster, node["name"])
+            if node["kind"] == "director":
+                _add_log(report, cluster, node["name"], "crdt-watch")
 
 
-def _add_log(report, cluster, node):
+def _add_log(report, cluster, node, program=None):
     """The node's log since it was last shown, but for the usual."""
-    lines = cluster.log(node).splitlines()
-    seen = _SHOWN.get((cluster.directory, node), 0)
-    _SHOWN[cluster.directory, node] = len(lines)
+    try:
+        lines = cluster.log(node, program).splitlines()
+    except FileNotFoundError:
+        return
+    seen = _SHOWN.get((cluster.directory, node, program), 0)
+    _SHOWN[cluster.directory, node, program] = len(lines)
     news = [line for line in lines[seen:]
             if not re.search(r"-login: Info|lmtp\(\d+\): Info|Logged out", line)]
     if news:
-        report.sections.append((f"log of {node}", "\n".join(news[-_LOG_LINES:])))
+        report.sections.append((f"log of {node}" + (f", {program}" if program else ""), "\n".join(news[-_LOG_LINES:])))
 
 
 def pytest_terminal_summary(terminalreporter):

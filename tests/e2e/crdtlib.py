@@ -140,10 +140,11 @@ class Cluster:
     def home(self, node, user):
         return os.path.join(self.node(node)["mail_root"], user)
 
-    def log(self, node):
-        """All that the node has logged."""
-        name = "crdt-stored.log" if self.node(node)["kind"] == "storage" else "dovecot.log"
-        path = os.path.join(self.directory, "nodes", node, name)
+    def log(self, node, program=None):
+        """All that the node has logged: Dovecot, crdt-stored, or the program."""
+        if program is None:
+            program = "crdt-stored" if self.node(node)["kind"] == "storage" else "dovecot"
+        path = os.path.join(self.directory, "nodes", node, program + ".log")
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
 

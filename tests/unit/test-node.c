@@ -596,9 +596,9 @@ static void dropped_user_is_fed(void **state)
 {
 	struct fix *x = *state;
 	struct visit_hooks hooks = { .merged = merged, .ctx = x };
-	uint64_t gsn, head, goal;
+	uint64_t gsn, head;
 	struct visit *v;
-	bool up;
+	bool up, fed;
 
 	feed(x, "a", 0, 1);
 	v = take_visit(x);
@@ -610,7 +610,7 @@ static void dropped_user_is_fed(void **state)
 	x->now += NODE_FEED_SYNC_MSECS;
 	run(x);
 	node_synced(x->n, x->now);
-	node_storage_state(x->n, 0, &up, &gsn, &head, &goal);
+	node_storage_state(x->n, 0, &up, &gsn, &head, &fed);
 	assert_int_equal(head, 1);
 	assert_int_equal(gsn, 1);
 	assert_null(x->visits);

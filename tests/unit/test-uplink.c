@@ -534,6 +534,37 @@ static void feed_order(void **state)
 	assert_int_equal(uplink_unacked_feed(x->u), 0);
 }
 
+/* All that the daemon had when the connection began is merged. */
+static void fed(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_frame f = { .type = CRDT_FRAME_WELCOME, .daemon_id = 5, .gsn = 4, .name = { (const uint8_t *)"s1", 2 } };
+
+	assert_false(uplink_is_fed(x->u));
+	uplink_connected(x->u, 0);
+	in(x, &f, NULL);
+	assert_false(uplink_is_fed(x->u));
+	feed(x, 0, 3, 1);
+	feed(x, 3, 4, 0);
+	assert_false(uplink_is_fed(x->u));
+	uplink_feed_merged(x->u, 3);
+	assert_true(uplink_is_fed(x->u));
+	feed(x, 4, 5, 1);	/* what comes later is another matter */
+	assert_true(uplink_is_fed(x->u));
+	uplink_disconnected(x->u);
+	assert_false(uplink_is_fed(x->u));
+	/* it has more by now; then, an older daemon that does not say */
+	f.gsn = 6;
+	uplink_connected(x->u, 0);
+	in(x, &f, NULL);
+	assert_false(uplink_is_fed(x->u));
+	uplink_disconnected(x->u);
+	f.gsn = 0;
+	uplink_connected(x->u, 0);
+	in(x, &f, NULL);
+	assert_true(uplink_is_fed(x->u));
+}
+
 /* A daemon that does not wait for acknowledgements does not fill the memory. */
 static void feed_flood(void **state)
 {
@@ -680,7 +711,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		TEST(greeting), TEST(silence), TEST(refusal), TEST(away), TEST(ops_and_acks), TEST(ack_beyond), TEST(holes),
 		TEST(forgotten), TEST(windows), TEST(big_op), TEST(reconnection), TEST(new_origin), TEST(slow_socket),
-		TEST(feed_order), TEST(feed_flood), TEST(feed_again), TEST(feed_gap), TEST(feed_reset), TEST(garbage), TEST(riding),
+		TEST(feed_order), TEST(fed), TEST(feed_flood), TEST(feed_again), TEST(feed_gap), TEST(feed_reset), TEST(garbage), TEST(riding),
 		TEST(other_frames),
 	};
 

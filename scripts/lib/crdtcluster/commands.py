@@ -80,7 +80,7 @@ def _undisturbed():
 def _show_logs(cluster, nodes):
     """What the nodes said last; a failed `up` is about to remove it."""
     for node in nodes:
-        for name in ("start.log", "dovecot.log", "crdt-stored.log"):
+        for name in ("start.log", "dovecot.log", "crdt-stored.log", "crdt-watch.log"):
             path = f"{cluster.node_dir(node)}/{name}"
             with contextlib.suppress(OSError), open(path, encoding="utf-8",
                                                     errors="replace") as file:

@@ -17,7 +17,7 @@ _TEMPLATES = os.path.join(os.path.dirname(__file__), "templates")
 _EXAMPLES = os.path.realpath(os.path.join(_TEMPLATES, "..", "..", "..", "..", "conf.d"))
 _INSTALLED = ("lib/dovecot/modules/lib90_crdt_plugin.so", "libexec/dovecot/crdt-sync",
               "lib/dovecot/modules/doveadm/lib10_doveadm_crdt_plugin.so",
-              "libexec/dovecot/crdt-worker", "sbin/crdt-stored", "bin/crdt-keygen")
+              "libexec/dovecot/crdt-worker", "sbin/crdt-stored", "sbin/crdt-watch", "bin/crdt-keygen")
 _INSTALLED_24 = ("lib/dovecot/modules/lib90_crdt_plugin.so", "libexec/dovecot/crdt-sync",
                  "lib/dovecot/modules/settings/libcrdt_settings.so", "libexec/dovecot/crdt-worker")
 _PROGRAM_DIRS = ("lib/dovecot/modules", "libexec/dovecot", "sbin", "bin")
@@ -75,6 +75,8 @@ def create(cluster, options):
     if cluster.plugin:
         for node in cluster.storages():
             _configure_storage(cluster, node)
+        for node in cluster.directors():
+            _configure_watch(cluster, node)
 
 
 def programs(cluster, dovecot="2.3"):
@@ -237,6 +239,20 @@ def _configure_director(cluster, node):
         "imaps_port": node.imaps_port,
         "pop3_port": node.pop3_port,
         "lmtp_port": node.lmtp_port})
+
+
+def watch_config(cluster, node):
+    return f"{cluster.node_dir(node)}/crdt-watch.conf"
+
+
+def _configure_watch(cluster, node):
+    workers = [f"worker {worker.name} {{\n"
+               f"  address = \"{worker.cluster_address}\"\n"
+               f"  imap_port = {worker.imap_port}\n  lmtp_port = {worker.lmtp_port}\n"
+               f"  pop3_port = {worker.pop3_port}\n  health_port = {HEALTH_PORT}\n}}\n"
+               for worker in cluster.workers()]
+    _write(watch_config(cluster, node),
+           f"director_socket = \"{cluster.node_runtime_dir(node)}/director-admin\"\n" + "".join(workers))
 
 
 def _configure_plugin(cluster, node):

@@ -159,6 +159,8 @@ def start(cluster, node):
             _start_dovecot(cluster, node)
         elif cluster.plugin:
             _start_stored(cluster, node)
+    if node.kind == "director" and cluster.plugin and not find(node, "crdt-watch"):
+        _start_watch(cluster, node)
 
 
 def _start_dovecot(cluster, node):
@@ -182,9 +184,16 @@ def _start_dovecot(cluster, node):
 
 
 def _start_stored(cluster, node):
-    argv = [f"{files.programs(cluster)}/sbin/crdt-stored",
-            "-c", files.storage_config(cluster, node)]
-    log_path = f"{cluster.node_dir(node)}/crdt-stored.log"
+    _start_daemon(cluster, node, "crdt-stored", files.storage_config(cluster, node))
+
+
+def _start_watch(cluster, node):
+    _start_daemon(cluster, node, "crdt-watch", files.watch_config(cluster, node))
+
+
+def _start_daemon(cluster, node, name, config):
+    argv = [f"{files.programs(cluster)}/sbin/{name}", "-c", config]
+    log_path = f"{cluster.node_dir(node)}/{name}.log"
     with open(log_path, "ab") as log, netns.in_netns(node.netns):
         subprocess.Popen(argv, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                          start_new_session=True)

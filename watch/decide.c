@@ -485,8 +485,8 @@ size_t watch_prefer(const struct watch *w, int64_t now, size_t without, struct w
 
 		for (size_t u = 0; u < behind->n && n < WATCH_PREFER_MAX; u++) {
 			/* Beginning behind `from`, so that they do not all go to one. */
-			for (size_t d = 1; d < w->n; d++) {
-				size_t to = (from + u + d) % w->n;
+			for (size_t d = 0; d < w->n; d++) {
+				size_t to = (from + 1 + u + d) % w->n;
 
 				if (to == from || !is_choice(w, now, to, without) || !w->workers[to].complete ||
 				    names_have(&w->workers[to].behind, behind->v[u]))

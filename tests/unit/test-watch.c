@@ -307,6 +307,11 @@ static void test_prefer(void **state)
 	/* what was told long ago does not count */
 	assert_int_equal(watch_prefer(w, now + WATCH_FRESH_MSECS, 0, p), 0);
 	watch_free(&w);
+	/* each finds the only worker that has him, whatever his place in the list */
+	w = new_watch(3, true);
+	run(w, &now, THREE "-0 -0 t1:a,b,c,d,e t2: -0", "out0@0");
+	assert_int_equal(watch_prefer(w, now, 0, p), 5);
+	watch_free(&w);
 	/* with two workers there is no choice, so it is not asked */
 	w = new_watch(2, true);
 	run(w, &now, TWO "-0", "");

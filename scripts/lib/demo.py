@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The story that scripts/demo tells: two workers and a storage daemon, clients
-with real mails on both, a cut line, the merge. Everything that is said is
+with real mails on both, a cut line, the merge; then a director in front, and
+the death of a worker under a client's eyes. Everything that is said is
 checked; the first thing that is not so ends it with exit code 1."""
 
 import email.policy
 import email.utils
+import imaplib
 import os
 import random
 import re
@@ -129,6 +131,10 @@ class Story:
         self.cluster = cluster
         self.clients = {node: Client.login(cluster, node, USER) for node in ("w1", "w2")}
 
+    def end(self):
+        for client in self.clients.values():
+            client.imap.logout()
+
     def state(self, node):
         return state(self.clients[node])
 
@@ -244,11 +250,97 @@ def cut_and_merge(story):
     row("", f"with the same UIDs and, byte for byte, the same texts ({len(both[0])} mails)")
 
 
-def tell_story(cluster):
-    story = Story(cluster)
-    both_at_work(story)
-    lag(story)
-    cut_and_merge(story)
+# ---- a worker dies ----
+
+def worker_of(cluster, user):
+    """To which worker the director sends the user."""
+    text = cluster.doveadm("d1", "director", "status", user).decode()
+    address = re.search(r"Current: (\S+)", text)[1]
+    return next(node["name"] for node in cluster.description["nodes"]
+                if node["cluster_address"] == address)
+
+
+def until(what, condition):
+    """Waits; returns the seconds."""
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() > start + TIMEOUT:
+            raise Wrong(f"{what}: not after {TIMEOUT} s")
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+def is_used(cluster, worker):
+    """Whether the director has it up."""
+    lines = cluster.doveadm("d1", "-f", "tab", "director", "status").decode().splitlines()
+    rows = [line.split("\t") for line in lines]
+    return any(row[0] == cluster.node(worker)["cluster_address"] and row[3] == "up" for row in rows)
+
+
+class Person:
+    """Somebody with a mail program: it logs in again when the connection ends."""
+
+    def __init__(self, cluster):
+        self.cluster = cluster
+        self.client = None
+
+    def see(self):
+        """What the program shows; None while it cannot connect."""
+        try:
+            if self.client is None:
+                self.client = Client.login(self.cluster, "d1", USER)
+            return state(self.client)
+        except (imaplib.IMAP4.error, OSError):
+            self.client = None
+            return None
+
+
+def why(cluster, start, worker, what):
+    """Prints what crdt-watch said of it."""
+    for line in cluster.log("d1", "crdt-watch")[start:].splitlines():
+        text = line.split(": ", 2)[-1]
+        if text.startswith(f"{worker}: ") and what in text:
+            row("", f"crdt-watch: {text}")
+
+
+def death_and_return(cluster):
+    heading("A director (d1) sends each user to one worker. A client is connected to d1:")
+    person = Person(cluster)
+    wanted = person.see()
+    if wanted is None:
+        raise Wrong("no login through the director")
+    dead = worker_of(cluster, USER)
+    other = "w2" if dead == "w1" else "w1"
+    said = len(cluster.log("d1", "crdt-watch"))
+    row("d1", f"{USER} is on {dead} and sees {sum(map(len, wanted.values()))} mails")
+    cluster.kill(dead)
+    row(dead, "kill -9 of all its processes")
+    seconds = until("a new login", person.see)
+    row("d1", f"{USER} is connected again, to {worker_of(cluster, USER)}", f"{seconds:5.1f} s")
+    why(cluster, said, dead, "taken out")
+    expect("the other worker shows", person.see(), wanted)
+    if worker_of(cluster, USER) != other:
+        raise Wrong(f"{USER} is still sent to {dead}")
+    row("", "all folders, mails and flags are as before")
+    cluster.deliver("d1", USER, mail("urgent", "Ana <ana@example.test>", "Urgent", "Call me.\n"))
+    person.client.do("store INBOX urgent +\\Flagged", "expunge INBOX lunch")
+    wanted = person.see()
+    row("d1", "LMTP delivers urgent; STORE urgent +\\Flagged; EXPUNGE lunch", "done")
+    cluster.start(dead)
+    seconds = until(f"{dead} is used again", lambda: is_used(cluster, dead))
+    row(dead, "is started; it gets users again", f"{seconds:5.1f} s")
+    why(cluster, said, dead, "brought back")
+    with Client.login(cluster, dead, USER) as client:
+        expect(f"{dead} shows", state(client), wanted)
+    expect("and the client", person.see(), wanted)
+    cluster.wait(TIMEOUT)
+    row("", f"{dead} shows all that happened meanwhile; {USER} stays on {worker_of(cluster, USER)}")
+    if texts(cluster, "w1") != texts(cluster, "w2"):
+        raise Wrong("texts or UIDs differ")
+    row("", "w1 and w2 are the same, UIDs and texts included")
+
+
+def check_logs(cluster):
     errors = [f"{node}: {line}" for node in ("w1", "w2", "s1")
               for line in cluster.log(node).splitlines()
               if re.search(r"(Error|Panic|Fatal):|crdt-stored: error:", line)]
@@ -256,12 +348,22 @@ def tell_story(cluster):
         raise Wrong("errors were logged:\n  " + "\n  ".join(errors[:10]))
 
 
+def tell_story(cluster):
+    story = Story(cluster)
+    both_at_work(story)
+    lag(story)
+    cut_and_merge(story)
+    story.end()
+    check_logs(cluster)     # before processes are killed: those that see it say so
+    death_and_return(cluster)
+
+
 # ---- around it ----
 
 def show_logs(cluster):
-    for node in ("w1", "w2", "s1"):
+    for node, program in (("w1", None), ("w2", None), ("s1", None), ("d1", None), ("d1", "crdt-watch")):
         try:
-            lines = cluster.log(node).splitlines()[-LOG_LINES:]
+            lines = cluster.log(node, program).splitlines()[-LOG_LINES:]
         except OSError:
             continue
         for line in lines:
@@ -272,7 +374,7 @@ def say_how_to_log_in(cluster):
     description = cluster.description
     heading("The cluster is yours until you press Enter.")
     print("In another terminal, as root (clients' addresses are in a network namespace):")
-    for name in ("w1", "w2"):
+    for name in ("d1", "w1", "w2"):
         print(f"  ip netns exec {description['client_netns']} openssl s_client -quiet -crlf"
               f" -connect {cluster.node(name)['address']}:{cluster.node(name)['imaps_port']}"
               f"   # {name}")
@@ -282,7 +384,8 @@ def say_how_to_log_in(cluster):
           " IMAP 143 and 993, POP3 110, LMTP 24.")
     command = os.path.relpath(CLUSTER)
     for text in (f"status {cluster.directory}", f"cut {cluster.directory} w1",
-                 f"heal {cluster.directory} w1"):
+                 f"heal {cluster.directory} w1", f"kill {cluster.directory} w1",
+                 f"start {cluster.directory} w1"):
         print(f"  {command} {text}")
 
 
@@ -291,8 +394,8 @@ def run(directory):
     start = time.monotonic()
     cluster = Cluster(directory)
     try:
-        Cluster.up(directory, workers=2, storages=1)
-        print(f"Two workers (Dovecot) w1 and w2 and a storage daemon s1 run,"
+        Cluster.up(directory, workers=2, storages=1, director=True)
+        print(f"Two workers (Dovecot) w1 and w2, a storage daemon s1 and a director d1 run,"
               f" after {time.monotonic() - start:.1f} s.")
         tell_story(cluster)
         print("\nAll as it should be.")

@@ -11,6 +11,7 @@
 #include "guid.h"
 #include "mail-namespace.h"
 #include "mailbox-list-private.h"
+#include "mailbox-list-index.h"
 #include "mailbox-uidvalidity.h"
 #include "mail-index-private.h"
 #include "maildir-storage.h"
@@ -147,26 +148,52 @@ static bool exists_already(struct mailbox *box)
 		 !is_missing(box, MAILBOX_LIST_PATH_TYPE_CONTROL, MAILDIR_UIDLIST_NAME));
 }
 
+/* Dovecot brings its list index up to date, and has it locked. */
+static bool is_list_syncing(struct mailbox_list *list)
+{
+	struct mailbox_list_index *ilist = INDEX_LIST_CONTEXT(list);
+
+	return ilist != NULL && ilist->syncing;
+}
+
 static bool is_session_open(struct crdt_mailbox *cbox)
 {
 	struct mailbox *box = cbox->box;
 
-	/* APPEND and COPY open their target to save only: no client looks */
-	return cbox->cuser->session && !is_observing(cbox) && !box->creating && !box->deleting &&
+	/* APPEND and COPY open their target to save only, the list index wants a
+	 * GUID: no client looks */
+	return cbox->cuser->session && !is_list_syncing(box->list) && !is_observing(cbox) && !box->creating && !box->deleting &&
 		(box->flags & (MAILBOX_FLAG_SAVEONLY | MAILBOX_FLAG_OPEN_DELETED)) == 0;
 }
 
-static int crdt_mailbox_open(struct mailbox *box)
+static int open_born(struct crdt_mailbox *cbox)
 {
-	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
+	struct mailbox *box = cbox->box;
 
 	if (!is_observing(cbox) && is_unborn_inbox(box)) {
 		mail_storage_set_error(box->storage, MAIL_ERROR_NOTFOUND,
 				       T_MAIL_ERR_MAILBOX_NOT_FOUND(box->vname));
 		return -1;
 	}
-	if (cbox->module_ctx.super.open(box) < 0)
+	return cbox->module_ctx.super.open(box);
+}
+
+/*
+ * What is not found Dovecot makes, INBOX at least.  For the list index it opens what is
+ * new in a directory, with the index locked: an INBOX, say, that another process is just
+ * making.  To make it, too, would wait for the lock of the list; that process has it,
+ * and wants to lock the index next.  (The kernel sees the circle, and one of them
+ * panics, with stock Dovecot, too.)
+ */
+static int crdt_mailbox_open(struct mailbox *box)
+{
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
+
+	if (open_born(cbox) < 0) {
+		if (is_list_syncing(box->list) && mailbox_get_last_mail_error(box) == MAIL_ERROR_NOTFOUND)
+			mail_storage_set_error(box->storage, MAIL_ERROR_UNAVAILABLE, "Mailbox isn't created yet");
 		return -1;
+	}
 	if (is_session_open(cbox))
 		crdt_numbering_session_opened(cbox);
 	return 0;

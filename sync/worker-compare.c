@@ -93,13 +93,14 @@ static int survey_list(struct worker_conn *conn, struct mailbox_list *list, bool
 {
 	enum mailbox_list_iter_flags flags = subscriptions ?
 		MAILBOX_LIST_ITER_SELECT_SUBSCRIBED | MAILBOX_LIST_ITER_RETURN_NO_FLAGS :
-		MAILBOX_LIST_ITER_RAW_LIST | MAILBOX_LIST_ITER_SKIP_ALIASES | MAILBOX_LIST_ITER_NO_AUTO_BOXES;
+		worker_list_flags(list);
 	struct mailbox_list_iterate_context *iter;
 	const struct mailbox_info *info;
 
 	iter = mailbox_list_iter_init(list, "*", flags);
 	while (!worker_conn_failed(conn) && (info = mailbox_list_iter_next(iter)) != NULL) T_BEGIN {
-		if (subscriptions || (info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) == 0)
+		if (subscriptions || ((info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) == 0 &&
+				      !worker_is_alias(list, info->vname)))
 			survey_name(conn, list, info->vname, subscriptions);
 		worker_alive(conn);
 	} T_END;

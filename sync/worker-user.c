@@ -5,6 +5,7 @@
 #include "module-context.h"
 #include "mailbox-list-private.h"
 #include "mailbox-list-iter.h"
+#include "path-util.h"
 #include "str-sanitize.h"
 #include "unichar.h"
 #include "mail-user.h"
@@ -393,16 +394,25 @@ int worker_box_sync(struct worker_box *wbox, enum mailbox_sync_flags flags, cons
 
 static MODULE_CONTEXT_DEFINE_INIT(worker_mailbox_module, &mail_storage_module_register);
 
-static int inbox_open(struct mailbox *box)
+static bool is_not_found(struct mailbox *box)
+{
+	return mailbox_get_last_mail_error(box) == MAIL_ERROR_NOTFOUND;
+}
+
+/* Dovecot makes some mailboxes when they are not found, INBOX at least.  Nothing is
+ * made here but what the engine asks for; and Dovecot would do so also while it has its
+ * list index locked, which comes after the lock of the list (crdt_mailbox_open()). */
+static int open_no_autocreate(struct mailbox *box)
 {
 	union mailbox_module_context *ctx = MODULE_CONTEXT_REQUIRE(box, worker_mailbox_module);
 
-	if (is_unborn_inbox(box)) {
-		/* not "not found": Dovecot would create it */
-		mail_storage_set_error(box->storage, MAIL_ERROR_UNAVAILABLE, "INBOX is not created yet");
-		return -1;
-	}
-	return ctx->super.open(box);
+	bool unborn = is_unborn_inbox(box);
+
+	if (!unborn && ctx->super.open(box) == 0)
+		return 0;
+	if (unborn || (is_not_found(box) && !box->creating && mailbox_is_autocreated(box)))
+		mail_storage_set_error(box->storage, MAIL_ERROR_UNAVAILABLE, "mailbox is not created yet");
+	return -1;
 }
 
 static void mailbox_allocated(struct mailbox *box)
@@ -410,12 +420,10 @@ static void mailbox_allocated(struct mailbox *box)
 	struct mailbox_vfuncs *v = box->vlast;
 	union mailbox_module_context *ctx;
 
-	if (!box->inbox_user)
-		return;
 	ctx = p_new(box->pool, union mailbox_module_context, 1);
 	ctx->super = *v;
 	box->vlast = &ctx->super;
-	v->open = inbox_open;
+	v->open = open_no_autocreate;
 	MODULE_CONTEXT_SET_SELF(box, worker_mailbox_module, ctx);
 }
 
@@ -426,6 +434,45 @@ static struct mail_storage_hooks hooks = {
 void worker_users_init(void)
 {
 	mail_storage_hooks_add_internal(&hooks);
+}
+
+/* Where mailboxes are directories among other files Dovecot's own look for aliases
+ * fails when one of those is gone meanwhile, mailboxes.lock, say. */
+static bool has_own_aliases(struct mailbox_list *list)
+{
+	return strcmp(list->name, MAILBOX_LIST_NAME_FS) == 0;
+}
+
+enum mailbox_list_iter_flags worker_list_flags(struct mailbox_list *list)
+{
+	return MAILBOX_LIST_ITER_RAW_LIST | MAILBOX_LIST_ITER_NO_AUTO_BOXES |
+		(has_own_aliases(list) ? 0 : MAILBOX_LIST_ITER_SKIP_ALIASES);
+}
+
+static bool is_alias(struct mailbox_list *list, const char *name)
+{
+	const char *path, *target, *error;
+	struct stat st;
+
+	return mailbox_list_get_path(list, name, MAILBOX_LIST_PATH_TYPE_DIR, &path) > 0 &&
+		lstat(path, &st) == 0 && S_ISLNK(st.st_mode) &&
+		t_readlink(path, &target, &error) == 0 && strchr(target, '/') == NULL;
+}
+
+bool worker_is_alias(struct mailbox_list *list, const char *vname)
+{
+	const char *name = mailbox_list_get_storage_name(list, vname), *p = name;
+	char sep = mailbox_list_get_hierarchy_sep(list);
+
+	if (!has_own_aliases(list))
+		return FALSE;	/* not listed */
+	/* or in the directory of one */
+	while ((p = strchr(p, sep)) != NULL) {
+		if (p > name && is_alias(list, t_strdup_until(name, p)))
+			return TRUE;
+		p++;
+	}
+	return is_alias(list, name);
 }
 
 int worker_box_exists(struct mailbox *box, const char **error_r)
@@ -474,14 +521,13 @@ static int box_search(struct worker_user *user, struct worker_box *wbox, struct 
 {
 	/* Not from Dovecot's list index: it lags behind renames, and "not found" is
 	 * taken for "deleted". */
-	const enum mailbox_list_iter_flags flags = MAILBOX_LIST_ITER_RAW_LIST |
-		MAILBOX_LIST_ITER_SKIP_ALIASES | MAILBOX_LIST_ITER_NO_AUTO_BOXES;
-	struct mailbox_list_iterate_context *iter = mailbox_list_iter_init(list, "*", flags);
+	struct mailbox_list_iterate_context *iter = mailbox_list_iter_init(list, "*", worker_list_flags(list));
 	const struct mailbox_info *info;
 	int ret = 0, one;
 
 	while (ret <= 0 && (info = mailbox_list_iter_next(iter)) != NULL) {
-		if ((info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) != 0)
+		if ((info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) != 0 ||
+		    worker_is_alias(list, info->vname))
 			continue;
 		one = box_try(user, wbox, mailbox_alloc(list, info->vname, box_flags(user)), guid, error_r);
 		/* one that cannot be opened may be it; but first the others */

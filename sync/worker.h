@@ -27,6 +27,7 @@
 #include "str.h"
 #include "mail-storage-private.h"
 #include "mail-facts.h"
+#include "mailbox-list-iter.h"
 #include "worker-proto.h"
 
 #include <sys/stat.h>
@@ -105,6 +106,9 @@ bool worker_box_in_place(struct worker_box *wbox);
 int worker_box_sync(struct worker_box *wbox, enum mailbox_sync_flags flags, const char **error_r);
 void worker_box_close(struct worker_user *user, struct worker_box *wbox);
 void worker_boxes_close(struct worker_user *user);
+/* All mailboxes: iterate with these flags, and leave aliases out (symbolic links to others). */
+enum mailbox_list_iter_flags worker_list_flags(struct mailbox_list *list);
+bool worker_is_alias(struct mailbox_list *list, const char *vname);
 int worker_list_lock(struct mailbox_list *list, const char **error_r);
 /* crdt_path(), or NULL and an error. */
 const char *worker_box_path(struct mailbox *box, const char **error_r);

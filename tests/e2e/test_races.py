@@ -72,3 +72,46 @@ def test_create_of_what_another_process_completes(cluster):
     wanted = {"INBOX": ["m"], "f": ["n"]}
     assert look(cluster, "w1", "u3").mails() == wanted
     assert look(cluster, "w2", "u3").mails() == wanted
+
+
+@pytest.fixture(scope="module")
+def fs_cluster(new_cluster):
+    return new_cluster(workers=2, users=2, mail_format="maildir+fs")
+
+
+def survey(cluster, worker, user):
+    """As a process asks for it that could not write its record."""
+    base_dir = os.path.dirname(cluster.node(worker)["status_socket"])
+    with open(os.path.join(base_dir, "crdt-notify"), "w", encoding="ascii") as fifo:
+        fifo.write(f"!\t{user}\n")
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+@pytest.mark.parametrize("who", ["worker", "session"])
+def test_list_is_read_while_inbox_is_made(fs_cluster, who):
+    """Who takes a half made INBOX for one that is to be made does so with Dovecot's list
+    index locked; who makes it has the list's lock, and wants the index: both wait."""
+    cluster, user = fs_cluster, "u1" if who == "worker" else "u2"
+    maildir = os.path.join(cluster.home("w1", user), "Maildir")
+
+    def half_made():
+        return os.path.isdir(os.path.join(maildir, "new")) and not os.path.isdir(os.path.join(maildir, "tmp"))
+
+    with Client.login(cluster, "w1", user) as client, concurrent.futures.ThreadPoolExecutor() as threads:
+        pid = imap_pid(cluster, "w1", user)
+        with Client.login(cluster, "w1", user) as other, held_up(pid, "mkdir", 1):
+            create = threads.submit(client.do, "create f")
+            until(half_made)
+            if who == "worker":
+                survey(cluster, "w1", user)
+                looked = None
+            else:
+                looked = threads.submit(other.list)
+            create.result()
+            if looked:
+                looked.result()
+        client.do("append f m", "append INBOX n")
+    cluster.wait()
+    assert "Panic" not in cluster.log("w1")
+    for worker in ("w1", "w2"):
+        assert look(cluster, worker, user).mails() == {"INBOX": ["n"], "f": ["m"]}

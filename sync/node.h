@@ -38,7 +38,7 @@
 #define NODE_FETCH_MSECS 30000		/* without a piece: ask another daemon */
 #define NODE_SERVES_MAX 256		/* texts that are being sent, of each daemon */
 #define NODE_REPORT_MSECS 5000		/* a user who is busy that long is reported as such */
-#define NODE_REPORT_BEHIND_MSECS 1000	/* the same where it is asked who is behind: he is */
+#define NODE_REPORT_BEHIND_MSECS 300	/* the same where it is asked who is behind, in haste: he is */
 #define NODE_REPORT_USERS 8		/* looked at at a time */
 #define NODE_QUESTION_MSECS 30000	/* then the answer is what is known */
 #define NODE_QUESTION_QUICK_MSECS 4000	/* of what a daemon need not reckon: its link may be dead */

@@ -382,6 +382,15 @@ def test_reload(cluster):
         os.kill(pid, signal.SIGHUP)
 
 
+def until_looked_at(cluster, worker, times=3):
+    """crdt-watch has been there again."""
+    def looks():
+        return cluster.log(worker).count("imap-login: Info: Disconnected: Aborted login by logging out")
+
+    before = looks()
+    until(lambda: looks() >= before + times)
+
+
 @pytest.mark.allows_errors
 def test_users_get_a_current_copy(own_cluster):
     """Of three workers one dies; users that are behind on one of the others go to the third."""
@@ -399,6 +408,7 @@ def test_users_get_a_current_copy(own_cluster):
             fcntl.flock(locks[-1], fcntl.LOCK_EX)
             cluster.deliver("w1", user, message("b"))
         until(lambda: all(look(cluster, "w3", user).mails()["INBOX"] == ["a", "b"] for user in victims))
+        until_looked_at(cluster, "w2")
         cluster.kill("w1")
         said.until("w1: taken out")
         for user in victims:

@@ -53,10 +53,14 @@ def users_file(cluster, worker=None):
 
 def set_line(cluster, worker, user, line):
     path = users_file(cluster, worker)
+    before = int(os.stat(path).st_mtime)
     with open(path, encoding="ascii") as file:
         lines = [each for each in file if not each.startswith(user + ":")]
     with open(path, "w", encoding="ascii") as file:
         file.writelines(lines + ([line] if line else []))
+    # Dovecot reads it again if its time in seconds is another one.
+    later = max(before + 1, int(os.stat(path).st_mtime))
+    os.utime(path, (later, later))
 
 
 def remove(cluster, user, workers=WORKERS):

@@ -12,6 +12,7 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import smtplib
 import subprocess
 import time
@@ -70,7 +71,7 @@ class Postgres:
 
     def stop(self):
         if self.server is not None:
-            self.server.terminate()
+            self.server.send_signal(signal.SIGINT)      # does not wait for clients
             self.server.wait()
 
 
@@ -94,6 +95,17 @@ def example(name):
         return file.read()
 
 
+# Wrong passwords are tried here.
+NO_DELAYS = """
+auth_failure_delay = 0
+service anvil {
+  unix_listener anvil-auth-penalty {
+    mode = 0
+  }
+}
+"""
+
+
 def use_example(cluster, name, replaced):
     """The nodes take their users as the example says, in place of the cluster's own file."""
     for node in ("w1", "w2", "d1"):
@@ -114,7 +126,7 @@ def use_example(cluster, name, replaced):
         config, count = re.subn(r"(?ms)^(# Only to tell[^\n]*\n)?(passdb|userdb) \{.*?^\}\n", "", config)
         assert count == 2
         with open(path, "w", encoding="ascii") as file:
-            file.write(config + text)
+            file.write(config + text + NO_DELAYS)
         cluster.doveadm(node, "reload")
 
 
@@ -131,6 +143,8 @@ def login(cluster, node, user, password):
     imap = cluster.imap(node)
     try:
         imap.login(user, password)
+    except imaplib.IMAP4.abort:
+        raise
     except imaplib.IMAP4.error as error:
         assert b"AUTHENTICATIONFAILED" in error.args[0], error
         return None
@@ -157,7 +171,7 @@ def check(cluster):
         cluster.deliver("d1", user, message("delivered"))
         with login(cluster, "d1", user.upper(), password) as client:
             client.do("append INBOX appended")
-            assert client.look().mails() == {"INBOX": ["delivered", "appended"]}
+            assert client.look().mails() == {"INBOX": ["appended", "delivered"]}
         assert login(cluster, "d1", user, "wrong") is None
     assert login(cluster, "d1", "u1", "password-1") is None      # of the cluster's own file
     with in_netns(cluster.description["client_netns"]), pytest.raises(smtplib.SMTPRecipientsRefused):
@@ -167,7 +181,7 @@ def check(cluster):
         assert sorted(cluster.doveadm(worker, "user", "*").decode().split()) == sorted(PASSWORDS)
         for user, password in PASSWORDS.items():
             with login(cluster, worker, user, password) as client:
-                assert client.look().mails() == {"INBOX": ["delivered", "appended"]}
+                assert client.look().mails() == {"INBOX": ["appended", "delivered"]}
     with login(cluster, "w1", "alice", PASSWORDS["alice"]) as first, \
             login(cluster, "w2", "alice", PASSWORDS["alice"]) as second:
         assert first.look() == second.look()
@@ -207,4 +221,4 @@ def test_pgsql(own_cluster, postgres):
     for node in ("d1", "w1", "w2"):
         assert login(cluster, node, "bob", PASSWORDS["bob"]) is None
         with login(cluster, node, "bob", "new") as client:
-            assert client.look().mails() == {"INBOX": ["delivered", "appended"]}
+            assert client.look().mails() == {"INBOX": ["appended", "delivered"]}

@@ -23,7 +23,9 @@
 enum look_kind { LOOK_AT = 0, LOOK_MISSING = 1, LOOK_SUBSCRIPTION = 2 };
 
 /* ROW_SURVEY: u8 */
-enum { SURVEY_DONE = 1, SURVEY_DUE = 2, REBUILD_DUE = 3, REBUILD_LOOKS = 4 };
+enum { SURVEY_NEVER = 0, SURVEY_DONE = 1, SURVEY_DUE = 2, REBUILD_DUE = 3, REBUILD_LOOKS = 4, FIRST_LOOKS = 5 };
+/* So often a mailbox that cannot be looked at holds up what others did. */
+#define FIRST_TRIES 3
 
 /* The compare of one mailbox that goes on: kept in memory only, since what it
  * has noted need not be noted again. */
@@ -174,7 +176,7 @@ static unsigned survey_get(struct replica *r)
 {
 	struct crdt_buf v = CRDT_BUF_INIT;
 	const char key = ROW_SURVEY;
-	unsigned state = SURVEY_DUE;	/* never done */
+	unsigned state = SURVEY_NEVER;
 
 	if (rrows(r)->get(rrows(r), &key, 1, &v) && v.len > 0)
 		state = v.data[0];
@@ -193,7 +195,14 @@ bool compare_survey_is_due(struct replica *r)
 {
 	unsigned state = survey_get(r);
 
-	return state == SURVEY_DUE || state == REBUILD_DUE;
+	return state == SURVEY_NEVER || state == SURVEY_DUE || state == REBUILD_DUE;
+}
+
+bool compare_is_first(struct replica *r)
+{
+	unsigned state = survey_get(r);
+
+	return state == SURVEY_NEVER || state == FIRST_LOOKS;
 }
 
 bool rebuild_is_on(struct replica *r)
@@ -210,7 +219,7 @@ void rebuild_begin(struct replica *r)
 
 void compare_survey_due(struct replica *r)
 {
-	survey_put(r, rebuild_is_on(r) ? REBUILD_DUE : SURVEY_DUE);
+	survey_put(r, rebuild_is_on(r) ? REBUILD_DUE : compare_is_first(r) ? SURVEY_NEVER : SURVEY_DUE);
 }
 
 void compare_look(struct replica *r, const void *path, size_t len)
@@ -397,7 +406,7 @@ static int take_survey(struct replica *r, char **error_r)
 		(void)replica_txn_begin(r);
 		survey_listed(r, &s);
 		survey_unlisted(r, &s);
-		survey_put(r, rebuild_is_on(r) ? REBUILD_LOOKS : SURVEY_DONE);
+		survey_put(r, rebuild_is_on(r) ? REBUILD_LOOKS : compare_is_first(r) ? FIRST_LOOKS : SURVEY_DONE);
 		if (replica_txn_commit(r, false, error_r) < 0)
 			ret = REPLICA_FAILED;
 	}
@@ -985,7 +994,33 @@ static int look_go_on(struct replica *r, const struct look *look, char **error_r
 	return ret;
 }
 
-int replica_compare(struct replica *r, bool *more_r, char **error_r)
+/* Once nothing is left to be looked at. */
+static int end_looks(struct replica *r, char **error_r)
+{
+	if (rebuild_is_on(r))
+		rebuild_end(r);
+	survey_put(r, SURVEY_DONE);
+	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+}
+
+static int first_failed(struct replica *r, char **error_r)
+{
+	char *error = NULL;
+
+	(void)replica_txn_begin(r);
+	if (survey_get(r) != FIRST_LOOKS || ++r->first_tries < FIRST_TRIES) {
+		store_abort(&r->txn);
+		return REPLICA_LATER;
+	}
+	survey_put(r, SURVEY_DONE);
+	if (replica_txn_commit(r, false, &error) == 0)
+		return REPLICA_LATER;
+	free(*error_r);
+	*error_r = error;
+	return REPLICA_FAILED;
+}
+
+static int compare_next(struct replica *r, bool *more_r, char **error_r)
 {
 	const char tried = ROW_TRIED;
 	struct row_key key;
@@ -1002,11 +1037,9 @@ int replica_compare(struct replica *r, bool *more_r, char **error_r)
 	}
 	due = compare_survey_is_due(r);
 	any = look_first(r, &look);
-	if (!any && !due && rebuild_is_on(r)) {
-		rebuild_end(r);
-		survey_put(r, SURVEY_DONE);
+	if (!any && !due && (rebuild_is_on(r) || compare_is_first(r))) {
 		*more_r = true;
-		return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
+		return end_looks(r, error_r);
 	}
 	store_abort(&r->txn);
 	if (!any && !due)
@@ -1031,4 +1064,11 @@ int replica_compare(struct replica *r, bool *more_r, char **error_r)
 	}
 	row_keys_free(&look.row, 1);
 	return ret;
+}
+
+int replica_compare(struct replica *r, bool *more_r, char **error_r)
+{
+	int ret = compare_next(r, more_r, error_r);
+
+	return ret == REPLICA_LATER ? first_failed(r, error_r) : ret;
 }

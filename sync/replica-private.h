@@ -88,6 +88,7 @@ struct replica {
 	 * of it is enough until something new comes into it. */
 	bool only_removals;
 	struct compare *compare;	/* that goes on */
+	unsigned first_tries;		/* of a first look that failed */
 	bool survey_asked;		/* since what cannot be applied was tried last */
 	bool refused_logged;
 	/* Claims and floors that are due: made into ops before the commit. */
@@ -238,6 +239,10 @@ void rebuild_begin(struct replica *r);
 /* One slice of looking for changes without a record; *more_r: there is more. */
 int replica_compare(struct replica *r, bool *more_r, char **error_r);
 bool compare_survey_is_due(struct replica *r);
+/* What is here was never recorded, or not all of it is yet.  What others have is not
+ * applied meanwhile: where two workers had the same mails before, each one's would come to
+ * lie beside the other's. */
+bool compare_is_first(struct replica *r);
 void compare_survey_due(struct replica *r);
 /* The mailbox at this path is to be compared. */
 void compare_look(struct replica *r, const void *path, size_t len);

@@ -987,7 +987,7 @@ static int later_noted(int ret, char **error_r, char **later)
 
 enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r)
 {
-	bool more_folders = false, more_mails = false, more_looks = false, rebuild, wants;
+	bool more_folders = false, more_mails = false, more_looks = false, hold, wants;
 	const char waiting = ROW_WAIT_BODY;
 	struct row_key key;
 	char *later = NULL;
@@ -997,13 +997,14 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 		return REPLICA_LATER;
 	ret = replica_outbound_progress(replica_outbound(r, error_r));
 	(void)replica_txn_begin(r);
-	rebuild = rebuild_is_on(r);
+	/* First what is here. */
+	hold = rebuild_is_on(r) || compare_is_first(r);
 	store_abort(&r->txn);
-	if (ret == REPLICA_DONE && !rebuild)
+	if (ret == REPLICA_DONE && !hold)
 		ret = later_noted(replica_apply_folders(r, &more_folders, error_r), error_r, &later);
-	if (ret == REPLICA_DONE && !rebuild)
+	if (ret == REPLICA_DONE && !hold)
 		ret = later_noted(replica_apply_subscriptions(r, error_r), error_r, &later);
-	if (ret == REPLICA_DONE && !rebuild)
+	if (ret == REPLICA_DONE && !hold)
 		ret = replica_apply_mails(r, body, ctx, &more_mails, error_r);
 	/* Also when something has to wait: it may be for a change that has no record. */
 	if (ret == REPLICA_DONE && !more_folders && !more_mails) {

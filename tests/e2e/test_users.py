@@ -156,3 +156,27 @@ def test_renamed(cluster, user):
     with login(cluster, "w2", new) as client:
         client.do("append f more", "expunge INBOX b")
     become_equal(cluster, new, {"INBOX": [r"a \Flagged", "unsent"], "f": [r"m \Answered", "more"]})
+
+
+def test_both_have_the_mail(own_cluster):
+    """Two servers that were kept alike by other means (dsync, rsync), both full when the
+    plugin comes: each mail is there once, and is not sent."""
+    cluster = own_cluster(users=1)
+    for worker in WORKERS:
+        configure(cluster, worker, "crdt_mode", "off")
+    with login(cluster, "w1", "u1") as client:
+        client.do("create f", *(f"append INBOX m{n}" for n in range(30)), *(f"append f n{n}" for n in range(5)),
+                  r"store INBOX m1 +\Flagged")
+        client.do("expunge INBOX m2")
+    copy(cluster.home("w1", "u1"), cluster.home("w2", "u1"))
+    with login(cluster, "w2", "u1") as client:      # what came apart since
+        client.do("append INBOX here", r"store INBOX m3 +\Answered")
+    with login(cluster, "w1", "u1") as client:
+        client.do("append INBOX there")
+    for worker in WORKERS:
+        configure(cluster, worker, "crdt_mode", "on")
+    for worker in WORKERS:
+        with login(cluster, worker, "u1"):
+            pass
+    inbox = {f"m{n}" for n in range(30)} - {"m1", "m2", "m3"} | {r"m1 \Flagged", r"m3 \Answered", "here", "there"}
+    become_equal(cluster, "u1", {"INBOX": sorted(inbox), "f": [f"n{n}" for n in range(5)]})

@@ -306,15 +306,6 @@ static int failing_subscribe(struct mailstore *ms, const char *path, bool on)
 	return strcmp(path, "0") == 0 ? MS_TEMP : MS_OK;
 }
 
-static void empty_mailstore(struct fix *x)
-{
-	x->ms.read = empty_read;
-	x->ms.survey = empty_survey;
-	x->ms.check = failing_check;
-	x->ms.create = failing_create;
-	x->ms.subscribe = failing_subscribe;
-}
-
 static bool no_text(void *ctx, const struct crdt_content *c, uint64_t size, const uint8_t **text_r, const char **file_r)
 {
 	(void)ctx;
@@ -336,6 +327,61 @@ static enum replica_progress apply_all(struct fix *x, replica_body_cb *body)
 		assert_in_range(++slices, 1, 50);
 	free(error);
 	return progress;
+}
+
+static void set_mailstore(struct fix *x)
+{
+	x->ms.read = empty_read;
+	x->ms.survey = empty_survey;
+	x->ms.check = failing_check;
+	x->ms.create = failing_create;
+	x->ms.subscribe = failing_subscribe;
+}
+
+/* ... that was looked through. */
+static void empty_mailstore(struct fix *x)
+{
+	set_mailstore(x);
+	assert_int_equal(apply_all(x, no_text), REPLICA_DONE);
+}
+
+static int failing_survey(struct mailstore *ms, bool (*cb)(void *ctx, struct crdt_str path, bool subscription, uint64_t print),
+			  void *ctx)
+{
+	(void)ms;
+	(void)cb;
+	(void)ctx;
+	return MS_TEMP;
+}
+
+static int one_mailbox(struct mailstore *ms, bool (*cb)(void *ctx, struct crdt_str path, bool subscription, uint64_t print),
+		       void *ctx)
+{
+	(void)ms;
+	(void)cb(ctx, (struct crdt_str){ (const uint8_t *)"m", 1 }, false, 1);
+	return MS_OK;
+}
+
+/* What others have waits until it is recorded what is here; but not for ever for a
+ * mailbox that cannot be looked at. */
+static void first_what_is_here(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op_folder f = { .id.b = "there", .path = { (const uint8_t *)"1", 1 }, .counter = 1, .validity = 64 };
+	struct crdt_op op = { .kind = CRDT_OP_CREATE, .folders_n = 1, .folders = &f };
+
+	set_mailstore(x);
+	x->ms.survey = failing_survey;
+	deliver(x, &op, 1);
+	for (unsigned i = 0; i < 10; i++)
+		assert_int_equal(apply_all(x, no_text), REPLICA_LATER);
+	assert_int_equal(x->asked[1], 0);
+	x->ms.survey = one_mailbox;
+	assert_int_equal(apply_all(x, no_text), REPLICA_LATER);
+	assert_int_equal(x->asked[1], 0);
+	for (unsigned i = 0; i < 10; i++)
+		assert_int_equal(apply_all(x, no_text), REPLICA_LATER);
+	assert_true(x->asked[1] > 0);
 }
 
 /* However many folders cannot be made, each one gets its turn. */
@@ -512,7 +558,7 @@ static void parents_first(void **state)
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places),
+	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places), TEST(first_what_is_here),
 		TEST(folders_that_fail), TEST(many_subscriptions),
 		TEST(folder_that_fails_beside_mails), TEST(parents_first) };
 

@@ -51,8 +51,6 @@ def _refuse_unsupported(options):
         raise Refused("--mail-format takes FORMAT[+OPTION...] or a list of these, not"
                       f" {options.mail_format}; formats: {', '.join(mailformat.FORMATS)};"
                       f" options: {', '.join(mailformat.OPTIONS)}")
-    if "2.4" in versions and "+" in options.mail_format:
-        raise Refused("--mail-format's options are for Dovecot 2.3")
     if not set(versions) <= {"2.3", "2.4"}:
         raise Refused(f"--dovecot takes 2.3, 2.4 or a list of these, not {options.dovecot}")
     if "2.4" in versions:

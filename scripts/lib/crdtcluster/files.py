@@ -180,6 +180,7 @@ def _make_mail_root(cluster, node):
 def _configure_worker(cluster, node):
     node_dir = cluster.node_dir(node)
     os.mkdir(f"{node_dir}/state", 0o755)
+    mail_settings = mailformat.settings_24 if node.dovecot == "2.4" else mailformat.settings
     _render(f"dovecot{_suffix(node.dovecot)}.conf.in", node.doveadm_config, {
         "name": node.name,
         "base_dir": cluster.node_runtime_dir(node),
@@ -191,9 +192,7 @@ def _configure_worker(cluster, node):
         "first_uid": FIRST_MAIL_UID,
         "users_file": _users_file(cluster),
         "mail_root": node.mail_root,
-        "mail_format": node.mail_format,
-        "mail_dir": mailformat.FORMATS.get(node.mail_format),
-        **mailformat.settings(node.mail_format, node.mail_root, node_dir),
+        **mail_settings(node.mail_format, node.mail_root, node_dir),
         "imap_port": node.imap_port,
         "imaps_port": node.imaps_port,
         "pop3_port": node.pop3_port,

@@ -29,13 +29,11 @@ def _location(mail_format, options, mail_root):
 
 
 def _key_pair(path):
-    """Two lines for plugin {}: an elliptic curve's keys, in files."""
+    """An elliptic curve's keys, in PATH.pem and PATH.pub."""
     for arguments in (("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:prime256v1",
                        "-out", f"{path}.pem"),
                       ("pkey", "-in", f"{path}.pem", "-pubout", "-out", f"{path}.pub")):
         subprocess.run(["openssl", *arguments], check=True, capture_output=True)
-    return (f"  mail_crypt_global_private_key = <{path}.pem\n"
-            f"  mail_crypt_global_public_key = <{path}.pub\n")
 
 
 def settings(text, mail_root, node_dir):
@@ -46,11 +44,35 @@ def settings(text, mail_root, node_dir):
         plugins += " zlib"
         plugin += "  zlib_save = gz\n"
     if "crypt" in options:
+        keys = f"{node_dir}/mail-crypt"
+        _key_pair(keys)
         plugins += " mail_crypt"
-        plugin += "  mail_crypt_save_version = 2\n" + _key_pair(f"{node_dir}/mail-crypt")
+        plugin += ("  mail_crypt_save_version = 2\n"
+                   f"  mail_crypt_global_private_key = <{keys}.pem\n"
+                   f"  mail_crypt_global_public_key = <{keys}.pub\n")
     return {
         "mail_location": _location(mail_format, options, mail_root),
         "separator": "." if "dot" in options else "/",
         "mail_plugins": plugins,
         "plugin": plugin,
     }
+
+
+def settings_24(text, mail_root, node_dir):
+    """... of Dovecot 2.4."""
+    mail_format, *options = text.split("+")
+    lines = f"mail_driver = {mail_format}\nmail_path = ~/{FORMATS[mail_format]}\n"
+    if "fs" in options:
+        lines += "mailbox_list_layout = fs\n"
+    if "dirs" in options:
+        elsewhere = f"{mail_root}/%{{user}}/elsewhere"
+        lines += f"mail_index_path = {elsewhere}/index\nmail_control_path = {elsewhere}/control\n"
+    if "zlib" in options:
+        lines += "mail_plugins {\n  mail_compress = yes\n}\nmail_compress_write_method = gz\n"
+    if "crypt" in options:
+        keys = f"{node_dir}/mail-crypt"
+        _key_pair(keys)
+        lines += ("mail_plugins {\n  mail_crypt = yes\n}\n"
+                  f"crypt_global_public_key_file = {keys}.pub\n"
+                  f"crypt_global_private_key main {{\n  crypt_private_key_file = {keys}.pem\n}}\n")
+    return {"mail_settings": lines, "separator": "." if "dot" in options else "/"}

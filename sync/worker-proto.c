@@ -596,8 +596,9 @@ static bool get_fields(struct crdt_reader *r, struct worker_msg *m)
 {
 	switch ((enum worker_msg_type)m->type) {
 	case WORKER_HELLO:
-		if (crdt_get_u8(r) != WORKER_PROTO_VERSION)
-			r->bad = true;
+		m->version = crdt_get_u8(r);
+		if (m->version != WORKER_PROTO_VERSION)
+			r->bad = true;		/* nobody knows what follows */
 		m->user = get_str(r, WORKER_USER_MAX);
 		if (m->user.n == 0 || memchr(m->user.p, '\0', m->user.n) != NULL)
 			r->bad = true;
@@ -751,7 +752,9 @@ int worker_msg_decode(const void *p, size_t n, struct worker_msg *m_r, const cha
 		return -1;
 	}
 	if (r.bad || crdt_reader_left(&r) > 0) {
-		*error_r = "malformed message";
+		*error_r = m_r->version != 0 && m_r->version != WORKER_PROTO_VERSION ?
+			"crdt-sync is of another version than crdt-worker: reload Dovecot" :
+			"malformed message";
 		return -1;
 	}
 	return 0;

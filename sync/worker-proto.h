@@ -74,6 +74,7 @@ enum worker_text_source { WORKER_TEXT_CLIENT = 1, WORKER_TEXT_MAILBOX };
 
 struct worker_msg {
 	uint8_t type;
+	uint8_t version;			/* HELLO, decoded: WORKER_PROTO_VERSION */
 	struct crdt_str user;			/* HELLO */
 	uint32_t gen;				/* HELLO: of the name; GENERATION */
 	struct ms_mailbox box;			/* APPLY .. LIST but SUBSCRIBE; MADE */

@@ -14,6 +14,7 @@ import glob
 import imaplib
 import os
 import random
+import shutil
 import smtplib
 import threading
 import time
@@ -449,6 +450,46 @@ def test_reloads(cluster):
     # (crdt-worker may be looking at a mailbox at the moment.)
     until(lambda: not any(glob.glob(cluster.home(worker, stream.user) + "/**/*.lock", recursive=True)
                           for worker in WORKERS for stream in streams), timeout=60)
+
+
+def reinstall(cluster):
+    """As "make install" does it: each file is replaced by another one."""
+    for directory in (f"{cluster.description['data_dir']}/programs",
+                      f"{cluster.description['data_dir']}/modules-doveadm"):
+        for path in glob.glob(f"{directory}/**", recursive=True):
+            if os.path.isfile(path) and not os.path.islink(path):
+                shutil.copy2(path, f"{path}.new")
+                os.replace(f"{path}.new", path)
+
+
+def test_upgrade(cluster):
+    """The plugin and the services are installed anew under clients at work, and reloaded
+    some time later: until then old processes work beside new ones."""
+    chance = random.Random(f"{SEED} upgrade")
+    streams = [Stream(cluster, worker, f"u{i + 1}", 40 + i) for i, worker in enumerate(WORKERS)]
+    with running(streams) as failures:
+        for worker in WORKERS:
+            await_steps(streams, chance.randrange(1, 20), failures)
+            reinstall(cluster)
+            cluster.kill(worker, "crdt-worker")     # a new one beside the old crdt-sync
+            await_steps(streams, chance.randrange(20, 40), failures)
+            cluster.doveadm(worker, "reload")
+        await_steps(streams, 40, failures)
+        old = [line for worker in WORKERS for line in mapped(cluster, worker)]
+    for stream in streams:
+        stream.close()
+    assert old, "no session went on with what was deleted"
+    check(cluster, streams, Watch())
+
+
+def mapped(cluster, worker):
+    """Files of ours that processes of the worker have in memory, and nobody else can see."""
+    master = cluster.pid(worker, "dovecot")
+    with open(f"/proc/{master}/task/{master}/children", encoding="ascii") as file:
+        pids = file.read().split()
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/maps", encoding="ascii") as file:
+            yield from (line for line in file if "crdt" in line and "(deleted)" in line)
 
 
 def test_kills_of_a_worker_node(cluster, long_run):

@@ -209,6 +209,23 @@ static void test_values_that_cannot_be(void **state)
 	crdt_buf_free(&b);
 }
 
+/* After "make install", until Dovecot is reloaded. */
+static void test_another_version(void **state)
+{
+	struct crdt_buf b = CRDT_BUF_INIT;
+	struct worker_msg m, got;
+	const char *error;
+
+	(void)state;
+	sample(&m, WORKER_HELLO);
+	worker_msg_encode(&b, &m);
+	b.data[5] = WORKER_PROTO_VERSION + 1;
+	assert_int_equal(worker_msg_decode(b.data + 4, b.len - 4, &got, &error), -1);
+	assert_non_null(strstr(error, "another version"));
+	worker_msg_free(&got);
+	crdt_buf_free(&b);
+}
+
 /* A count beyond the input must not become an allocation. */
 static void test_lying_counts(void **state)
 {
@@ -457,6 +474,7 @@ int main(void)
 		cmocka_unit_test(test_each_type),
 		cmocka_unit_test(test_fields_of_a_command),
 		cmocka_unit_test(test_values_that_cannot_be),
+		cmocka_unit_test(test_another_version),
 		cmocka_unit_test(test_lying_counts),
 		cmocka_unit_test(test_client_results),
 		cmocka_unit_test(test_client_no_user), cmocka_unit_test(test_client_generation),

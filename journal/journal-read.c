@@ -110,7 +110,7 @@ int crdt_journal_read(struct crdt_journal *j, uint64_t from_seq,
 			read_unlocked(j, &from_seq, cb, ctx, error_r);
 		crdt_journal_unlock(j);
 	}
-	return ret == READ_DONE ? 0 : -1;
+	return ret == READ_DONE ? 0 : ret == READ_DAMAGED ? -2 : -1;
 }
 
 /* ---- trimming ---- */

@@ -321,16 +321,18 @@ static bool has_frames(const struct stat *st)
 	return st->st_size > CRDT_JOURNAL_HEADER_SIZE;
 }
 
-/* Links the file to a name of its own, aside_r: 0 or -1. */
-static int set_aside(struct crdt_journal *j, uint64_t number, char aside_r[PATH_SIZE],
-		     const char **error_r)
+/* Links the file to a name of its own, aside_r: base, kind and number.  0 or -1. */
+static int link_aside(struct crdt_journal *j, const char *base, const char *kind, uint64_t number,
+		      char aside_r[PATH_SIZE], const char **error_r)
 {
-	snprintf(aside_r, PATH_SIZE, "%s.%016llx", j->path, (unsigned long long)number);
+	unsigned long long n = number;
+
+	snprintf(aside_r, PATH_SIZE, "%s.%s%016llx", base, kind, n);
 	/* A home restored twice has that name already: never replace it. */
 	for (unsigned i = 2; link(j->path, aside_r) < 0; i++) {
 		if (errno != EEXIST || i > LOCK_RETRIES)
 			return journal_fail_errno(error_r, "link", aside_r);
-		snprintf(aside_r, PATH_SIZE, "%s.%016llx-%u", j->path, (unsigned long long)number, i);
+		snprintf(aside_r, PATH_SIZE, "%s.%s%016llx-%u", base, kind, n, i);
 	}
 	return 0;
 }
@@ -399,7 +401,7 @@ static int begin_origin(struct crdt_journal *j, const struct ident *id, const st
 	if (has_frames(st)) {
 		if (id == NULL)
 			randombytes_buf(&number, sizeof(number));
-		if (set_aside(j, number, aside, error_r) < 0)
+		if (link_aside(j, j->path, "", number, aside, error_r) < 0)
 			return -1;
 	}
 	if (replace_file(j, id, c, error_r) < 0) {
@@ -685,6 +687,54 @@ void journal_reserve_ahead(struct crdt_journal *j)
 	const char *error;
 
 	(void)crdt_journal_reserve(j, RESERVE_AHEAD, &error);
+}
+
+/* Nothing of a file that was set aside is looked at again but by its name. */
+static int closed_give_up(struct crdt_journal *j, char aside_r[PATH_SIZE], const char **error_r)
+{
+	const char *name = strrchr(j->path, '/');
+	char base[PATH_SIZE];
+
+	name = name == NULL ? j->path : name + 1;
+	snprintf(base, sizeof(base), "%.*s" CRDT_JOURNAL_NAME, (int)(name - j->path), j->path);
+	if (link_aside(j, base, CRDT_JOURNAL_DAMAGED, j->info.origin, aside_r, error_r) < 0)
+		return -1;
+	if (unlink(j->path) < 0 && errno != ENOENT)
+		return journal_fail_errno(error_r, "unlink", j->path);
+	return 0;
+}
+
+static int current_give_up(struct crdt_journal *j, char aside_r[PATH_SIZE], const char **error_r)
+{
+	uint8_t header[CRDT_JOURNAL_HEADER_SIZE];
+	crdt_origin origin = j->info.origin;
+	struct ident id;
+	struct copy c;
+	int ret;
+
+	if (crdt_journal_lock(j, error_r) < 0)
+		return -1;
+	ret = 0;
+	if (j->info.origin == origin && (ret = journal_read_header(j, header, &id, &c, error_r)) > 0) {
+		if (link_aside(j, j->path, CRDT_JOURNAL_DAMAGED, origin, aside_r, error_r) < 0)
+			ret = -1;
+		else if ((ret = replace_file(j, &id, &c, error_r)) < 0)
+			(void)unlink(aside_r);
+	}
+	crdt_journal_unlock(j);
+	if (ret < 0 || crdt_journal_lock(j, error_r) < 0)
+		return -1;
+	crdt_journal_unlock(j);
+	return 0;
+}
+
+int crdt_journal_give_up(struct crdt_journal *j, const char **aside_r, const char **error_r)
+{
+	static _Thread_local char aside[PATH_SIZE];
+
+	aside[0] = '\0';
+	*aside_r = aside;
+	return j->info.closed_file ? closed_give_up(j, aside, error_r) : current_give_up(j, aside, error_r);
 }
 
 int crdt_journal_sync(struct crdt_journal *j, const char **error_r)

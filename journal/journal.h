@@ -36,6 +36,7 @@
 #include "../crdt/op.h"
 
 #define CRDT_JOURNAL_NAME "dovecot.crdt.journal"
+#define CRDT_JOURNAL_DAMAGED "damaged."	/* behind the name and a dot: given up */
 #define CRDT_JOURNAL_VERSION 1
 #define CRDT_JOURNAL_HEADER_SIZE 8192	/* bytes, fixed */
 #define CRDT_JOURNAL_RECORD_MAX (1024 * 1024)	/* bytes of one encoded record */
@@ -196,11 +197,19 @@ bool crdt_journal_peek(struct crdt_journal *j, struct crdt_journal_peek *peek_r)
  * without the lock (batches that are whole at the time), until cb returns
  * false.  It reads the file that the last crdt_journal_lock() had, so lock and
  * unlock first to follow a replaced one.  Records passed to cb end with cb.  A damaged
- * record ends the reading with -1 and *error_r naming seq and offset; what is
- * before it was delivered.  0 otherwise.
+ * record ends the reading with -2 and *error_r naming seq and offset; what is
+ * before it was delivered.  -1: another error.  0 otherwise.
  */
 int crdt_journal_read(struct crdt_journal *j, uint64_t from_seq,
 		      bool (*cb)(void *ctx, const struct crdt_jrec *rec), void *ctx, const char **error_r);
+/*
+ * For a journal that crdt_journal_read() found damaged: it gets a name by which
+ * nobody looks for it, *aside_r (good until the next call in this thread; empty:
+ * another one has replaced it meanwhile), and where it was the current one a new
+ * origin begins.  Not locked before, nor behind.  0 or -1.  What its records told of
+ * has to be found by comparing.
+ */
+int crdt_journal_give_up(struct crdt_journal *j, const char **aside_r, const char **error_r);
 /*
  * Forgets records with seq <= upto (takes the lock itself).  All of them: the
  * file shrinks to its header (a set-aside one is unlinked).  Some: the tail is copied to a new file that

@@ -157,7 +157,8 @@ struct mailstore {
 	/* Reads the set-aside journals and the current one from after pos[] (a
 	 * journal not in pos: from its start), oldest first; calls cb for each
 	 * record until it returns false.  ids_r gets the journals that exist, in
-	 * order, the current one last. */
+	 * order, the current one last.  MS_FAIL: one was damaged, and is out of the way
+	 * now with what had not been read: there may be changes without a record. */
 	int (*read)(struct mailstore *ms, const struct ms_position *pos, size_t pos_n,
 		    bool (*cb)(void *ctx, const struct ms_record *rec), void *ctx,
 		    struct ms_position *ids_r, size_t *ids_n_r);

@@ -881,7 +881,9 @@ static void visited_mail(struct user *u, struct visit *v)
 	}
 	/* what was ordered and not done */
 	u->journal = u->journal || (v->journal && !v->read_journal);
-	u->apply = u->apply || v->apply || v->applied;
+	/* (After trouble with the mail store or its journal there may be something to be
+	 * compared.) */
+	u->apply = u->apply || v->apply || v->applied || v->mail_result == VISIT_MAIL_LATER;
 	if (v->survey && !v->applied) {
 		u->survey = true;
 		u->surveyed = 0;

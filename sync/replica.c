@@ -905,6 +905,8 @@ static int outbound_slice(struct replica *r, char **error_r)
 		return REPLICA_OUTBOUND_LATER;
 	}
 	positions_load(r);
+	if (res == MS_FAIL)		/* a journal was damaged: who knows what it had */
+		compare_survey_due(r);
 	/* None at all: the home may be away, and its records must not be read twice. */
 	if (res >= 0 && ids_n > 0)
 		positions_prune(r, ids, ids_n);

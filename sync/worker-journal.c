@@ -500,21 +500,41 @@ static uint64_t read_before(const struct journals *js, unsigned i)
 	return seq;
 }
 
+/* What it tells of from there on is found by comparing: MS_FAIL asks for that. */
+static void journal_give_up(struct read_ctx *ctx, struct crdt_journal *j, const char *damage)
+{
+	const char *aside, *error;
+
+	damage = t_strdup(damage);
+	if (crdt_journal_give_up(j, &aside, &error) < 0) {
+		read_fail(ctx, MS_TEMP, error);
+		return;
+	}
+	if (*aside != '\0')
+		e_error(ctx->user->event, "crdt: %s: it is %s now, and what could not be read is found by comparing "
+			"the mailboxes; remove it when you have looked at it", damage, aside);
+	read_fail(ctx, MS_FAIL, damage);
+}
+
 static void journals_read(struct read_ctx *ctx, struct journals *js, const struct worker_msg *req)
 {
 	for (unsigned i = 0; i < js->n && ctx->ret == MS_OK && !ctx->more; i++) {
 		struct crdt_journal *j = js->e[i].j;
 		const char *error;
+		uint64_t from_seq;
+		int ret;
 
 		if (j == ctx->user->journal && !js->complete)
 			break;	/* first what was set aside */
-		uint64_t from_seq;
 
 		ctx->journal = crdt_journal_info(j)->origin;
 		from_seq = I_MAX(position_of(req, ctx->journal), read_before(js, i)) + 1;
 		recovered_read(ctx, j, from_seq);
-		if (crdt_journal_read(j, from_seq, record_read, ctx, &error) < 0)
-			read_fail(ctx, MS_FAIL, error);
+		ret = crdt_journal_read(j, from_seq, record_read, ctx, &error);
+		if (ret == -1)
+			read_fail(ctx, MS_TEMP, error);
+		else if (ret < 0)
+			journal_give_up(ctx, j, error);
 	}
 }
 

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A worker whose database is damaged. (Gone: test_rebuild.py.)
+"""A worker whose database or journal is damaged. (Gone: test_rebuild.py.)
 
 Needs root and what was built; see conftest.py.
 """
 
+import glob
 import os
 import shutil
+import signal
 import time
 
 import pytest
+
+from compare_lib import until
+from imap_lib import Client, look
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.allows_errors]
 SUBJECTS = ["one", "two", "three"]
@@ -79,3 +84,40 @@ def test_database_of_a_worker(own_cluster):
         expected.append(subject)
         for worker in ("w1", "w2"):
             assert subjects(cluster, worker, "u1") == sorted(expected)
+
+
+def flip_record(path, number):
+    """A bit of the number-th record of a journal."""
+    with open(path, "r+b") as file:
+        file.seek(8192)
+        for _ in range(number - 1):
+            size = int.from_bytes(file.read(4), "little")
+            file.seek(size - 4, os.SEEK_CUR)
+        place = file.tell() + 12
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["in the middle", "at the end"])
+def test_journal(own_cluster, last):
+    """A damaged record stops nobody: what could not be read is found in the mailboxes."""
+    cluster = own_cluster(users=1)
+    journal = os.path.join(cluster.home("w1", "u1"), "Maildir", "dovecot.crdt.journal")
+    with Client.login(cluster, "w1", "u1") as client:
+        client.do("create f", "append INBOX one", "append INBOX two", "append f three")
+    cluster.wait()
+    os.kill(cluster.pid("w1", "crdt-sync"), signal.SIGSTOP)     # killed, it would be started again
+    with Client.login(cluster, "w1", "u1") as client:
+        client.do("append INBOX four", r"store INBOX one +\Flagged", "append f five", "expunge INBOX two")
+    flip_record(journal, 5 if last else 2)
+    os.kill(cluster.pid("w1", "crdt-sync"), signal.SIGCONT)
+    with Client.login(cluster, "w1", "u1") as client:
+        client.do("append f six")
+    expected = {"INBOX": ["four", r"one \Flagged"], "f": ["five", "six", "three"]}
+    until(lambda: look(cluster, "w2", "u1").mails() == expected)
+    cluster.wait()
+    assert look(cluster, "w1", "u1").mails() == expected
+    assert glob.glob(f"{journal}.damaged.*")
+    wait_log(cluster, "w1", "what could not be read is found by comparing")

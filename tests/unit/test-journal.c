@@ -534,9 +534,23 @@ static void test_read_half_batch(void **state)
 	crdt_journal_close(&j);
 }
 
+/* Under a name that says so, with all that is in it. */
+static void give_up(struct crdt_journal *j, crdt_origin origin)
+{
+	const char *aside, *error;
+	char wanted[1024];
+
+	snprintf(wanted, sizeof(wanted), "%s." CRDT_JOURNAL_DAMAGED "%016llx", journal_path,
+		 (unsigned long long)origin);
+	assert_int_equal(crdt_journal_give_up(j, &aside, &error), 0);
+	assert_string_equal(aside, wanted);
+	assert_int_equal(access(wanted, F_OK), 0);
+}
+
 static void test_damage_in_the_middle(void **state)
 {
 	struct crdt_journal *j = open_ok(&ident_a);
+	crdt_origin origin = crdt_journal_info(j)->origin;
 	struct names names;
 	const char *error = NULL;
 	uint8_t byte = 0xff;
@@ -549,13 +563,19 @@ static void test_damage_in_the_middle(void **state)
 	append_names(j, "c", 1);
 	patch_file(journal_path, at + 8, &byte, 1);
 	memset(&names, 0, sizeof(names));
-	assert_int_equal(crdt_journal_read(j, 1, names_cb, &names, &error), -1);
+	assert_int_equal(crdt_journal_read(j, 1, names_cb, &names, &error), -2);
 	assert_string_equal(names.text, "a0");
 	assert_non_null(strstr(error, "seq 2"));
 	/* writers are not stopped by it */
 	append_names(j, "d", 1);
 	assert_int_equal(crdt_journal_info(j)->next_seq, 5);
-	assert_int_equal(read_names(j, 4, &names), -1);
+	assert_int_equal(read_names(j, 4, &names), -2);
+	/* until somebody gives it up */
+	give_up(j, origin);
+	append_names(j, "e", 1);
+	assert_int_equal(read_names(j, 1, &names), 0);
+	assert_string_equal(names.text, "e0");
+	assert_int_equal(crdt_vv_get(&crdt_journal_info(j)->closed, origin), 4);
 	crdt_journal_close(&j);
 }
 
@@ -591,9 +611,11 @@ static void test_damage_at_the_end(void **state)
 	{
 		struct names names;
 
-		assert_int_equal(read_names(j, 1, &names), -1);
+		assert_int_equal(read_names(j, 1, &names), -2);
 		assert_string_equal(names.text, "a0 a1");
 	}
+	give_up(j, origin);
+	assert_int_equal(access(aside, F_OK), -1);
 	crdt_journal_close(&j);
 }
 

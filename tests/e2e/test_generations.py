@@ -17,6 +17,7 @@ import subprocess
 import pytest
 
 from compare_lib import WORKERS, login, reload, see, until, views
+from crdtlib import CommandFailed
 from imap_lib import EMPTY, message
 from test_damage import wait_log
 from test_users import equal, fill
@@ -53,14 +54,31 @@ def users_file(cluster, worker=None):
 
 def set_line(cluster, worker, user, line):
     path = users_file(cluster, worker)
-    before = int(os.stat(path).st_mtime)
     with open(path, encoding="ascii") as file:
         lines = [each for each in file if not each.startswith(user + ":")]
-    with open(path, "w", encoding="ascii") as file:
+    with open(f"{path}.new", "w", encoding="ascii") as file:
         file.writelines(lines + ([line] if line else []))
-    # Dovecot reads it again if its time in seconds is another one.
-    later = max(before + 1, int(os.stat(path).st_mtime))
-    os.utime(path, (later, later))
+    # Dovecot reads it again if its time in seconds is another one: it may not see a part of it,
+    later = max(int(os.stat(path).st_mtime) + 1, int(os.stat(f"{path}.new").st_mtime))
+    os.utime(f"{path}.new", (later, later))
+    os.replace(f"{path}.new", path)
+    # and looks once a second.
+    if os.path.exists(f"/proc/{cluster.pid(worker, 'dovecot')}"):
+        until(lambda: known_generation(cluster, worker, user) == (generation_of(line) if line else None))
+
+
+def generation_of(line):
+    found = re.search(r"userdb_crdt_generation=(\d+)", line)
+    return found.group(1) if found else ""
+
+
+def known_generation(cluster, worker, user):
+    """What Dovecot's userdb says of his generation; None: there is no such user."""
+    try:
+        lines = cluster.doveadm(worker, "user", user).decode().splitlines()
+    except CommandFailed:
+        return None
+    return next((line.split("\t")[1] for line in lines if line.startswith("crdt_generation\t")), "")
 
 
 def remove(cluster, user, workers=WORKERS):

@@ -318,9 +318,19 @@ bool link_client_poll(struct link_client *l, const uint8_t **data_r, size_t *len
 	return true;
 }
 
+/* ZeroMQ may have made another connection already: what is sent before the caller
+ * has heard of that would be the first that the other end gets of it. */
+static bool client_has_news(struct link_client *l)
+{
+	int events = 0;
+	size_t size = sizeof(events);
+
+	return zmq_getsockopt(l->monitor, ZMQ_EVENTS, &events, &size) < 0 || (events & ZMQ_POLLIN) != 0;
+}
+
 int link_client_send(struct link_client *l, const void *p, size_t n)
 {
-	if (!l->up || l->socket == NULL)
+	if (!l->up || l->socket == NULL || client_has_news(l))
 		return -1;
 	return zmq_send(l->socket, p, n, ZMQ_DONTWAIT) < 0 ? -1 : 0;
 }

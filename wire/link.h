@@ -30,7 +30,8 @@ int link_client_fd(struct link_client *l);
 /* One event or frame; false: nothing more now.  A frame (data/len valid until
  * the next call) or an event (data == NULL). */
 bool link_client_poll(struct link_client *l, const uint8_t **data_r, size_t *len_r, enum link_event *event_r);
-/* 0 queued; -1: queue full or no connection (try again after a poll). Copies. */
+/* 0 queued; -1: queue full, no connection, or another one than the last poll knew
+ * of (try again after a poll). Copies. */
 int link_client_send(struct link_client *l, const void *p, size_t n);
 /* Drops the connection and makes a new one (a refused CURVE client never
  * retries by itself). */

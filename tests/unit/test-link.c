@@ -143,6 +143,39 @@ static void test_round_trip(void **state)
 	assert_int_equal(errno, EHOSTUNREACH);
 }
 
+/* ZeroMQ connects again by itself. */
+static void test_nothing_is_sent_to_an_unknown_connection(void **state)
+{
+	struct fixture *f = *state;
+	struct link_client *l = client_new(f, &f->client_key, f->server_key.public_key);
+	char *endpoint = strdup(link_server_endpoint(f->server)), name[64];
+	struct link_peer_id peer;
+	const uint8_t *data;
+	const char *error;
+	size_t len;
+
+	assert_event(l, LINK_UP);
+	link_server_free(&f->server);
+	for (int i = 0; i < 100 && f->server == NULL; i++) {
+		f->server = link_server_new(f->c, endpoint, &f->server_key, admit, f, &error);
+		if (f->server == NULL)
+			poll(NULL, 0, 100);		/* the port is not free yet */
+	}
+	assert_non_null(f->server);
+	/* (Until it knows of the end, what is sent is for the old one.) */
+	for (int i = 0; i < 100; i++) {
+		(void)link_client_send(l, "x", 1);
+		assert_false(link_server_poll(f->server, 20, &peer, name, &data, &len));
+	}
+	assert_event(l, LINK_DOWN);
+	assert_event(l, LINK_UP);
+	assert_int_equal(link_client_send(l, "y", 1), 0);
+	assert_true(link_server_poll(f->server, 10000, &peer, name, &data, &len));
+	assert_memory_equal(data, "y", 1);
+	link_client_free(&l);
+	free(endpoint);
+}
+
 static void test_refused_then_reconnect(void **state)
 {
 	struct fixture *f = *state;
@@ -222,6 +255,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test_setup_teardown(test_round_trip, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_nothing_is_sent_to_an_unknown_connection, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_refused_then_reconnect, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_wrong_server_key, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_no_handler_no_entry, setup, teardown),

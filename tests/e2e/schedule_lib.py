@@ -10,6 +10,7 @@ import dataclasses
 import os
 import re
 import shutil
+import struct
 import subprocess
 import threading
 import time
@@ -19,11 +20,10 @@ from crdtlib import CommandFailed
 from crdtcluster import commands
 from crdtcluster.errors import ClusterError
 
-FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
 DISK_SIZE = "48m"
 KINDS = {"kill imap": 4, "kill lmtp": 2, "kill crdt-sync": 2, "kill crdt-worker": 3, "kill crdt-stored": 2,
          "kill node": 2, "restart": 1, "reload": 1, "cut": 3, "full": 2, "clock": 2}
-JUMPS = ("+1h", "-1h", "+40d", "-40d", "+10")
+JUMPS = (10, 3600, -3600, 40 * 86400, -40 * 86400)     # seconds, from the right time
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ def plan(chance, workers, storages, with_clock):
         elif kind == "clock":
             if not with_clock:
                 continue
-            node, what = workers[-1], chance.choice(JUMPS)
+            node, what = workers[-1], str(chance.choice(JUMPS))
         faults.append(Fault(kind, node, begin, end, what))
     return sorted(faults, key=lambda fault: fault.begin)
 
@@ -108,21 +108,23 @@ class Disk:
 
 
 class Clock:
-    """A worker's clock, by libfaketime in all of its processes but Dovecot's master."""
+    """A worker's clock: clock_shim.c in all of its processes but Dovecot's master."""
 
     def __init__(self, cluster, worker):
         node = os.path.dirname(os.path.realpath(os.path.dirname(cluster.home(worker, "u1"))))
+        source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "clock_shim.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", f"{node}/clock.so", source], check=True)
         self.path = os.path.join(node, "clock")
-        self.set("+0")
-        environment = (f"LD_PRELOAD={FAKETIME} FAKETIME_TIMESTAMP_FILE={self.path} FAKETIME_NO_CACHE=1"
-                       " FAKETIME_DONT_FAKE_MONOTONIC=1 FAKETIME_DISABLE_SHM=1")
+        with open(self.path, "wb") as file:
+            file.write(struct.pack("q", 0))
         with open(os.path.join(node, "local.conf"), "a", encoding="ascii") as file:
-            file.write(f"import_environment = $import_environment {environment}\n")
+            file.write("import_environment = $import_environment"
+                       f" LD_PRELOAD={node}/clock.so CRDT_TEST_CLOCK={self.path}\n")
 
-    def set(self, text):
-        with open(self.path + ".new", "w", encoding="ascii") as file:
-            file.write(text + "\n")
-        os.rename(self.path + ".new", self.path)
+    def jump(self, seconds):
+        """From now on; the processes have the file mapped."""
+        with open(self.path, "r+b") as file:
+            file.write(struct.pack("q", seconds))
 
 
 class Runner:
@@ -177,7 +179,7 @@ class Runner:
         elif fault.kind == "full":
             self.disks[fault.node].fill()
         elif fault.kind == "clock":
-            self.clock.set(fault.what)
+            self.clock.jump(int(fault.what))
 
     def doveadm(self, worker, command):
         try:

@@ -26,7 +26,7 @@ from crdtlib import TOP, Cluster, CommandFailed
 from imap_lib import Refused
 from kill_lib import stale_locks_go
 from schedule_clients import MIXES, NAMES, Session
-from schedule_lib import FAKETIME, Runner, plan, wait_progress
+from schedule_lib import Runner, plan, wait_progress
 from schedule_model import Model
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.allows_errors]
@@ -63,7 +63,7 @@ class Group:
         chance = random.Random(f"group {seed // GROUP}")
         options = {"workers": chance.choice((2, 2, 3)), "storages": chance.choice((1, 1, 2)),
                    "mail_format": chance.choice(FORMATS)}
-        with_clock = os.path.exists(FAKETIME) and chance.random() < 0.5
+        with_clock = chance.random() < 0.5
         print(f"schedules of group {seed // GROUP}: {options}, {'a' if with_clock else 'no'} clock that jumps")
         self.cluster = Cluster.up(directory, prefix=PREFIX, users=USERS_AT_ONCE * (GROUP + 1), **options)
         self.workers = [f"w{i + 1}" for i in range(options["workers"])]
@@ -165,7 +165,7 @@ class Group:
         if target:
             for node in (*self.workers, *self.storages):
                 source = os.path.join(self.cluster.directory, "nodes", node)
-                shutil.copytree(source, os.path.join(target, str(seed), node), symlinks=True,
+                shutil.copytree(source, os.path.join(target, f"{seed}-{os.getpid()}", node), symlinks=True,
                                 ignore=shutil.ignore_patterns("LOCK"))
 
 

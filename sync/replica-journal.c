@@ -429,7 +429,7 @@ static int expunge_op(struct replica *r, const struct box *b, const struct crdt_
 	return replica_own_op(r, &op, &ctx);
 }
 
-static int expunge_keys(struct replica *r, const struct box *b, struct crdt_mail_key *keys, unsigned n)
+int replica_expunge(struct replica *r, const struct box *b, struct crdt_mail_key *keys, unsigned n)
 {
 	unsigned start = 0, plain = 0;
 	int ret = 0;
@@ -474,7 +474,7 @@ static int expunge_slice(struct replica *r, const struct box *b, const struct cr
 		shadow_free(&s);
 	}
 	if (!rec->applier && count > 0)
-		ret = expunge_keys(r, b, keys, count);
+		ret = replica_expunge(r, b, keys, count);
 	free(keys);
 	return ret;
 }
@@ -707,7 +707,7 @@ static int delete_mails(struct replica *r, const struct box *b, const struct crd
 			shadow_free(&s);
 		}
 		if (count > 0)
-			ret = expunge_keys(r, b, keys, count);
+			ret = replica_expunge(r, b, keys, count);
 		first = uids[n - 1] + 1;
 	}
 	free(keys);

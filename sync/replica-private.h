@@ -224,6 +224,9 @@ void row_keys_free(struct row_key *keys, size_t n);
 
 /* replica-journal.c */
 int replica_journal_record(struct replica *r, const struct ms_record *rec);
+/* Own ops that remove mails of a mailbox, at most CRDT_OP_MAILS_MAX; puts keys in
+ * another order. */
+int replica_expunge(struct replica *r, const struct box *b, struct crdt_mail_key *keys, unsigned n);
 
 /* replica-rebuild.c: what a record means while the shadow is made anew. */
 bool rebuild_create(struct replica *r, const struct crdt_jrec *rec);	/* true: the state knows the mailbox */

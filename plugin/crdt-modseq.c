@@ -100,18 +100,33 @@ static int check_room(struct mail_index *index)
 	return 0;
 }
 
-/* Dovecot compares UIDs with those that a client knows only for modseqs that the log does
- * not reach back to; it keeps two files of it.  So: a new one, and one more. */
-static int forget_log(struct mail_index *index)
+static int write_index(struct mail_index *index, bool rotate)
 {
-	if (mail_index_map(index, MAIL_INDEX_SYNC_HANDLER_HEAD) <= 0)
-		return -1;
-	mail_index_write(index, TRUE, "crdt: takeover");
+	mail_index_write(index, rotate, "crdt: takeover");
 	if (MAIL_INDEX_IS_IN_MEMORY(index)) {
 		mail_index_set_error(index, "crdt: Index %s could not be written", index->filepath);
 		return -1;
 	}
-	return mail_transaction_log_rotate(index->log, FALSE);
+	return 0;
+}
+
+/* Dovecot compares UIDs with those that a client knows only for modseqs that the log does
+ * not reach back to; it keeps two files of it.  So: a new one, and one more.
+ *
+ * A process that reads without a lock needs the file of the log that the index names: where
+ * it is rotated away it repairs the index as it knows it, without what came later, mails
+ * included.  So the index is written after each rotation, and before the first if it is
+ * behind. */
+static int forget_log(struct mail_index *index)
+{
+	if (mail_index_map(index, MAIL_INDEX_SYNC_HANDLER_HEAD) <= 0)
+		return -1;
+	if (index->main_index_hdr_log_file_seq != index->log->head->hdr.file_seq &&
+	    write_index(index, FALSE) < 0)
+		return -1;
+	if (write_index(index, TRUE) < 0)
+		return -1;
+	return write_index(index, TRUE);
 }
 
 static int sync_files(struct mail_index *index)

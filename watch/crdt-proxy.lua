@@ -61,6 +61,9 @@ function auth_passdb_lookup(request)
     request:log_error("crdt-proxy: " .. problem)
     return dovecot.auth.PASSDB_RESULT_INTERNAL_FAILURE, problem
   end
-  -- No port: all of these would use it.
-  return dovecot.auth.PASSDB_RESULT_OK, { proxy = "yes", nopassword = "yes", host = address }
+  -- No port: all of these would use it. No multiplexing, which 2.4.1 uses to a worker that has
+  -- 2.4 too: on a busy machine it leaves the first command of every fiftieth session unanswered.
+  return dovecot.auth.PASSDB_RESULT_OK, {
+    proxy = "yes", nopassword = "yes", host = address, proxy_no_multiplex = "yes"
+  }
 end

@@ -17,6 +17,7 @@ struct proxy {
 	void *ctx;
 
 	unsigned passes;		/* through all sessions, still to be made */
+	bool anew;			/* none was begun since the last change */
 	int64_t pass_due;
 	bool failed;			/* the file could not be written: said so */
 };
@@ -28,6 +29,7 @@ static void sessions_changed(struct proxy *p, int64_t now)
 	/* one that is under way may have looked at some of them before the change */
 	p->passes = p->sessions != NULL && sessions_busy(p->sessions) ? 3 : 2;
 	p->pass_due = now;
+	p->anew = true;
 }
 
 static enum session_place place(void *ctx, const char *user, const char *address)
@@ -50,7 +52,7 @@ static enum session_place place(void *ctx, const char *user, const char *address
 static void pass_done(void *ctx, int64_t now, const struct sessions_result *r)
 {
 	struct proxy *p = ctx;
-	char text[128];
+	char text[256];
 
 	if (!r->ok) {
 		p->pass_due = now + PROXY_RETRY_MSECS;
@@ -64,6 +66,11 @@ static void pass_done(void *ctx, int64_t now, const struct sessions_result *r)
 		snprintf(text, sizeof(text), "sessions of %zu users ended: these belong to other workers%s", r->moved,
 			 r->more ? "; more of them follow" : "");
 		p->log(p->ctx, LOG_LEVEL_INFO, text);
+	}
+	if (r->stuck > 0) {
+		snprintf(text, sizeof(text), "%zu sessions are still there, though Dovecot was told to end them: its login services "
+			 "need restart_request_count = unlimited, as in proxy-2.4.conf", r->stuck);
+		p->log(p->ctx, LOG_LEVEL_WARNING, text);
 	}
 	if (!r->more)
 		p->passes--;
@@ -164,6 +171,10 @@ void proxy_run(struct proxy *p, int64_t now)
 {
 	if (p->sessions != NULL)
 		sessions_run(p->sessions, now);
-	if (pass_is_due(p) && now >= p->pass_due)
-		sessions_start(p->sessions, now);
+	if (pass_is_due(p) && now >= p->pass_due) {
+		bool anew = p->anew;
+
+		p->anew = false;
+		sessions_start(p->sessions, now, anew);
+	}
 }

@@ -17,9 +17,16 @@
 
 enum stage { IDLE, GREETED, FIELDS, LIST, KICK };
 
+struct id {
+	char text[SESSION_ID_MAX + 1];
+};
+
 struct victim {
 	char *user;
+	struct id id;
 	enum session_place place;
+	bool first;			/* of its user */
+	bool chosen;
 };
 
 struct sessions {
@@ -30,6 +37,8 @@ struct sessions {
 	int64_t due;
 	struct victim *victims;
 	size_t n, size, next;
+	struct id *ended;		/* by earlier passes; ascending */
+	size_t ended_n;
 	struct sessions_result result;
 	bool failed;			/* said so */
 };
@@ -63,6 +72,7 @@ void sessions_free(struct sessions **_s)
 		return;
 	*_s = NULL;
 	pass_end(s);
+	free(s->ended);
 	free(s->path);
 	free(s);
 }
@@ -74,38 +84,53 @@ bool sessions_busy(const struct sessions *s)
 
 /* ---- the list ---- */
 
-bool sessions_parse(char *line, const char **user_r, const char **address_r)
+bool sessions_parse(char *line, const char **user_r, const char **id_r, const char **address_r)
 {
 	char *f[7];	/* pid, user, service, client, id, destination, more */
 
-	if (lines_split(line, f, 7) < 6 || f[1][0] == '\0' || f[5][0] == '\0' || strlen(f[1]) > USER_MAX_BYTES)
+	if (lines_split(line, f, 7) < 6 || f[1][0] == '\0' || strlen(f[1]) > USER_MAX_BYTES || f[4][0] == '\0' ||
+	    strlen(f[4]) > SESSION_ID_MAX || f[5][0] == '\0')
 		return false;
 	/* anvil escapes control characters by this one */
 	if (strchr(f[1], '\001') != NULL)
 		return false;
 	*user_r = f[1];
+	*id_r = f[4];
 	*address_r = f[5];
 	return true;
 }
 
+static int compare_ids(const void *_a, const void *_b)
+{
+	const struct id *a = _a, *b = _b;
+
+	return strcmp(a->text, b->text);
+}
+
 static void take_session(struct sessions *s, char *line)
 {
-	const char *user, *address;
-	enum session_place place;
+	const char *user, *id, *address;
+	struct victim v = { 0 };
 
-	if (!sessions_parse(line, &user, &address))
+	if (!sessions_parse(line, &user, &id, &address))
 		return;
-	place = s->cb.place(s->cb.ctx, user, address);
-	if (place == SESSION_RIGHT)
+	v.place = s->cb.place(s->cb.ctx, user, address);
+	if (v.place == SESSION_RIGHT)
 		return;
+	snprintf(v.id.text, sizeof(v.id.text), "%s", id);
+	if (s->ended_n > 0 && bsearch(&v.id, s->ended, s->ended_n, sizeof(v.id), compare_ids) != NULL) {
+		s->result.stuck++;
+		return;
+	}
 	if (s->n == s->size) {
 		s->size = s->size == 0 ? 64 : s->size * 2;
 		s->victims = xrealloc(s->victims, s->size * sizeof(*s->victims));
 	}
-	s->victims[s->n++] = (struct victim){ xstrdup(user), place };
+	v.user = xstrdup(user);
+	s->victims[s->n++] = v;
 }
 
-static int compare(const void *_a, const void *_b)
+static int compare_victims(const void *_a, const void *_b)
 {
 	const struct victim *a = _a, *b = _b;
 	int ret = strcmp(a->user, b->user);
@@ -116,25 +141,35 @@ static int compare(const void *_a, const void *_b)
 /* Each user once, for the worst reason; of those who are moved the first few. */
 static void choose(struct sessions *s)
 {
-	size_t n = 0;
+	struct sessions_result *r = &s->result;
+	bool chosen = false;
 
 	if (s->n > 0)
-		qsort(s->victims, s->n, sizeof(*s->victims), compare);
+		qsort(s->victims, s->n, sizeof(*s->victims), compare_victims);
 	for (size_t i = 0; i < s->n; i++) {
 		struct victim *v = &s->victims[i];
-		bool drop = n > 0 && strcmp(s->victims[n - 1].user, v->user) == 0;
 
-		if (!drop && v->place == SESSION_WRONG && s->result.moved == SESSIONS_MOVE_MAX)
-			drop = s->result.more = true;
-		if (drop) {
-			free(v->user);
-			continue;
+		v->first = i == 0 || strcmp(s->victims[i - 1].user, v->user) != 0;
+		if (v->first) {
+			chosen = v->place == SESSION_DEAD || r->moved < SESSIONS_MOVE_MAX;
+			r->ended += v->place == SESSION_DEAD;
+			r->moved += v->place == SESSION_WRONG && chosen;
+			r->more = r->more || !chosen;
 		}
-		s->result.moved += v->place == SESSION_WRONG;
-		s->result.ended += v->place == SESSION_DEAD;
-		s->victims[n++] = *v;
+		v->chosen = chosen;
 	}
-	s->n = n;
+}
+
+static void remember(struct sessions *s)
+{
+	if (s->n == 0)
+		return;
+	s->ended = xrealloc(s->ended, (s->ended_n + s->n) * sizeof(*s->ended));
+	for (size_t i = 0; i < s->n; i++) {
+		if (s->victims[i].chosen)
+			s->ended[s->ended_n++] = s->victims[i].id;
+	}
+	qsort(s->ended, s->ended_n, sizeof(*s->ended), compare_ids);
 }
 
 /* ---- a pass ---- */
@@ -142,6 +177,8 @@ static void choose(struct sessions *s)
 /* Returns true when there is none left. */
 static bool kick_next(struct sessions *s)
 {
+	while (s->next < s->n && !(s->victims[s->next].first && s->victims[s->next].chosen))
+		s->next++;
 	if (s->next == s->n)
 		return true;
 	lines_put(&s->lines, "KICK-USER\t");
@@ -172,7 +209,8 @@ static int on_line(struct sessions *s, char *line)
 		choose(s);
 		return kick_next(s);
 	case KICK:
-		/* how many sessions it were; they may have ended by themselves */
+		/* How many sessions it were.  They may have ended by themselves; and anvil
+		 * counts those that it could only ask to end. */
 		return kick_next(s);
 	}
 	return 0;
@@ -206,6 +244,8 @@ static void finish(struct sessions *s, int64_t now, bool ok, const char *why)
 	struct sessions_result result = s->result;
 
 	result.ok = ok;
+	if (ok)
+		remember(s);
 	pass_end(s);
 	if (!ok && !s->failed)		/* once, until it works again */
 		say(s, LOG_LEVEL_ERROR, why);
@@ -215,8 +255,10 @@ static void finish(struct sessions *s, int64_t now, bool ok, const char *why)
 	s->cb.done(s->cb.ctx, now, &result);
 }
 
-void sessions_start(struct sessions *s, int64_t now)
+void sessions_start(struct sessions *s, int64_t now, bool anew)
 {
+	if (anew)
+		s->ended_n = 0;
 	memset(&s->result, 0, sizeof(s->result));
 	s->stage = GREETED;
 	s->due = now + PASS_MSECS;

@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #define SESSIONS_MOVE_MAX 100		/* users that are moved at a time */
+#define SESSION_ID_MAX 32
 
 enum session_place {
 	SESSION_RIGHT,
@@ -25,6 +26,7 @@ struct sessions_result {
 	bool ok;
 	size_t moved, ended;		/* users: whose sessions were WRONG, DEAD */
 	bool more;			/* there are more of them than SESSIONS_MOVE_MAX */
+	size_t stuck;			/* sessions that were ended by an earlier pass, and are still there */
 };
 struct sessions_callbacks {
 	enum session_place (*place)(void *ctx, const char *user, const char *address);
@@ -37,12 +39,13 @@ struct sessions;
 struct sessions *sessions_new(const char *socket_path, const struct sessions_callbacks *cb);
 void sessions_free(struct sessions **s);
 bool sessions_busy(const struct sessions *s);	/* a pass is under way */
-/* Looks at all sessions once and ends those that are not RIGHT. */
-void sessions_start(struct sessions *s, int64_t now);
+/* Looks at all sessions once and ends those that are not RIGHT, but for those that earlier
+ * passes ended; anew: of these nothing is known. */
+void sessions_start(struct sessions *s, int64_t now, bool anew);
 size_t sessions_fds(const struct sessions *s, struct pollfd *fd, int64_t *due);	/* at most one */
 void sessions_run(struct sessions *s, int64_t now);
 
 /* A line of anvil's list.  false: it is none of a proxied session, or of a user whose name is
  * odd.  The strings are in the line. */
-bool sessions_parse(char *line, const char **user_r, const char **address_r);
+bool sessions_parse(char *line, const char **user_r, const char **id_r, const char **address_r);
 #endif

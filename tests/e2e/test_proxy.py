@@ -8,6 +8,7 @@ where that was built (scripts/build --dovecot 2.4).
 import concurrent.futures
 import imaplib
 import os
+import re
 import signal
 import smtplib
 import subprocess
@@ -110,7 +111,14 @@ class Users:
 def logins(cluster, worker, user, protocol="imap"):
     """What the worker logged of logins of the user."""
     return [line for line in cluster.log(worker).splitlines()
-            if f"{protocol}-login: Info: Login: user=<{user}>" in line]
+            if re.search(f"{protocol}-login: Info: (Login|Logged in): user=<{user}>", line)]
+
+
+def local_conf(cluster, proxy, text):
+    """Settings of the proxy's Dovecot from now on."""
+    with open(f"{cluster.directory}/nodes/{proxy}/local.conf", "w", encoding="ascii") as file:
+        file.write(text)
+    cluster.doveadm(proxy, "reload")
 
 
 @pytest.fixture(name="mended", autouse=True)
@@ -163,6 +171,14 @@ def test_doveadm_works_on_the_users_worker(cluster):
         assert "made" in look(cluster, home_of(user), user).folders
 
 
+def test_addresses(cluster):
+    """What LMTP takes for the user is what IMAP does."""
+    for user in USERS[:3]:
+        cluster.doveadm("p1", "mailbox", "create", "-u", user, "detail")
+        cluster.deliver("p1", f"{user.upper()}+detail@test.invalid", message("detail"))
+        assert look(cluster, home_of(user), user).mails()["detail"] == ["detail"]
+
+
 def test_passwords_are_checked(cluster):
     """By the worker; and nobody is told that any password is right who would not ask it."""
     # Of different workers: each of them answers the client's address later and later.
@@ -190,11 +206,8 @@ def test_passwords_are_checked(cluster):
 @pytest.mark.allows_errors
 def test_workers_certificates_are_checked(cluster):
     """One that is not of the CA gets no passwords."""
-    path = f"{cluster.directory}/nodes/p2/local.conf"
-    with open(path, "w", encoding="ascii") as file:
-        file.write(f"ssl_client_ca_file = {os.path.dirname(cluster.description['ca_file'])}/p1.pem\n")
     try:
-        cluster.doveadm("p2", "reload")
+        local_conf(cluster, "p2", f"ssl_client_ca_file = {os.path.dirname(cluster.description['ca_file'])}/p1.pem\n")
 
         def refused():
             try:
@@ -212,9 +225,22 @@ def test_workers_certificates_are_checked(cluster):
         with pytest.raises(smtplib.SMTPRecipientsRefused):
             cluster.deliver("p2", "u1", message("x"))
     finally:
-        os.unlink(path)
-        cluster.doveadm("p2", "reload")
+        local_conf(cluster, "p2", "")
     first_login(cluster, "u1", "p2")
+
+
+@pytest.mark.skipif(not BUILT, reason="needs scripts/build --dovecot 2.4")
+def test_many_logins_at_once(cluster):
+    """To a worker with 2.4: no first command stays without an answer."""
+    def work(user):
+        for _ in range(40):
+            imap = cluster.imap("p1", user)
+            imap.sock.settimeout(10)
+            assert imap.list()[0] == "OK"
+            imap.logout()
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        list(threads.map(work, users_of("w2")))
 
 
 @pytest.mark.allows_errors
@@ -359,3 +385,24 @@ def test_out_of_use(cluster):
     said.until("w2: brought back: it has caught up", f"sessions of {len(moved)} users ended")
     assert users.alive() == set(USERS) - moved
     users.close()
+
+
+@pytest.mark.allows_errors
+def test_sessions_that_cannot_be_ended(cluster):
+    """Where each has a login process of its own Dovecot says that it ended one, and did not:
+    crdt-watch notices."""
+    with open(f"{cluster.directory}/nodes/p2/crdt-watch.conf", encoding="ascii") as file:
+        good = file.read()
+    moved = users_of("w2")
+    try:
+        local_conf(cluster, "p2", "service imap-login {\n  restart_request_count = 1\n  process_limit = 50\n}\n")
+        time.sleep(1)       # the old login processes do not take connections any more
+        users = Users(cluster, USERS, "p2")
+        said = configure(cluster, "p2", good.replace("worker w2 {", "worker w2 {\n  in_use = no"))
+        said.until(f"sessions of {len(moved)} users ended",
+                   f"{len(moved)} sessions are still there, though Dovecot was told to end them")
+        assert users.alive() == set(USERS)      # else the warning is not needed any more
+        users.close()
+    finally:
+        local_conf(cluster, "p2", "")
+        configure(cluster, "p2", good)

@@ -184,26 +184,28 @@ static void test_session_lines(void **state)
 {
 	static const char *const none[] = {
 		"", "x", "1\tu1\timap\t192.0.2.9\tguid", "1\tu1\timap\t192.0.2.9\tguid\t", "1\t\timap\t192.0.2.9\tguid\t192.0.2.1",
+		"1\tu\timap\t192.0.2.9\t\t192.0.2.1", "1\tu\timap\t192.0.2.9\t0123456789abcdef0123456789abcdef0\t192.0.2.1",
 		"1\tu\001t1\timap\t192.0.2.9\tguid\t192.0.2.1",
 	};
 	char line[2048];
-	const char *user, *address;
+	const char *user, *id, *address;
 
 	(void)state;
 	snprintf(line, sizeof(line), "12\tu 1@x\timap-login\t192.0.2.9\t0123\t192.0.2.1\talt\talt");
-	assert_true(sessions_parse(line, &user, &address));
+	assert_true(sessions_parse(line, &user, &id, &address));
 	assert_string_equal(user, "u 1@x");
+	assert_string_equal(id, "0123");
 	assert_string_equal(address, "192.0.2.1");
 	snprintf(line, sizeof(line), "12\tu1\tpop3-login\t\t0123\t2001:db8::4");
-	assert_true(sessions_parse(line, &user, &address));
+	assert_true(sessions_parse(line, &user, &id, &address));
 	assert_string_equal(address, "2001:db8::4");
 	for (size_t i = 0; i < sizeof(none) / sizeof(none[0]); i++) {
 		snprintf(line, sizeof(line), "%s", none[i]);
-		assert_false(sessions_parse(line, &user, &address));
+		assert_false(sessions_parse(line, &user, &id, &address));
 	}
 	/* anvil could not read it back */
 	snprintf(line, sizeof(line), "12\t%01000d\timap\t192.0.2.9\tguid\t192.0.2.1", 0);
-	assert_false(sessions_parse(line, &user, &address));
+	assert_false(sessions_parse(line, &user, &id, &address));
 }
 
 /* A connection through a real socket; *peer_r is the other side. */

@@ -27,7 +27,7 @@ _PROGRAM_DIRS = ("lib/dovecot/modules", "libexec/dovecot", "sbin", "bin")
 # What crdt-watch asks.
 _HEALTH = """service crdt-sync {{
   inet_listener crdt-health {{
-    address = {}
+    {} = {}
     port = {}
   }}
 }}
@@ -210,11 +210,13 @@ def _configure_worker(cluster, node):
 
 
 def _configure_behind(cluster, node):
+    listen = "listen" if node.dovecot == "2.4" else "address"
     _render("behind-director.conf.in", f"{cluster.node_dir(node)}/behind-director.conf", {
         "distributors": " ".join(each.cluster_address for each in cluster.distributors()),
+        "listen": listen,
         "cluster_address": node.cluster_address,
         "example": f"{_examples(cluster)}/behind-director.conf",
-        "health": _HEALTH.format(node.cluster_address, HEALTH_PORT) if cluster.plugin else "",
+        "health": _HEALTH.format(listen, node.cluster_address, HEALTH_PORT) if cluster.plugin else "",
         "password": _doveadm_password(cluster)})
 
 

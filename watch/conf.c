@@ -65,6 +65,17 @@ static int check_in_use(const char *path, const struct watch_conf *conf, char **
 	return any ? 0 : conf_fail(error_r, "%s: no worker is in_use", path);
 }
 
+/* As Dovecot writes it: the director and anvil tell addresses, which are compared as text. */
+static char *canonical(const char *address)
+{
+	char text[INET6_ADDRSTRLEN];
+	struct in6_addr v6;
+
+	if (inet_pton(AF_INET6, address, &v6) == 1 && inet_ntop(AF_INET6, &v6, text, sizeof(text)) != NULL)
+		return xstrdup(text);
+	return xstrdup(address);
+}
+
 static int take_workers(cfg_t *cfg, const char *path, struct watch_conf *conf, char **error_r)
 {
 	size_t n = cfg_size(cfg, "worker");
@@ -75,13 +86,13 @@ static int take_workers(cfg_t *cfg, const char *path, struct watch_conf *conf, c
 		cfg_t *sec = cfg_getnsec(cfg, "worker", (unsigned int)conf->n);
 		struct probe_target *t = &conf->targets[conf->n];
 
+		t->address = canonical(cfg_getstr(sec, "address"));
 		for (size_t j = 0; j < conf->n; j++) {
-			if (strcmp(conf->targets[j].address, cfg_getstr(sec, "address")) == 0)
+			if (strcmp(conf->targets[j].address, t->address) == 0)
 				return conf_fail(error_r, "%s: workers %s and %s have the same address", path,
 						 conf->workers[j].name, cfg_title(sec));
 		}
 		conf->workers[conf->n].name = xstrdup(cfg_title(sec));
-		t->address = xstrdup(cfg_getstr(sec, "address"));
 		t->imap_port = (uint16_t)cfg_getint(sec, "imap_port");
 		t->lmtp_port = (uint16_t)cfg_getint(sec, "lmtp_port");
 		t->pop3_port = (uint16_t)cfg_getint(sec, "pop3_port");

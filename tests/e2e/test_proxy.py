@@ -233,7 +233,7 @@ def test_workers_certificates_are_checked(cluster):
 def test_many_logins_at_once(cluster):
     """To a worker with 2.4: no first command stays without an answer."""
     def work(user):
-        for _ in range(40):
+        for _ in range(25):
             imap = cluster.imap("p1", user)
             imap.sock.settimeout(10)
             assert imap.list()[0] == "OK"

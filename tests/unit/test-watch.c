@@ -399,6 +399,8 @@ static void test_conf(void **state)
 		{ SOCKET "worker w0 { address = \"192.0.2.1\"\n lmtp_port = 70000 }\n", "worker w0: a port is 1 to 65535" },
 		{ SOCKET "worker w0 { address = \"192.0.2.1\"\n lmtp_port = 0\n imap_port = 0 }\n", "nothing is left to look at" },
 		{ SOCKET W0 "worker w1 { address = \"192.0.2.1\" }\n", "c: workers w0 and w1 have the same address" },
+		{ SOCKET "worker w0 { address = \"2001:db8::1\" }\nworker w1 { address = \"2001:DB8:0::1\" }\n",
+		  "c: workers w0 and w1 have the same address" },
 		{ SOCKET "misses = 0\n" W0, "c:2: misses must be from 1 to 100, not 0" },
 		{ SOCKET "timeout = 1\n" W0, "c:2: timeout must be from 100 to 60000, not 1" },
 		{ SOCKET "log_level = \"loud\"\n" W0, "c:2: log_level must be" },
@@ -421,7 +423,7 @@ static void test_conf(void **state)
 		free(error);
 		error = NULL;
 	}
-	assert_int_equal(watch_conf_parse(SOCKET W0 "worker w1 { address = \"2001:db8::1\"\n health_port = 4193 }\n",
+	assert_int_equal(watch_conf_parse(SOCKET W0 "worker w1 { address = \"2001:DB8:0::1\"\n health_port = 4193 }\n",
 					  "c", &conf, &error), 0);
 	assert_int_equal(conf.n, 2);
 	assert_false(conf.workers[0].tells);
@@ -430,6 +432,8 @@ static void test_conf(void **state)
 	assert_int_equal(conf.rules.misses, 3);
 	assert_int_equal(conf.rules.return_msecs, 600000);
 	assert_true(conf.in_use[0] && conf.in_use[1]);
+	assert_string_equal(conf.targets[0].address, "192.0.2.1");
+	assert_string_equal(conf.targets[1].address, "2001:db8::1");
 	watch_conf_free(&conf);
 	assert_int_equal(watch_conf_parse("hosts_file = \"/h\"\n" W0 "worker w1 { address = \"2001:db8::1\"\n in_use = false }\n",
 					  "c", &conf, &error), 0);

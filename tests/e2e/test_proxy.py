@@ -59,7 +59,7 @@ def users_of(worker, workers=WORKERS):
 
 def places(cluster, proxy):
     """{worker: up or down}, as the proxy is told."""
-    with open(f"{cluster.directory}/nodes/{proxy}/hosts", encoding="ascii") as file:
+    with open(f"{cluster.directory}/nodes/{proxy}/watch/hosts", encoding="ascii") as file:
         return {line.split("\t")[0]: line.split("\t")[2].strip() for line in file}
 
 
@@ -125,13 +125,17 @@ def local_conf(cluster, proxy, text):
 def fixture_mended(cluster):
     """All workers are there again for the next test."""
     yield
-    for node in cluster.description["nodes"]:
-        if node["cut"]:
-            cluster.heal(node["name"])
-        if node["killed"] or (node["kind"] == "proxy" and "crdt-watch" not in node["pids"]):
-            cluster.start(node["name"])
+    nodes = cluster.description["nodes"]
+    gone = [node["name"] for node in nodes
+            if node["killed"] or (node["kind"] == "proxy" and "crdt-watch" not in node["pids"])]
+    cut = [node["name"] for node in nodes if node["cut"]]
+    for node in cut:
+        cluster.heal(node)
+    for node in gone:
+        cluster.start(node)
     until_places(cluster)
-    cluster.wait()
+    if cut or gone:
+        cluster.wait()
 
 
 def test_users_are_pinned(cluster):
@@ -346,7 +350,7 @@ def test_without_crdt_watch(cluster):
 def test_no_decision(cluster):
     """Without the file nobody is let in, nor told that his password is wrong."""
     cluster.kill("p2", "crdt-watch")
-    os.unlink(f"{cluster.directory}/nodes/p2/hosts")
+    os.unlink(f"{cluster.directory}/nodes/p2/watch/hosts")
     with pytest.raises(imaplib.IMAP4.error, match="UNAVAILABLE"):
         cluster.imap("p2", "u1")
     with pytest.raises(smtplib.SMTPRecipientsRefused, match="45[0-9]"):

@@ -262,6 +262,7 @@ def _configure_proxy(cluster, node):
         "ca": cluster.ca_file,
         "example": f"{_examples(cluster)}/proxy-2.4.conf",
         "hosts_file": _hosts_file(cluster, node),
+        "watch_user": DOVECOT_USER,
         "doveadm_port": DOVEADM_PORT,
         "password": _doveadm_password(cluster),
         "imap_port": node.imap_port,
@@ -271,7 +272,7 @@ def _configure_proxy(cluster, node):
 
 
 def _hosts_file(cluster, node):
-    return f"{cluster.node_dir(node)}/hosts"
+    return f"{cluster.node_dir(node)}/watch/hosts"
 
 
 def watch_config(cluster, node):
@@ -288,9 +289,17 @@ def _configure_watch(cluster, node):
     if node.kind == "director":
         tells = f"director_socket = \"{runtime_dir}/director-admin\"\n"
     else:
+        _make_watch_state(os.path.dirname(_hosts_file(cluster, node)))
         tells = (f"hosts_file = \"{_hosts_file(cluster, node)}\"\n"
-                 f"anvil_socket = \"{runtime_dir}/anvil\"\n")
+                 f"anvil_socket = \"{runtime_dir}/anvil\"\nuser = \"{DOVECOT_USER}\"\n")
     _write(watch_config(cluster, node), tells + "".join(workers))
+
+
+def _make_watch_state(directory):
+    """For a crdt-watch that is not root. (A user of its own would have to be made.)"""
+    account = _dovecot_account()
+    os.mkdir(directory, 0o755)
+    os.chown(directory, account.pw_uid, account.pw_gid)
 
 
 def _configure_plugin(cluster, node):

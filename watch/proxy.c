@@ -59,17 +59,18 @@ static void pass_done(void *ctx, int64_t now, const struct sessions_result *r)
 		return;
 	}
 	if (r->ended > 0) {
-		snprintf(text, sizeof(text), "sessions of %zu users ended: on workers that are out", r->ended);
+		snprintf(text, sizeof(text), "sessions of %zu user%s ended: on workers that are out", r->ended,
+			 r->ended == 1 ? "" : "s");
 		p->log(p->ctx, LOG_LEVEL_INFO, text);
 	}
 	if (r->moved > 0) {
-		snprintf(text, sizeof(text), "sessions of %zu users ended: these belong to other workers%s", r->moved,
-			 r->more ? "; more of them follow" : "");
+		snprintf(text, sizeof(text), "sessions of %zu user%s ended, who belong%s to other workers%s", r->moved,
+			 r->moved == 1 ? "" : "s", r->moved == 1 ? "s" : "", r->more ? "; more follow" : "");
 		p->log(p->ctx, LOG_LEVEL_INFO, text);
 	}
 	if (r->stuck > 0) {
-		snprintf(text, sizeof(text), "%zu sessions are still there, though Dovecot was told to end them: its login services "
-			 "need restart_request_count = unlimited, as in proxy-2.4.conf", r->stuck);
+		snprintf(text, sizeof(text), "%zu sessions are still there, though Dovecot was told to end them: its login "
+			 "services need restart_request_count = unlimited, as in proxy-2.4.conf", r->stuck);
 		p->log(p->ctx, LOG_LEVEL_WARNING, text);
 	}
 	if (!r->more)

@@ -288,7 +288,7 @@ def test_killed_worker(cluster, figure):
     # Nobody stays where he does not belong any more; nobody else is disturbed.
     until(lambda: not displaced.alive())
     assert watching.alive() == set(others)
-    assert "sessions of " in said.text() and "users ended: these belong to other workers" in said.text()
+    assert "users ended, who belong to other workers" in said.text()
     assert mail_of_all(cluster, "p1", USERS) == wanted
     for users in (watching, displaced):
         users.close()
@@ -311,7 +311,7 @@ def test_unreachable_worker(cluster, figure):
         figure("unreachable worker", f"{time.monotonic() - start:.1f} s until sessions were ended, "
                f"{first_login(cluster, user, 'p1'):.1f} s more to a login")
         assert "w2: taken out: IMAP: cannot be reached" in said.text()
-        said.until("sessions of 1 users ended: on workers that are out")
+        said.until("sessions of 1 user ended: on workers that are out")
     until_places(cluster)
     assert "w2: brought back: it has caught up" in said.text()
 

@@ -409,6 +409,8 @@ static int take_survey(struct replica *r, char **error_r)
 		survey_put(r, rebuild_is_on(r) ? REBUILD_LOOKS : compare_is_first(r) ? FIRST_LOOKS : SURVEY_DONE);
 		if (replica_txn_commit(r, false, error_r) < 0)
 			ret = REPLICA_FAILED;
+		else
+			r->surveyed = true;
 	}
 	names_free(&s);
 	return ret;

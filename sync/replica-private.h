@@ -6,7 +6,7 @@
  * the local rows.  replica-texts.c: where texts are.  replica-journal.c: what a
  * journal record means.
  * replica-folders.c and replica-mails.c: bringing the mail store to the state.
- * replica-admin.c: what an administrator asks.
+ * replica-admin.c: what an administrator asks.  replica-copy.c: is it all there?
  */
 #include "replica.h"
 
@@ -89,6 +89,7 @@ struct replica {
 	bool only_removals;
 	struct compare *compare;	/* that goes on */
 	unsigned first_tries;		/* of a first look that failed */
+	bool surveyed;			/* since that was asked for */
 	bool survey_asked;		/* since what cannot be applied was tried last */
 	bool refused_logged;
 	/* Claims and floors that are due: made into ops before the commit. */

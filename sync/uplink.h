@@ -30,6 +30,7 @@
 #define UPLINK_BACKOFF_MAX_MSECS 30000
 #define UPLINK_DOWN_MSECS 5000		/* without a connection: try with a fresh one, so that no
 					 * attempt from before an outage's end is waited for */
+#define UPLINK_HURRY_MSECS 1000	/* not more often than that */
 #define UPLINK_AWAY_MSECS 15000		/* then say so */
 #define UPLINK_QUEUE_MAX (16 * 1024 * 1024)	/* bytes that the socket did not take */
 
@@ -83,6 +84,8 @@ void uplink_pump(struct uplink *u);
 /* Time-outs; returns when to be called again, or INT64_MAX. */
 int64_t uplink_tick(struct uplink *u, int64_t now);
 bool uplink_is_up(const struct uplink *u);		/* after WELCOME */
+/* Somebody waits: a connection is tried anew, if the last try was not just now. */
+void uplink_hurry(struct uplink *u, int64_t now);
 /* All is merged that the daemon had when the connection began (if it said what; older ones do not). */
 bool uplink_is_fed(const struct uplink *u);
 /* Frames wait for the socket: produce no more bodies now. */

@@ -251,21 +251,21 @@ def test_many_logins_at_once(cluster):
 def test_killed_worker(cluster, figure):
     """Its users are on others within seconds, through both proxies and with all of their mail;
     sessions there notice nothing. When it has caught up they are its users again."""
-    victims, left = users_of("w1"), ("w2", "w3")
+    victims, left = users_of("w2"), ("w1", "w3")
     others = [user for user in USERS if user not in victims]
     for user in USERS:
         cluster.deliver("p1", user, message("before"))
     cluster.wait()
-    wanted = mail_of_all(cluster, "w2", USERS)
+    wanted = mail_of_all(cluster, "w1", USERS)
     watching = Users(cluster, others)
     said = WatchLog(cluster, "p1")
-    cluster.kill("w1")
+    cluster.kill("w2")
     taken = first_login(cluster, victims[0], "p1")
     figure("takeover", f"{taken:.1f} s from kill -9 of a worker to a login through the proxy")
     first_login(cluster, victims[0], "p2")
     wanted[victims[0]] += ["after-takeover"] * 2
-    assert "w1: taken out: IMAP: Connection refused; its users go to 2 others" in said.text()
-    until_places(cluster, down=["w1"])
+    assert "w2: taken out: IMAP: Connection refused; its users go to 2 others" in said.text()
+    until_places(cluster, down=["w2"])
     for number, user in enumerate(victims):
         cluster.deliver(PROXIES[number % 2], user, message("meanwhile"))
         wanted[user].append("meanwhile")
@@ -277,14 +277,14 @@ def test_killed_worker(cluster, figure):
     assert watching.alive() == set(others) and displaced.alive() == set(victims)
     # It is back, but cannot learn what it missed.
     cluster.cut("s1")
-    cluster.start("w1")
-    said.until("w1: answers, but stays out: it is not connected to any storage daemon")
-    assert places(cluster, "p1")["w1"] == places(cluster, "p2")["w1"] == "down"
+    cluster.start("w2")
+    said.until("w2: answers, but stays out: it is not connected to any storage daemon")
+    assert places(cluster, "p1")["w2"] == places(cluster, "p2")["w2"] == "down"
     cluster.heal("s1")
     until_places(cluster)
     # Not a moment later: all of it is there.
-    assert mail_of_all(cluster, "w1", USERS) == wanted
-    assert "w1: brought back: it has caught up" in said.text()
+    assert mail_of_all(cluster, "w2", USERS) == wanted
+    assert "w2: brought back: it has caught up" in said.text()
     # Nobody stays where he does not belong any more; nobody else is disturbed.
     until(lambda: not displaced.alive())
     assert watching.alive() == set(others)

@@ -461,6 +461,7 @@ struct pool *pool_new(const struct pool_config *cfg, char **error_r)
 	p->replica_cfg.log = on_log;
 	p->replica_cfg.text_seen = text_seen;
 	p->replica_cfg.ctx = p;
+	randombytes_buf(&p->replica_cfg.run, sizeof(p->replica_cfg.run));
 	p->replica_cfg.rebuilt = cfg->rebuilt;
 	p->replica_cfg.external_expunge_max = cfg->external_expunge_max;
 	pthread_mutex_init(&p->lock, NULL);

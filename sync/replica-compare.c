@@ -172,23 +172,38 @@ void compare_chain(struct replica *r, const struct crdt_id *guid, crdt_origin jo
 	box_free(&b);
 }
 
+/* What another process of the service found says nothing of what was done to the mail
+ * store before this one began: the plugin may have been off, and mails have come to all
+ * workers by other ways. */
 static unsigned survey_get(struct replica *r)
 {
 	struct crdt_buf v = CRDT_BUF_INIT;
 	const char key = ROW_SURVEY;
 	unsigned state = SURVEY_NEVER;
+	uint64_t run = 0;
 
-	if (rrows(r)->get(rrows(r), &key, 1, &v) && v.len > 0)
-		state = v.data[0];
+	if (rrows(r)->get(rrows(r), &key, 1, &v) && v.len > 0) {
+		struct crdt_reader rd = crdt_reader(v.data, v.len);
+
+		state = crdt_get_u8(&rd);
+		if (crdt_reader_left(&rd) > 0)
+			run = crdt_get_u64(&rd);
+	}
 	crdt_buf_free(&v);
+	if (run != r->cfg->run && state != REBUILD_DUE && state != REBUILD_LOOKS)
+		state = SURVEY_NEVER;
 	return state;
 }
 
 static void survey_put(struct replica *r, uint8_t state)
 {
+	struct crdt_buf v = CRDT_BUF_INIT;
 	const char key = ROW_SURVEY;
 
-	rrows(r)->put(rrows(r), &key, 1, &state, 1);
+	crdt_buf_u8(&v, state);
+	crdt_buf_u64(&v, r->cfg->run);
+	rrows(r)->put(rrows(r), &key, 1, v.data, v.len);
+	crdt_buf_free(&v);
 }
 
 bool compare_survey_is_due(struct replica *r)
@@ -1065,18 +1080,26 @@ static int first_failed(struct replica *r, char **error_r)
 	return REPLICA_FAILED;
 }
 
-static int compare_next(struct replica *r, bool *more_r, char **error_r)
+/* What the applier may have done without a record is for it to find out. */
+bool compare_has_to_wait(struct replica *r)
 {
 	const char tried = ROW_TRIED;
 	struct row_key key;
+
+	if (row_keys(r, &tried, 1, NULL, 0, &key, 1) == 0)
+		return false;
+	row_keys_free(&key, 1);
+	return true;
+}
+
+static int compare_next(struct replica *r, bool *more_r, char **error_r)
+{
 	struct look look;
 	bool due, any;
 	int ret;
 
 	(void)replica_txn_begin(r);
-	/* What the applier may have done without a record is for it to find out. */
-	if (row_keys(r, &tried, 1, NULL, 0, &key, 1) > 0) {
-		row_keys_free(&key, 1);
+	if (compare_has_to_wait(r)) {
 		store_abort(&r->txn);
 		return REPLICA_DONE;
 	}

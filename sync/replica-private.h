@@ -247,6 +247,7 @@ bool compare_survey_is_due(struct replica *r);
  * applied meanwhile: where two workers had the same mails before, each one's would come to
  * lie beside the other's. */
 bool compare_is_first(struct replica *r);
+bool compare_has_to_wait(struct replica *r);	/* for the outcome of a command that was told */
 void compare_survey_due(struct replica *r);
 /* The mailbox at this path is to be compared. */
 void compare_look(struct replica *r, const void *path, size_t len);

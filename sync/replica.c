@@ -1000,7 +1000,7 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 	ret = replica_outbound_progress(replica_outbound(r, error_r));
 	(void)replica_txn_begin(r);
 	/* First what is here. */
-	hold = rebuild_is_on(r) || compare_is_first(r);
+	hold = rebuild_is_on(r) || (compare_is_first(r) && !compare_has_to_wait(r));
 	store_abort(&r->txn);
 	if (ret == REPLICA_DONE && !hold)
 		ret = later_noted(replica_apply_folders(r, &more_folders, error_r), error_r, &later);

@@ -34,6 +34,9 @@ struct replica_config {
 	/* So many mails may vanish from a mailbox at once and count as removed
 	 * (by another program); of more, each has to be proven. */
 	unsigned external_expunge_max;
+	/* Of this process of the service, random: its first look at a user's mail store comes
+	 * before anything is applied.  (Simulation: of a node's life.) */
+	uint64_t run;
 	/* The database took the place of one that was lost: the mail of a user who is not
 	 * known is held against the merged state first (replica-rebuild.c). */
 	bool rebuilt;

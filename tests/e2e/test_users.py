@@ -158,10 +158,15 @@ def test_renamed(cluster, user):
     become_equal(cluster, new, {"INBOX": [r"a \Flagged", "unsent"], "f": [r"m \Answered", "more"]})
 
 
-def test_both_have_the_mail(own_cluster):
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+def test_both_have_the_mail(own_cluster, known):
     """Two servers that were kept alike by other means (dsync, rsync), both full when the
-    plugin comes: each mail is there once, and is not sent."""
+    plugin comes, or comes again: each mail is there once, and is not sent."""
     cluster = own_cluster(users=1)
+    for worker in WORKERS if known else ():
+        with login(cluster, worker, "u1") as client:
+            client.select("INBOX")
+    cluster.wait()
     for worker in WORKERS:
         configure(cluster, worker, "crdt_mode", "off")
     with login(cluster, "w1", "u1") as client:

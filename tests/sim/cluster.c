@@ -351,6 +351,7 @@ static void worker_start(struct worker *w)
 	};
 	char *error = NULL;
 
+	w->cfg.run++;
 	w->spool = cfg.spool = spool_new(NULL, &limits, &error);
 	w->sent = cfg.sent = spool_new(NULL, &sent_limits, &error);
 	cb.ctx = w;

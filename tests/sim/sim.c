@@ -113,6 +113,7 @@ static void node_open(unsigned i)
 	struct node *n = &sim.nodes[i];
 	char *error = NULL;
 
+	sim.cfg[i].run++;
 	n->replica = replica_open(n->store, &sim.cfg[i], "u", 0, &n->mail.ms, &error);
 	if (n->replica == NULL)
 		fail(error);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* Users, visits, syncs. */
+#include "kept.h"
 #include "node-private.h"
 
 #include <inttypes.h>
@@ -8,6 +9,7 @@
 #include <stdio.h>
 
 #define META_CURSOR 'c'
+#define META_KEPT 'k'		/* empty: merged ops are kept (kept.h) since this database was made, or upgraded */
 #define META_REBUILD 'r'	/* u8: 1 the daemons send what was lost, 2 they have */
 #define MAIL_CHANGED_RETRY_MSECS 1000	/* times failures: a wake-up shortens the wait after trouble to this */
 #define MAIL_FAILURES_LOGGED 4		/* in a row: then it is no hiccup */
@@ -454,6 +456,23 @@ static int refill(struct node *n, char **error_r)
 	return 0;
 }
 
+/* A database of a version that forgot own ops when they were acknowledged did not note that. */
+static int kept_begin(struct store *s, char **error_r)
+{
+	struct store_txn *t = store_begin(s);
+	struct crdt_buf v = CRDT_BUF_INIT;
+	const char key = META_KEPT;
+	uint32_t gen;
+
+	if (!store_get(t, STORE_META, &key, 1, &v)) {
+		if (store_user_name(t, 1, &v, &gen))
+			kept_note_acked(t);
+		store_put(t, STORE_META, &key, 1, "", 0);
+	}
+	crdt_buf_free(&v);
+	return store_commit(&t, false, error_r);
+}
+
 struct node *node_new(const struct node_config *cfg, const struct node_callbacks *cb, char **error_r)
 {
 	struct node *n;
@@ -462,6 +481,8 @@ struct node *node_new(const struct node_config *cfg, const struct node_callbacks
 		*error_r = xstrdup("too many storage daemons");
 		return NULL;
 	}
+	if (kept_begin(cfg->store, error_r) < 0)
+		return NULL;
 	n = xcalloc(1, sizeof(*n));
 	n->cfg = *cfg;
 	n->cb = *cb;

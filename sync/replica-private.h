@@ -40,10 +40,6 @@
 #define ROW_ASIDE 'a'		/* the mail store refused it: tried again in the next session */
 extern const char replica_mail_states[4];	/* the last four */
 
-/* In STORE_LOG: own ops, and times at which some of them were made. */
-#define LOG_OP 'o'
-#define LOG_TIME 't'
-
 struct box {
 	struct crdt_id guid;
 	uint8_t *path; size_t path_len;	/* owned, NUL-terminated */
@@ -110,7 +106,6 @@ struct replica {
 static inline struct crdt_rows *rrows(struct replica *r) { return &r->rows.rows; }
 
 /* replica.c */
-void replica_log_key(struct replica *r, struct crdt_buf *k, char first, uint64_t seq);	/* of an own op */
 uint64_t replica_rows_count(struct replica *r, char first);
 int replica_txn_begin(struct replica *r);
 int replica_txn_commit(struct replica *r, bool sync, char **error_r);

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "kept.h"
 #include "replica-private.h"
 
 void replica_log(struct replica *r, int level, const char *fmt, ...)
@@ -401,9 +402,8 @@ static void note_applied(struct crdt_sink *sink, const struct crdt_op *op, const
 {
 	struct merge_sink *s = (struct merge_sink *)sink;
 
-	(void)bytes;
-	(void)n;
 	s->applied++;
+	kept_put(s->r->txn, s->r->id, op->dot, bytes, n);
 	if (op->dot.origin != s->r->origin)
 		dots_note(&s->dots, op->dot);
 }
@@ -607,14 +607,6 @@ int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, c
 
 /* ---- own ops ---- */
 
-void replica_log_key(struct replica *r, struct crdt_buf *k, char first, uint64_t seq)
-{
-	crdt_buf_u8(k, (uint8_t)first);
-	crdt_buf_be64(k, r->id);
-	crdt_buf_be64(k, r->origin);
-	crdt_buf_be64(k, seq);
-}
-
 /* When this op, and those that follow it without a time of theirs, was made: for
  * people to look at. */
 static void time_put(struct replica *r, uint64_t seq)
@@ -624,7 +616,7 @@ static void time_put(struct replica *r, uint64_t seq)
 	if (r->timed || r->cfg->time == NULL)
 		return;
 	r->timed = true;
-	replica_log_key(r, &k, LOG_TIME, seq);
+	kept_key(&k, KEPT_TIME, r->id, (struct crdt_dot){ r->origin, seq });
 	crdt_buf_u64(&v, r->cfg->time(r->cfg->ctx));
 	store_put(r->txn, STORE_LOG, k.data, k.len, v.data, v.len);
 	crdt_buf_free(&k);
@@ -633,7 +625,7 @@ static void time_put(struct replica *r, uint64_t seq)
 
 int replica_own_op(struct replica *r, struct crdt_op *op, const struct crdt_vv *ctx)
 {
-	struct crdt_buf b = CRDT_BUF_INIT, k = CRDT_BUF_INIT;
+	struct crdt_buf b = CRDT_BUF_INIT;
 	const char *why = NULL;
 	enum crdt_merge_result res;
 
@@ -652,35 +644,20 @@ int replica_own_op(struct replica *r, struct crdt_op *op, const struct crdt_vv *
 		return -1;
 	}
 	r->last_seq++;
-	replica_log_key(r, &k, LOG_OP, op->dot.seq);
-	store_put(r->txn, STORE_LOG, k.data, k.len, b.data, b.len);
 	time_put(r, op->dot.seq);
 	own_put(r);
-	crdt_buf_free(&k);
 	crdt_buf_free(&b);
 	return 0;
-}
-
-struct unsent_ctx { bool (*cb)(void *ctx, uint64_t seq, const uint8_t *op, size_t n); void *ctx; };
-
-static bool unsent_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
-{
-	struct unsent_ctx *c = vctx;
-	struct crdt_reader rd = crdt_reader(key + klen - 8, 8);
-
-	return c->cb(c->ctx, crdt_get_be64(&rd), val, vlen);
 }
 
 void replica_unsent(struct replica *r, uint64_t after,
 		    bool (*cb)(void *ctx, uint64_t seq, const uint8_t *op, size_t n), void *ctx)
 {
-	struct unsent_ctx c = { cb, ctx };
-	struct crdt_buf k = CRDT_BUF_INIT;
-
+	/* what every daemon has is kept for others */
+	if (after < r->acked_seq)
+		after = r->acked_seq;
 	(void)replica_txn_begin(r);
-	replica_log_key(r, &k, LOG_OP, after + 1);
-	store_scan(r->txn, STORE_LOG, k.data, 17, k.data, k.len, false, unsent_row, &c);
-	crdt_buf_free(&k);
+	kept_scan(r->txn, r->id, r->origin, after, cb, ctx);
 	store_abort(&r->txn);
 }
 
@@ -721,32 +698,29 @@ static void forget_times(struct replica *r, uint64_t seq)
 	do {
 		t.n = 0;
 		crdt_buf_clear(&k);
-		replica_log_key(r, &k, LOG_TIME, 0);
-		store_scan(r->txn, STORE_LOG, k.data, 17, NULL, 0, false, time_row, &t);
+		kept_key(&k, KEPT_TIME, r->id, (struct crdt_dot){ r->origin, 0 });
+		store_scan(r->txn, STORE_LOG, k.data, k.len - 8, NULL, 0, false, time_row, &t);
 		go = t.n > 0 && seq < r->last_seq ? t.n - 1 : t.n;
 		for (unsigned i = 0; i < go; i++) {
 			crdt_buf_clear(&k);
-			replica_log_key(r, &k, LOG_TIME, t.seqs[i]);
+			kept_key(&k, KEPT_TIME, r->id, (struct crdt_dot){ r->origin, t.seqs[i] });
 			store_del(r->txn, STORE_LOG, k.data, k.len);
 		}
 	} while (t.n == N_TIMES);
 	crdt_buf_free(&k);
 }
 
-static int forget_ops(struct replica *r, uint64_t seq, char **error_r)
-{
-	struct crdt_buf k = CRDT_BUF_INIT;
+enum { FORGET_SLICE = 2000 };	/* kept ops dropped in one transaction */
 
+/* They stay until every member has applied them (kept.h), and are not sent again. */
+static int acked_put(struct replica *r, uint64_t seq, char **error_r)
+{
 	(void)replica_txn_begin(r);
-	for (uint64_t s = r->acked_seq + 1; s <= seq; s++) {
-		crdt_buf_clear(&k);
-		replica_log_key(r, &k, LOG_OP, s);
-		store_del(r->txn, STORE_LOG, k.data, k.len);
-	}
 	forget_times(r, seq);
 	r->acked_seq = seq;
 	own_put(r);
-	crdt_buf_free(&k);
+	kept_note_acked(r->txn);
+	(void)kept_forget(r->txn, r->id, r->origin, seq, FORGET_SLICE);	/* the rest with the next ones */
 	return replica_txn_commit(r, false, error_r);
 }
 
@@ -781,7 +755,7 @@ int replica_forget_ops(struct replica *r, uint64_t all, char **error_r)
 {
 	if (all > r->last_seq)
 		all = r->last_seq;
-	return all > r->acked_seq ? forget_ops(r, all, error_r) : 0;
+	return all > r->acked_seq ? acked_put(r, all, error_r) : 0;
 }
 
 int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **error_r)
@@ -1055,6 +1029,8 @@ bool replica_collect(struct replica *r, const struct crdt_vv *stable)
 	more = crdt_collect(rrows(r), stable, 1000, &s.sink);
 	sink_flush(&s);
 	refused_retry(r);
+	kept_stable(r->txn, r->id, stable);
+	more = kept_forget(r->txn, r->id, r->origin, r->acked_seq, FORGET_SLICE) || more;
 	char *error = NULL;
 	if (replica_txn_commit(r, false, &error) < 0) {
 		replica_log(r, 0, "collection: %s", error);

@@ -91,7 +91,7 @@ void replica_unsent(struct replica *r, uint64_t after,
 		    bool (*cb)(void *ctx, uint64_t seq, const uint8_t *op, size_t n), void *ctx);
 uint64_t replica_last_seq(struct replica *r);	/* of own ops; 0 none */
 crdt_origin replica_own_origin(struct replica *r);
-/* Every storage has own ops up to `all` durably: forget them.  Some storage has
+/* Every storage has own ops up to `all` durably: do not send them again.  Some storage has
  * those up to `any`: trim the journal that they were made of. */
 int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **error_r);
 /* Only the first: no mail store is at hand, or it is not this user's. */
@@ -104,7 +104,8 @@ int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t 
 /* What of the merged ops has been applied to the mail store, with own entries
  * as of when the journal was last read to its end (for stability). */
 void replica_applied_vv(struct replica *r, struct crdt_vv *vv_r);
-/* Every member has applied these: drop leftovers, a slice; true: more is left. */
+/* Every member has applied these: drop leftovers and the ops that are kept for members
+ * that lack them (kept.h), a slice; true: more is left. */
 bool replica_collect(struct replica *r, const struct crdt_vv *stable);
 
 struct replica_status {
@@ -114,7 +115,7 @@ struct replica_status {
 	uint64_t looks;			/* in pending: mailboxes to be compared */
 	bool survey_due;		/* the mail store is to be looked through */
 	uint64_t last_seq;
-	uint64_t acked_seq;		/* own ops that every daemon has, and that are forgotten here */
+	uint64_t acked_seq;		/* own ops that every daemon has: not sent again */
 };
 void replica_status(struct replica *r, struct replica_status *st_r);
 void replica_digest(struct replica *r, uint8_t digest_r[32]);

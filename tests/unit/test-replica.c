@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The engine of a user where the simulation does not come: limits, lost places. */
+#include "../../sync/kept.h"
 #include "../../sync/replica-private.h"
 
 #include <setjmp.h>
@@ -555,12 +556,114 @@ static void parents_first(void **state)
 	assert_int_equal(asked_rename("a/b/c", "z/b/c"), 2);
 }
 
+/* ---- ops that are kept ---- */
+
+static bool count_op(void *ctx, uint64_t seq, const uint8_t *op, size_t n)
+{
+	(void)seq; (void)op; (void)n;
+	++*(unsigned *)ctx;
+	return true;
+}
+
+static unsigned kept(struct fix *x, crdt_origin origin)
+{
+	struct store_txn *t = store_begin(x->store);
+	unsigned n = 0;
+
+	kept_scan(t, store_user_id(t, "u", 0, false), origin, 0, count_op, &n);
+	store_abort(&t);
+	return n;
+}
+
+static void own_op(struct fix *x)
+{
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"mine", 4 } };
+	struct crdt_vv ctx;
+	char *error;
+
+	(void)replica_txn_begin(x->r);
+	replica_context(x->r, &ctx);
+	assert_int_equal(replica_own_op(x->r, &op, &ctx), 0);
+	assert_int_equal(replica_txn_commit(x->r, true, &error), 0);
+}
+
+/* All that is merged stays until all have applied it; what waits is not merged. */
+static void keeps_what_members_lack(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"theirs", 6 } };
+	crdt_origin own = replica_own_origin(x->r);
+	struct crdt_vv stable, gone;
+	struct store_txn *t;
+	unsigned unsent = 0;
+	char *error;
+
+	for (uint64_t seq = 1; seq <= 5; seq++)
+		deliver(x, &op, seq);
+	deliver(x, &op, 7);
+	own_op(x);
+	own_op(x);
+	assert_int_equal(kept(x, OTHER), 5);
+	assert_int_equal(kept(x, own), 2);
+	/* every daemon has it: it is not sent again, but kept */
+	assert_int_equal(replica_forget_ops(x->r, 2, &error), 0);
+	replica_unsent(x->r, 0, count_op, &unsent);
+	assert_int_equal(unsent, 0);
+	assert_int_equal(kept(x, own), 2);
+	own_op(x);
+
+	crdt_vv_init(&stable);
+	(void)crdt_vv_raise(&stable, OTHER, 4);
+	(void)crdt_vv_raise(&stable, own, 3);
+	while (replica_collect(x->r, &stable)) ;
+	assert_int_equal(kept(x, OTHER), 1);
+	/* the third is not acknowledged by all daemons yet */
+	assert_int_equal(kept(x, own), 1);
+	replica_unsent(x->r, 0, count_op, &unsent);
+	assert_int_equal(unsent, 1);
+	t = store_begin(x->store);
+	kept_gone(t, store_user_id(t, "u", 0, false), &gone);
+	store_abort(&t);
+	assert_int_equal(crdt_vv_get(&gone, OTHER), 4);
+	assert_int_equal(crdt_vv_get(&gone, own), 2);
+
+	/* now they have */
+	assert_int_equal(replica_forget_ops(x->r, 3, &error), 0);
+	assert_int_equal(kept(x, own), 0);
+
+	/* an older vector takes nothing back, and the gap closes */
+	crdt_vv_init(&stable);
+	(void)crdt_vv_raise(&stable, OTHER, 2);
+	(void)replica_collect(x->r, &stable);
+	deliver(x, &op, 6);
+	assert_int_equal(kept(x, OTHER), 3);
+}
+
+/* Many at once go in slices. */
+static void forgets_in_slices(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"theirs", 6 } };
+	struct crdt_vv stable;
+	unsigned slices = 1;
+
+	for (uint64_t seq = 1; seq <= 4500; seq++)
+		deliver(x, &op, seq);
+	crdt_vv_init(&stable);
+	(void)crdt_vv_raise(&stable, OTHER, 4499);
+	while (replica_collect(x->r, &stable))
+		slices++;
+	assert_in_range(slices, 3, 4);
+	assert_int_equal(kept(x, OTHER), 1);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places), TEST(first_what_is_here),
 		TEST(folders_that_fail), TEST(many_subscriptions),
-		TEST(folder_that_fails_beside_mails), TEST(parents_first) };
+		TEST(folder_that_fails_beside_mails), TEST(parents_first),
+		TEST(keeps_what_members_lack), TEST(forgets_in_slices) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

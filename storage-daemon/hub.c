@@ -541,6 +541,8 @@ static void on_frame(struct hub_conn *c, const struct crdt_frame *f)
 	case CRDT_FRAME_FEED:
 	case CRDT_FRAME_STABLE:
 	case CRDT_FRAME_TOLD:
+	case CRDT_FRAME_SNAP_WANT:
+	case CRDT_FRAME_SNAP:
 		hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent a frame of type %u, which only a daemon sends", f->type);
 		break;
 	}

@@ -110,6 +110,7 @@ struct body_in {			/* a text that arrives */
 	struct hub_conn *from;		/* NULL: interrupted */
 	uint64_t size, received, granted;	/* size: as the op says for which it is asked */
 	unsigned int overtaken;		/* transfers that ended since a piece of this one came */
+	uint64_t refused;		/* workers that do not have it, a bit for the slot of each */
 	uint64_t giver;			/* connection that sent its beginning */
 	bool mixed;			/* the rest, or a part, is of others */
 	bool faulty;			/* a piece of a text of another size came */
@@ -158,6 +159,8 @@ struct hub_conn {
 
 	struct body_queue *queues;	/* in turn */
 	size_t in_active;
+	struct crdt_buf missing_from;	/* META_MISSING rows from here on were not asked for */
+	bool missing_more;		/* there are some */
 	struct body_out *outs, *outs_tail;
 	size_t outs_n;
 

@@ -184,6 +184,14 @@ static bool missing_forget(struct hub *h, const struct body_key *key)
 	return found;
 }
 
+void bodies_missing(struct hub *h, uint64_t user, const struct crdt_content *content, uint64_t size)
+{
+	struct body_key key = body_key(user, content);
+
+	if (size <= CRDT_BODY_SIZE_MAX)
+		mark_size(h, META_MISSING, &key, size);
+}
+
 struct missing_ctx { struct hub_conn *c; size_t n; struct crdt_buf last; };
 
 static bool missing_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)

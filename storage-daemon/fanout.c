@@ -113,11 +113,14 @@ static void cursor_key(struct cursor_key *k, const struct hub_peer *p)
 
 void fanout_peer_init(struct hub *h, struct hub_peer *p)
 {
+	struct crdt_buf val = CRDT_BUF_INIT;
 	struct store_txn *t = store_begin(h->s);
 	struct cursor_key k;
 
 	cursor_key(&k, p);
+	p->known = store_get(t, STORE_META, k.b, k.n, &val);
 	p->cursor = meta_varint(t, k.b, k.n);
+	crdt_buf_free(&val);
 	store_abort(&t);
 }
 
@@ -147,8 +150,11 @@ static void set_cursor(struct hub_peer *p, uint64_t gsn)
 bool fanout_hello(struct hub_conn *c, const struct crdt_frame *f)
 {
 	struct hub *h = c->h;
-	uint64_t start = f->daemon_id == h->daemon_id ? f->gsn : 0;
+	uint64_t start = f->daemon_id == h->daemon_id ? f->gsn : 0, sent = start;
 
+	/* its count begins at 0; what comes before the log it has */
+	if (f->daemon_id == h->daemon_id && c->peer->based && start < HUB_BASE_GSN)
+		start = HUB_BASE_GSN;
 	if (start > h->head) {
 		hub_conn_fail(c, CRDT_ERR_RESET, "has seen op %"PRIu64" of this daemon's log, which ends at %"PRIu64": "
 			      "the database is older than what the peer knows (restored from a backup?)",
@@ -161,12 +167,15 @@ bool fanout_hello(struct hub_conn *c, const struct crdt_frame *f)
 			      start + 1, h->trimmed);
 		return false;
 	}
-	c->feed_pos = c->feed_sent = start;
+	c->feed_pos = start;
+	c->feed_sent = sent;
 	c->own_upto = f->own ? h->head : 0;
-	c->goal = h->head;
+	c->goal = h->head > HUB_BASE_GSN || sent == start ? h->head : 0;	/* 0: there is no op */
 	c->ride_gsn = 0;
 	c->ride_next = 0;
 	set_cursor(c->peer, start);
+	c->peer->cursor_dirty = c->peer->cursor_dirty || !c->peer->known;
+	c->peer->known = true;
 	return true;
 }
 

@@ -5,12 +5,14 @@
  * Inside of the node.  node.c: users, visits, syncs.  node-bodies.c: texts that
  * are fetched and texts that are asked of us.  node-report.c: the walk over all
  * users, for the status and after a start.  node-ask.c: questions about one user,
- * and to the daemons.  node-drop.c: users who go.
+ * and to the daemons.  node-drop.c: users who go.  node-snapshot.c: what a daemon
+ * that lost its data is given.
  */
 #include "node.h"
 #include "scheduler.h"
 #include "xalloc.h"
 
+struct node_view;
 struct report_entry;
 struct fetch;
 struct serve;
@@ -115,6 +117,8 @@ struct node {
 	struct node_report *reports;
 	struct node_question *questions;
 	uint64_t question_id;
+	struct node_view *views;
+	bool old;			/* the database is older than the keeping of ops */
 };
 
 /* node.c */
@@ -153,6 +157,10 @@ void node_questions_link_down(struct node *n, unsigned storage);
 void node_told(struct node *n, unsigned storage, uint64_t id, const uint8_t *p, size_t len, bool last);
 int64_t node_questions_run(struct node *n);
 void node_questions_free(struct node *n);
+
+/* node-snapshot.c */
+void node_snap_want(struct node *n, unsigned storage, const struct crdt_frame *f, const char *user);
+void node_views_free(struct node *n, int storage);	/* -1: all */
 
 /* node-drop.c */
 void node_drop_visited(struct user *u, const struct visit *v);

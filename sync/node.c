@@ -9,7 +9,7 @@
 #include <stdio.h>
 
 #define META_CURSOR 'c'
-#define META_KEPT 'k'		/* empty: merged ops are kept (kept.h) since this database was made, or upgraded */
+#define META_KEPT 'k'		/* u8: merged ops are kept (kept.h); 1: only since it was upgraded */
 #define META_REBUILD 'r'	/* u8: 1 the daemons send what was lost, 2 they have */
 #define MAIL_CHANGED_RETRY_MSECS 1000	/* times failures: a wake-up shortens the wait after trouble to this */
 #define MAIL_FAILURES_LOGGED 4		/* in a row: then it is no hiccup */
@@ -251,6 +251,11 @@ static void on_up(void *ctx, uint64_t daemon_id, bool changed)
 	struct storage *st = ctx;
 
 	(void)daemon_id;
+	/* also of those who are not in memory it wants to hear what is applied */
+	if (changed) {
+		st->n->check.ended = false;
+		st->n->check.next_id = 1;
+	}
 	for (struct user *u = st->n->users; u != NULL; u = u->next) {
 		if (changed && u->applied != NULL)
 			u->applied_unsent |= 1u << st->i;
@@ -381,13 +386,44 @@ static void cursor_read(struct node *n, struct storage *st)
 	store_abort(&t);
 }
 
+static int cursor_begin(struct node *n, struct storage *st, char **error_r)
+{
+	struct store_txn *t = store_begin(n->cfg.store);
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	st->written_id = uplink_daemon_id(st->uplink);
+	st->written_gsn = 0;
+	cursor_key(&k, st->endpoint);
+	crdt_buf_u64(&v, st->written_id);
+	crdt_buf_u64(&v, 0);
+	store_put(t, STORE_META, k.data, k.len, v.data, v.len);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return store_commit(&t, true, error_r);
+}
+
+/* The new daemon's number is on disk before it gets anything: from what it begins with then,
+ * this worker lacks nothing that comes before its log. */
+static void on_snap_want(void *ctx, const struct crdt_frame *f, const char *user)
+{
+	struct storage *st = ctx;
+	struct node *n = st->n;
+	char *error = NULL;
+
+	if (st->written_id != uplink_daemon_id(st->uplink) && cursor_begin(n, st, &error) < 0) {
+		free(error);	/* it sticks: the next commit tells */
+		return;
+	}
+	node_snap_want(n, st->i, f, user);
+}
+
 static void storage_init(struct node *n, unsigned i)
 {
 	static const struct uplink_callbacks callbacks = {
 		.send = on_send, .reconnect = on_reconnect, .log = on_log, .up = on_up,
 		.want_ops = on_want_ops, .acked = on_acked, .feed = on_feed, .body = on_body,
 		.body_want = on_body_want, .body_none = on_body_none, .stable = on_stable, .ride = on_ride,
-		.told = on_told,
+		.told = on_told, .snap_want = on_snap_want,
 	};
 	struct storage *st = &n->storages[i];
 	struct uplink_callbacks cb = callbacks;
@@ -457,18 +493,23 @@ static int refill(struct node *n, char **error_r)
 }
 
 /* A database of a version that forgot own ops when they were acknowledged did not note that. */
-static int kept_begin(struct store *s, char **error_r)
+static int kept_begin(struct store *s, bool *old_r, char **error_r)
 {
 	struct store_txn *t = store_begin(s);
 	struct crdt_buf v = CRDT_BUF_INIT;
 	const char key = META_KEPT;
+	uint8_t old;
 	uint32_t gen;
 
 	if (!store_get(t, STORE_META, &key, 1, &v)) {
-		if (store_user_name(t, 1, &v, &gen))
+		old = store_user_name(t, 1, &v, &gen) ? 1 : 0;
+		if (old)
 			kept_note_acked(t);
-		store_put(t, STORE_META, &key, 1, "", 0);
+		store_put(t, STORE_META, &key, 1, &old, 1);
+	} else {
+		old = v.len > 0 ? v.data[0] : 0;
 	}
+	*old_r = old;
 	crdt_buf_free(&v);
 	return store_commit(&t, false, error_r);
 }
@@ -476,14 +517,16 @@ static int kept_begin(struct store *s, char **error_r)
 struct node *node_new(const struct node_config *cfg, const struct node_callbacks *cb, char **error_r)
 {
 	struct node *n;
+	bool old;
 
 	if (cfg->storages_n > NODE_STORAGES_MAX) {
 		*error_r = xstrdup("too many storage daemons");
 		return NULL;
 	}
-	if (kept_begin(cfg->store, error_r) < 0)
+	if (kept_begin(cfg->store, &old, error_r) < 0)
 		return NULL;
 	n = xcalloc(1, sizeof(*n));
+	n->old = old;
 	n->cfg = *cfg;
 	n->cb = *cb;
 	n->name = xstrdup(cfg->name);
@@ -515,6 +558,7 @@ void node_free(struct node **_n)
 	node_reports_free(n);
 	node_questions_free(n);
 	node_bodies_free(n);
+	node_views_free(n, -1);
 	while (n->users != NULL) {
 		if (n->users->item.state == SCHED_RUNNING)
 			sched_done(n->sched, &n->users->item);
@@ -539,11 +583,16 @@ static void link_is_down(struct node *n, unsigned storage)
 {
 	node_bodies_link_down(n, storage);
 	node_questions_link_down(n, storage);
+	node_views_free(n, (int)storage);
 }
 
 void node_link_up(struct node *n, int64_t now, unsigned storage)
 {
+	struct store_txn *t = store_begin(n->cfg.store);
+
 	n->now = now;
+	uplink_set_acked(n->storages[storage].uplink, kept_some_acked(t));
+	store_abort(&t);
 	uplink_connected(n->storages[storage].uplink, now);
 }
 
@@ -564,11 +613,11 @@ void node_link_refused(struct node *n, int64_t now, unsigned storage)
 void node_frame(struct node *n, int64_t now, unsigned storage, const void *p, size_t len)
 {
 	struct uplink *u = n->storages[storage].uplink;
-	bool was_up = uplink_is_up(u);
+	bool was_up = uplink_is_up(u), gave = uplink_gives(u);
 
 	n->now = now;
 	uplink_frame(u, now, p, len);
-	if (was_up && !uplink_is_up(u))
+	if ((was_up && !uplink_is_up(u)) || (gave && !uplink_gives(u)))
 		link_is_down(n, storage);
 }
 

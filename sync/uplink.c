@@ -11,6 +11,7 @@ enum state {
 	DOWN,		/* no connection; the socket makes one by itself, or anew at `due` */
 	HELLO,		/* HELLO sent, waits for WELCOME until `due` */
 	UP,
+	GIVING,		/* as UP, but the daemon lost its data: until another WELCOME it only asks for ours */
 	WAIT,		/* after a refusal or error: reconnect at `due` */
 };
 
@@ -59,6 +60,8 @@ struct uplink {
 	size_t in_flight;		/* bytes in all flights */
 	size_t asked;			/* streams with an open want_ops() */
 
+	bool acked;			/* own ops that every daemon has are not sent any more */
+	bool renewed;			/* `changed` of up() is not told yet */
 	bool own;			/* own slot's ops are wanted too; */
 	uint64_t own_until;		/* they come up to here; UINT64_MAX: not heard yet */
 	uint64_t daemon_id;
@@ -278,6 +281,16 @@ bool uplink_is_up(const struct uplink *u)
 	return u->state == UP;
 }
 
+bool uplink_gives(const struct uplink *u)
+{
+	return u->state == GIVING;
+}
+
+void uplink_set_acked(struct uplink *u, bool acked)
+{
+	u->acked = acked;
+}
+
 bool uplink_congested(const struct uplink *u)
 {
 	return u->queue != NULL;
@@ -369,6 +382,7 @@ void uplink_connected(struct uplink *u, int64_t now)
 	f.daemon_id = u->daemon_id;
 	f.gsn = u->durable;
 	f.own = u->own;
+	f.flags = CRDT_HELLO_SNAPSHOTS | (u->acked ? CRDT_HELLO_ACKED : 0);
 	u->state = HELLO;
 	u->due = now + UPLINK_WELCOME_MSECS;
 	emit(u, &f);
@@ -376,7 +390,7 @@ void uplink_connected(struct uplink *u, int64_t now)
 
 void uplink_disconnected(struct uplink *u)
 {
-	if (u->state == UP)
+	if (u->state == UP || u->state == GIVING)
 		log_text(u, 2, "connection lost");
 	lost(u);
 	if (u->state != WAIT) {
@@ -420,6 +434,7 @@ int64_t uplink_tick(struct uplink *u, int64_t now)
 			"and of a version that fits?");
 		break;
 	case UP:
+	case GIVING:
 		u->due = INT64_MAX;
 		break;
 	case WAIT:
@@ -436,7 +451,7 @@ void uplink_pump(struct uplink *u)
 {
 	struct stream *s;
 
-	if (u->state != UP || !flush(u))
+	if ((u->state != UP && u->state != GIVING) || !flush(u) || u->state == GIVING)
 		return;
 	while ((s = u->ready) != NULL && u->in_flight + u->asked * UPLINK_ASK < UPLINK_WINDOW) {
 		stream_unready(u, s);
@@ -683,13 +698,10 @@ static void feed_push(struct uplink *u, uint64_t gsn, size_t bytes)
 static void on_welcome(struct uplink *u, const struct crdt_frame *f)
 {
 	bool changed = u->daemon_id != 0 && u->daemon_id != f->daemon_id;
+	bool other = u->daemon_id != f->daemon_id || u->renewed;
 
-	if (u->state != HELLO)
+	if (u->state != HELLO && u->state != GIVING)
 		return;
-	if (u->own && f->own && (u->own_until == UINT64_MAX || u->daemon_id != f->daemon_id))
-		u->own_until = f->gsn;
-	else if (u->own && !f->own)
-		log_text(u, 0, "it is too old to send this worker what it lost: upgrade it");
 	if (u->daemon_id != f->daemon_id) {
 		feed_restart(u);
 		u->daemon_id = f->daemon_id;
@@ -699,12 +711,24 @@ static void on_welcome(struct uplink *u, const struct crdt_frame *f)
 	}
 	if (changed)
 		log_text(u, 1, "another daemon, or one with a new database, answers there: all is exchanged again");
-	log_text(u, 2, "connected to %.*s", (int)f->name.n, (const char *)f->name.p);
-	u->state = UP;
-	u->goal = f->gsn;
+	u->renewed = u->renewed || changed;
 	u->due = INT64_MAX;
 	u->failures = 0;
 	u->logged = 0;
+	if ((f->flags & CRDT_WELCOME_REBUILD) != 0) {
+		log_text(u, 1, "it lost its data, and is given it by the workers: what is changed meanwhile is sent then");
+		u->state = GIVING;
+		return;
+	}
+	if (u->own && f->own && (u->own_until == UINT64_MAX || other))
+		u->own_until = f->gsn;
+	else if (u->own && !f->own)
+		log_text(u, 0, "it is too old to send this worker what it lost: upgrade it");
+	log_text(u, 2, "connected to %.*s", (int)f->name.n, (const char *)f->name.p);
+	u->state = UP;
+	u->goal = f->gsn;
+	changed = u->renewed;
+	u->renewed = false;
 	for (struct stream *s = u->all; s != NULL; s = s->next)
 		stream_ready(u, s);
 	u->cb.up(u->cb.ctx, u->daemon_id, changed);
@@ -782,6 +806,8 @@ static void on_frame(struct uplink *u, int64_t now, const struct crdt_frame *f, 
 	default:
 		break;
 	}
+	if (u->state == GIVING && f->type == CRDT_FRAME_SNAP_WANT && u->cb.snap_want != NULL)
+		u->cb.snap_want(u->cb.ctx, f, user);
 	if (u->state != UP)
 		return;		/* of the connection before */
 	switch ((enum crdt_frame_type)f->type) {
@@ -818,7 +844,7 @@ void uplink_frame(struct uplink *u, int64_t now, const void *p, size_t n)
 	struct crdt_frame f;
 	const char *error;
 
-	if (u->state != UP && u->state != HELLO)
+	if (u->state != UP && u->state != HELLO && u->state != GIVING)
 		return;
 	if (crdt_frame_decode(p, n, &f, &error) < 0) {
 		snprintf(u->error, sizeof(u->error), "it sent a frame that cannot be read: %s", error);
@@ -828,6 +854,13 @@ void uplink_frame(struct uplink *u, int64_t now, const void *p, size_t n)
 	}
 	crdt_frame_free(&f);
 	uplink_pump(u);
+}
+
+/* Each answers a question; how many are open is limited there. */
+void uplink_snap(struct uplink *u, const struct crdt_frame *f)
+{
+	if (u->state == GIVING)
+		emit(u, f);
 }
 
 /* ---- bodies, stability ---- */

@@ -6,7 +6,7 @@
 
 #define META_DROPPED 'Y'
 /* crdt-sync's (sync/kept.h) */
-static const char log_rows[] = { 'o', 't', 's' };
+static const char log_rows[] = { 'o', 't', 's', 'n' };
 #define ERASING 0
 #define ERASED 1
 

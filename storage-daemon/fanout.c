@@ -161,7 +161,12 @@ bool fanout_hello(struct hub_conn *c, const struct crdt_frame *f)
 			      start, h->head);
 		return false;
 	}
-	if (start < h->trimmed) {
+	if (start < h->trimmed && c->snapshots) {
+		/* the log stays from here on, until it has acknowledged it */
+		rebuild_unbase(h, c->peer);
+		c->taking = true;
+		start = sent = h->head;
+	} else if (start < h->trimmed) {
 		hub_conn_fail(c, CRDT_ERR_RESET, "needs the log from op %"PRIu64" on, but it begins behind %"PRIu64": "
 			      "the peer is new or lost its database, and needs a snapshot of all users",
 			      start + 1, h->trimmed);
@@ -169,7 +174,7 @@ bool fanout_hello(struct hub_conn *c, const struct crdt_frame *f)
 	}
 	c->feed_pos = start;
 	c->feed_sent = sent;
-	c->own_upto = f->own ? h->head : 0;
+	c->own_upto = f->own && !c->taking ? h->head : 0;
 	c->goal = h->head > HUB_BASE_GSN || sent == start ? h->head : 0;	/* 0: there is no op */
 	c->ride_gsn = 0;
 	c->ride_next = 0;
@@ -188,6 +193,8 @@ void fanout_on_ack(struct hub_conn *c, const struct crdt_frame *f)
 			      "%"PRIu64, f->gsn, c->feed_sent);
 		return;
 	}
+	if (c->taking && f->gsn == c->goal)
+		hub_taken(c);
 	if (f->gsn <= c->peer->cursor)
 		return;
 	set_cursor(c->peer, f->gsn);

@@ -13,6 +13,7 @@
  * Running out of memory ends the process: what was acknowledged is in the store.
  */
 #include "hub.h"
+#include "snapshot.h"
 #include "../crdt/state.h"
 
 #include <stdlib.h>
@@ -154,6 +155,8 @@ struct hub_conn {
 	struct hub_peer *peer;
 	bool ready;			/* HELLO accepted */
 	bool own;			/* HELLO's */
+	bool snapshots;			/* HELLO's: it can take them */
+	bool taking;			/* it takes the users' states: nothing is fed yet */
 	bool told;			/* got an ERROR since */
 	bool resend;			/* to be cut off, so that it sends refused ops again */
 
@@ -228,6 +231,7 @@ struct hub {
 	struct hub_id_set collecting;
 	struct hub_id_set dropped;	/* users */
 	struct rebuild *rebuild;	/* NULL: all is here */
+	struct snapshot_view *views;	/* states that workers are given */
 };
 
 /* ---- hub.c ---- */
@@ -252,6 +256,7 @@ bool hub_id_has(const struct hub_id_set *s, uint64_t id);
 const char *hub_content_hex(const struct crdt_content *c);	/* static buffer */
 
 void hub_welcome_again(struct hub_conn *c);	/* the rebuild is done */
+void hub_taken(struct hub_conn *c);		/* it has taken all states */
 
 /* ---- ingest.c ---- */
 void ingest_init(struct hub *h);
@@ -338,6 +343,7 @@ void rebuild_hello(struct hub_conn *c);
 void rebuild_on_snap(struct hub_conn *c, const struct crdt_frame *f);
 void rebuild_step(struct hub *h);
 void rebuild_conn_drop(struct hub_conn *c);
+void rebuild_unbase(struct hub *h, struct hub_peer *p);	/* it begins anew */
 
 /* ---- drop.c ---- */
 int drop_init(struct hub *h, char **error_r);

@@ -173,6 +173,8 @@ static void conn_reset(struct hub_conn *c)
 	c->queued = 0;
 	c->resend = false;
 	c->feed_broken = false;
+	c->taking = false;
+	snapshot_views_free(&c->h->views, c->id, false);
 }
 
 static void conn_free(struct hub_conn *c)
@@ -445,6 +447,7 @@ void hub_free(struct hub **_h)
 	free(h->peers);
 	bodies_deinit(h);
 	rebuild_free(h);
+	snapshot_views_free(&h->views, 0, true);
 	store_abort(&h->txn);
 	crdt_buf_free(&h->sink_bytes);
 	free(h->applied);
@@ -473,6 +476,7 @@ static void welcome(struct hub_conn *c)
 	if (h->rebuild != NULL) {
 		f.flags = CRDT_WELCOME_REBUILD;
 	} else {
+		f.flags = c->taking ? CRDT_WELCOME_SNAPSHOT : 0;
 		f.own = c->own;
 		f.gsn = c->goal;
 	}
@@ -526,13 +530,14 @@ static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
 	if (c->peer->conn != NULL)
 		conn_supersede(c->peer->conn);
 	c->own = f->own;
+	c->snapshots = conf->role == HUB_WORKER && (f->flags & CRDT_HELLO_SNAPSHOTS) != 0;
 	if (c->h->rebuild == NULL && !fanout_hello(c, f))
 		return;
 	retire_returned(c);
 	c->ready = true;
 	c->peer->conn = c;
 	c->stable_pos = 0;
-	if (c->h->rebuild == NULL)
+	if (c->h->rebuild == NULL && !c->taking)
 		bodies_hello(c);
 	welcome(c);
 	hub_log(c->h, 2, "peer %s: connected", conf->name);
@@ -546,8 +551,47 @@ void hub_welcome_again(struct hub_conn *c)
 
 	if (!fanout_hello(c, &hello))
 		return;
-	bodies_hello(c);
+	if (!c->taking)
+		bodies_hello(c);
 	welcome(c);
+}
+
+void hub_taken(struct hub_conn *c)
+{
+	c->taking = false;
+	bodies_hello(c);
+	hub_log(c->h, 2, "peer %s: has taken the states of all users", c->peer->conf.name);
+}
+
+/* What is fed from the number on that WELCOME named is not in the log only: it is committed. */
+static void on_snap_want(struct hub_conn *c, const struct crdt_frame *f)
+{
+	struct hub *h = c->h;
+	struct snapshot_answer *a;
+	struct hub_user user;
+	char *error;
+
+	if (!c->taking || f->code == CRDT_SNAP_OPS) {
+		hub_conn_fail(c, CRDT_ERR_MALFORMED, "asks for a state that it was not told to take");
+		return;
+	}
+	if (hub_commit(h, &error) < 0) {
+		free(error);	/* it sticks */
+		return;
+	}
+	user.id = 0;
+	user.name[0] = '\0';
+	if (f->code == CRDT_SNAP_ROWS && !hub_user(h, f, false, &user))
+		user.id = 0;
+	a = snapshot_answer_new(f, user.name);
+	if (f->code == CRDT_SNAP_USERS)
+		snapshot_users(h->s, a, f->id, NULL);
+	else if (user.id != 0)
+		snapshot_rows(h->s, &h->views, a, c->id, user.id, &f->data);
+	else
+		a->f.last = true;
+	hub_conn_send(c, snapshot_answer_frame(a));
+	snapshot_answer_free(a);
 }
 
 static void on_frame(struct hub_conn *c, const struct crdt_frame *f)
@@ -586,6 +630,9 @@ static void on_frame(struct hub_conn *c, const struct crdt_frame *f)
 	case CRDT_FRAME_ASK:
 		asks_on_ask(c, f);
 		break;
+	case CRDT_FRAME_SNAP_WANT:
+		on_snap_want(c, f);
+		break;
 	case CRDT_FRAME_SNAP:
 		if (c->peer->conf.role != HUB_WORKER)
 			hub_conn_fail(c, CRDT_ERR_ROLE, "is no worker and sends what only workers send");
@@ -602,7 +649,6 @@ static void on_frame(struct hub_conn *c, const struct crdt_frame *f)
 	case CRDT_FRAME_FEED:
 	case CRDT_FRAME_STABLE:
 	case CRDT_FRAME_TOLD:
-	case CRDT_FRAME_SNAP_WANT:
 		hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent a frame of type %u, which only a daemon sends", f->type);
 		break;
 	}
@@ -692,7 +738,7 @@ static bool conn_pump(struct hub_conn *c, bool *more_r)
 			hub_conn_fail(c, CRDT_ERR_LIMIT, "asks for much and takes nothing");
 		return false;
 	}
-	if (!c->ready || c->h->rebuild != NULL)
+	if (!c->ready || c->h->rebuild != NULL || c->taking)
 		return true;
 	bodies_pump_in(c);
 	return fanout_pump(c, &budget, more_r) && stable_pump(c, more_r) && bodies_pump_out(c, &budget, more_r);

@@ -619,6 +619,17 @@ static void log_waiting(struct hub *h, uint64_t without)
 	h->rebuild->waiting_logged = true;
 }
 
+void rebuild_unbase(struct hub *h, struct hub_peer *p)
+{
+	struct peer_key k;
+
+	if (!p->based)
+		return;
+	peer_key(&k, META_BASE, p);
+	store_del(hub_txn(h), STORE_META, k.b, k.n);
+	p->based = false;
+}
+
 static void finish(struct hub *h)
 {
 	struct rebuild *rb = h->rebuild;

@@ -2,226 +2,17 @@
 /*
  * A storage daemon that lost its data is given it by the workers: it asks (SNAP_WANT) which
  * users there are, for the state of each, and for the ops that are kept here (kept.h), since
- * some member may lack them.  Nothing is remembered from one question to the next, but for
- * the view of the database that the rows of one state are read from.
+ * some member may lack them.
+ *
+ * The other way round, a worker that is new where the log of a daemon does not reach back asks
+ * it for its users and the state of each, one after the other.  Rows are staged; a visit takes
+ * them (replica-snapshot.c).  When the last one is taken, and on disk, the feed begins where the
+ * log was when the connection began.
  */
 #include "kept.h"
 #include "node-private.h"
 #include "../storage-daemon/dropped.h"
-
-#define USERS_MAX 256		/* in one answer */
-#define VIEWS_MAX 32		/* states that are being read; the oldest goes */
-
-struct node_view {
-	struct node_view *next;
-	unsigned storage;
-	uint64_t user;
-	struct store_txn *t;
-	struct crdt_vv merged;
-};
-
-/* What goes into one answer; rows point into bytes once it is complete. */
-struct answer {
-	struct crdt_frame f;
-	struct crdt_buf bytes;
-	struct crdt_snap_row *rows;
-	struct crdt_bytes *ops;
-	size_t rows_n, ops_n;
-	bool full;
-};
-
-static void answer_free(struct answer *a)
-{
-	crdt_buf_free(&a->bytes);
-	free(a->rows);
-	free(a->ops);
-	free(a);
-}
-
-static struct answer *answer_new(const struct crdt_frame *want, const char *user)
-{
-	struct answer *a = xcalloc(1, sizeof(*a));
-
-	a->f.type = CRDT_FRAME_SNAP;
-	a->f.code = want->code;
-	a->f.user.p = (const uint8_t *)user;
-	a->f.user.n = want->user.n;
-	a->f.gen = want->gen;
-	return a;
-}
-
-static void answer_send(struct answer *a, struct uplink *link)
-{
-	const uint8_t *p = a->bytes.data;
-
-	if (a->bytes.failed)
-		abort();
-	for (size_t i = 0; i < a->rows_n; i++) {
-		a->rows[i].key.p = p;
-		a->rows[i].val.p = p + a->rows[i].key.n;
-		p += a->rows[i].key.n + a->rows[i].val.n;
-	}
-	for (size_t i = 0; i < a->ops_n; i++) {
-		a->ops[i].p = p;
-		p += a->ops[i].n;
-	}
-	a->f.rows = a->rows;
-	a->f.rows_n = a->rows_n;
-	a->f.ops = a->ops;
-	a->f.ops_n = a->ops_n;
-	uplink_snap(link, &a->f);
-}
-
-/* false: it is full. */
-static bool answer_row(struct answer *a, const void *key, size_t klen, const void *val, size_t vlen)
-{
-	if (a->rows == NULL)
-		a->rows = xcalloc(CRDT_SNAP_ROWS_MAX, sizeof(*a->rows));
-	if (a->rows_n > 0 && (a->rows_n == CRDT_SNAP_ROWS_MAX || a->bytes.len + klen + vlen > CRDT_FRAME_FILL)) {
-		a->full = true;
-		return false;
-	}
-	crdt_buf_raw(&a->bytes, key, klen);
-	crdt_buf_raw(&a->bytes, val, vlen);
-	a->rows[a->rows_n].key.n = klen;
-	a->rows[a->rows_n++].val.n = vlen;
-	return true;
-}
-
-static bool answer_op(struct answer *a, const struct crdt_buf *op)
-{
-	if (a->ops == NULL)
-		a->ops = xcalloc(CRDT_FRAME_OPS_MAX, sizeof(*a->ops));
-	if (a->ops_n > 0 && (a->ops_n == CRDT_FRAME_OPS_MAX || a->bytes.len + op->len > CRDT_FRAME_FILL)) {
-		a->full = true;
-		return false;
-	}
-	crdt_buf_raw(&a->bytes, op->data, op->len);
-	a->ops[a->ops_n++].n = op->len;
-	return true;
-}
-
-/* ---- which users ---- */
-
-static bool user_row(struct answer *a, struct store_txn *t, uint64_t id, const struct crdt_buf *name, uint32_t gen)
-{
-	struct crdt_buf val = CRDT_BUF_INIT;
-	struct store_rows rows;
-	struct crdt_vv vv;
-	bool room;
-
-	store_rows_init(&rows, t, id);
-	crdt_buf_varint(&val, gen);
-	crdt_vv_get_merged(&rows.rows, &vv);
-	crdt_vv_encode(&val, &vv);
-	kept_gone(t, id, &vv);
-	crdt_vv_encode(&val, &vv);
-	if (val.failed)
-		abort();
-	room = answer_row(a, name->data, name->len, val.data, val.len);
-	crdt_buf_free(&val);
-	return room;
-}
-
-static void answer_users(struct node *n, struct answer *a, uint64_t from)
-{
-	struct store_txn *t = store_begin(n->cfg.store);
-	struct crdt_buf name = CRDT_BUF_INIT;
-	uint32_t gen;
-
-	a->f.id = from;
-	while (a->rows_n < USERS_MAX && !a->f.last) {
-		crdt_buf_clear(&name);
-		if (!store_user_name(t, a->f.id + 1, &name, &gen))
-			a->f.last = true;
-		else if (!dropped_is(t, a->f.id + 1) && !user_row(a, t, a->f.id + 1, &name, gen))
-			break;
-		else
-			a->f.id++;
-	}
-	store_abort(&t);
-	crdt_buf_free(&name);
-}
-
-/* ---- the state of one ---- */
-
-static void view_free(struct node_view **p)
-{
-	struct node_view *v = *p;
-
-	*p = v->next;
-	store_abort(&v->t);
-	free(v);
-}
-
-static struct node_view **view_find(struct node *n, unsigned storage, uint64_t user)
-{
-	struct node_view **p;
-
-	for (p = &n->views; *p != NULL; p = &(*p)->next) {
-		if ((*p)->storage == storage && (*p)->user == user)
-			break;
-	}
-	return p;
-}
-
-void node_views_free(struct node *n, int storage)
-{
-	struct node_view **p = &n->views;
-
-	while (*p != NULL) {
-		if (storage < 0 || (*p)->storage == (unsigned)storage)
-			view_free(p);
-		else
-			p = &(*p)->next;
-	}
-}
-
-static struct node_view *view_new(struct node *n, unsigned storage, uint64_t user)
-{
-	struct node_view *v = xcalloc(1, sizeof(*v)), **p;
-	struct store_rows rows;
-	unsigned open = 0;
-
-	for (p = &n->views; *p != NULL; ) {
-		if (++open >= VIEWS_MAX)
-			view_free(p);
-		else
-			p = &(*p)->next;
-	}
-	v->storage = storage;
-	v->user = user;
-	v->t = store_begin_snapshot(n->cfg.store);
-	store_rows_init(&rows, v->t, user);
-	crdt_vv_get_merged(&rows.rows, &v->merged);
-	v->next = n->views;
-	n->views = v;
-	return v;
-}
-
-static bool state_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
-{
-	return answer_row(ctx, key, klen, val, vlen);
-}
-
-/* A state that was begun on another connection, or is too old, is begun anew: the daemon
- * sees it from what is merged. */
-static void answer_rows(struct node *n, unsigned storage, struct answer *a, uint64_t user, const struct crdt_bytes *after)
-{
-	struct node_view **p = view_find(n, storage, user), *v;
-	struct store_rows rows;
-
-	if (*p != NULL && after->n == 0)
-		view_free(p);
-	p = view_find(n, storage, user);
-	v = *p != NULL ? *p : view_new(n, storage, user);
-	store_rows_init(&rows, v->t, user);
-	crdt_snapshot_scan(&rows.rows, after->p, after->n, state_row, a);
-	crdt_vv_copy(&a->f.vv, &v->merged);
-	a->f.last = !a->full;
-	if (a->f.last)
-		view_free(view_find(n, storage, user));
-}
+#include "../storage-daemon/snapshot.h"
 
 /* ---- ops that are kept ---- */
 
@@ -239,7 +30,7 @@ static bool first_op(void *ctx, uint64_t seq, const uint8_t *op, size_t n)
 struct offer {
 	struct node *n;
 	struct store_txn *t;
-	struct answer *a;
+	struct snapshot_answer *a;
 	uint64_t user;
 	struct crdt_vv have;		/* by who asks, with what goes out */
 };
@@ -262,7 +53,7 @@ static bool offer_origin(struct offer *o, const struct crdt_dot *last)
 			crdt_op_decode(first.bytes.data, first.bytes.len, &op, &error) == 0;
 		if (!went)
 			break;
-		went = crdt_vv_covers_all(&o->have, &op.deps) && answer_op(o->a, &first.bytes) &&
+		went = crdt_vv_covers_all(&o->have, &op.deps) && snapshot_answer_op(o->a, &first.bytes) &&
 			crdt_vv_raise(&o->have, last->origin, next);
 		crdt_op_free(&op);
 		any = any || went;
@@ -293,7 +84,7 @@ static void skip_before_upgrade(struct offer *o)
 }
 
 /* In an order in which each finds what it had seen: origins in turn, until none has one. */
-static void answer_ops(struct node *n, struct answer *a, uint64_t user, const struct crdt_vv *have)
+static void answer_ops(struct node *n, struct snapshot_answer *a, uint64_t user, const struct crdt_vv *have)
 {
 	struct offer o = { .n = n, .t = store_begin(n->cfg.store), .a = a, .user = user };
 	struct store_rows rows;
@@ -320,12 +111,12 @@ static void answer_ops(struct node *n, struct answer *a, uint64_t user, const st
 void node_snap_want(struct node *n, unsigned storage, const struct crdt_frame *f, const char *user)
 {
 	struct uplink *link = n->storages[storage].uplink;
-	struct answer *a = answer_new(f, user);
+	struct snapshot_answer *a = snapshot_answer_new(f, user);
 	struct store_txn *t;
 	uint64_t id = 0;
 
 	if (f->code == CRDT_SNAP_USERS) {
-		answer_users(n, a, f->id);
+		snapshot_users(n->cfg.store, a, f->id, kept_gone);
 	} else {
 		t = store_begin(n->cfg.store);
 		id = store_user_id(t, user, f->gen, false);
@@ -335,9 +126,261 @@ void node_snap_want(struct node *n, unsigned storage, const struct crdt_frame *f
 		a->f.last = id == 0;	/* nothing is known of him: what has no vector has no rows */
 	}
 	if (id != 0 && f->code == CRDT_SNAP_ROWS)
-		answer_rows(n, storage, a, id, &f->data);
+		snapshot_rows(n->cfg.store, &n->views, a, storage, id, &f->data);
 	else if (id != 0 && f->code == CRDT_SNAP_OPS)
 		answer_ops(n, a, id, &f->vv);
-	answer_send(a, link);
-	answer_free(a);
+	uplink_snap(link, snapshot_answer_frame(a));
+	snapshot_answer_free(a);
+}
+
+/* ---- states that are taken ---- */
+
+static void ask(struct storage *st, struct crdt_frame *f)
+{
+	f->type = CRDT_FRAME_SNAP_WANT;
+	uplink_snap(st->uplink, f);
+}
+
+static void ask_users(struct storage *st)
+{
+	struct crdt_frame f = { .code = CRDT_SNAP_USERS, .id = st->take.behind };
+
+	ask(st, &f);
+}
+
+static void ask_rows(struct storage *st)
+{
+	struct crdt_frame f = { .code = CRDT_SNAP_ROWS };
+
+	f.user.p = (const uint8_t *)st->take.name;
+	f.user.n = (uint16_t)strlen(st->take.name);
+	f.gen = st->take.gen;
+	f.data.p = st->take.last.data;
+	f.data.n = st->take.last.len;
+	ask(st, &f);
+}
+
+void node_take_end(struct storage *st)
+{
+	crdt_buf_free(&st->take.users);
+	crdt_buf_free(&st->take.last);
+	memset(&st->take, 0, sizeof(st->take));
+}
+
+static void take_failed(struct storage *st, const char *why)
+{
+	node_take_end(st);
+	uplink_snap_failed(st->uplink, st->n->now, why);
+}
+
+static void stage_clear(struct storage *st)
+{
+	struct crdt_buf from = CRDT_BUF_INIT, to = CRDT_BUF_INIT;
+	char *error = NULL;
+
+	staged_prefix(&from, st->take.id);
+	staged_prefix(&to, st->take.id + 1);
+	if (store_erase(st->n->cfg.store, STORE_LOG, from.data, from.len, to.data, to.len, &error) < 0)
+		free(error);	/* it sticks */
+	crdt_buf_free(&from);
+	crdt_buf_free(&to);
+}
+
+static void take_user(struct storage *st)
+{
+	crdt_buf_clear(&st->take.last);
+	st->take.visiting = false;
+	stage_clear(st);
+	ask_rows(st);
+}
+
+/* Whether something of this user is to be taken; he has a number here then. */
+static bool is_wanted(struct storage *st, const struct crdt_vv *merged)
+{
+	struct store_txn *t = store_begin(st->n->cfg.store);
+	struct store_rows rows;
+	struct crdt_vv vv;
+	char *error = NULL;
+	bool wanted;
+
+	st->take.id = store_user_id(t, st->take.name, st->take.gen, true);
+	store_rows_init(&rows, t, st->take.id);
+	crdt_vv_get_merged(&rows.rows, &vv);
+	wanted = !dropped_is(t, st->take.id) && !crdt_vv_covers_all(&vv, merged);
+	if (store_commit(&t, false, &error) < 0) {
+		free(error);	/* it sticks */
+		return false;
+	}
+	return wanted;
+}
+
+/* All is taken: on disk, and the number with it, before it is acknowledged. */
+static void take_done(struct storage *st)
+{
+	char *error = NULL;
+
+	node_take_end(st);
+	if (node_cursor_begin(st->n, st, uplink_goal(st->uplink), &error) < 0) {
+		free(error);	/* it sticks */
+		return;
+	}
+	uplink_taken(st->uplink);
+}
+
+static void take_next(struct storage *st)
+{
+	struct take *k = &st->take;
+
+	while (k->at < k->users.len) {
+		struct crdt_reader r = crdt_reader(k->users.data + k->at, k->users.len - k->at), v;
+		size_t n, vn;
+		const uint8_t *name = crdt_get_bytes(&r, CRDT_USER_MAX, &n), *val = crdt_get_bytes(&r, SIZE_MAX, &vn);
+		struct crdt_vv merged;
+
+		k->at = k->users.len - crdt_reader_left(&r);
+		memcpy(k->name, name, n);
+		k->name[n] = '\0';
+		v = crdt_reader(val, vn);
+		k->gen = (uint32_t)crdt_get_varint_max(&v, UINT32_MAX);
+		if (!crdt_vv_decode(&v, &merged)) {
+			take_failed(st, "it sent a user whose vector cannot be read");
+			return;
+		}
+		if (is_wanted(st, &merged)) {
+			take_user(st);
+			return;
+		}
+	}
+	crdt_buf_clear(&k->users);
+	k->at = 0;
+	if (k->all)
+		take_done(st);
+	else
+		ask_users(st);
+}
+
+static void take_users(struct storage *st, const struct crdt_frame *f)
+{
+	struct take *k = &st->take;
+
+	for (size_t i = 0; i < f->rows_n; i++) {
+		crdt_buf_bytes(&k->users, f->rows[i].key.p, f->rows[i].key.n);
+		crdt_buf_bytes(&k->users, f->rows[i].val.p, f->rows[i].val.n);
+	}
+	if (k->users.failed)
+		abort();
+	/* none, and more to come: it would be asked the same for ever */
+	k->all = f->last || f->id == k->behind;
+	k->behind = f->id;
+	take_next(st);
+}
+
+static void stage(struct storage *st, const struct crdt_frame *f)
+{
+	struct store_txn *t = store_begin(st->n->cfg.store);
+	struct crdt_buf k = CRDT_BUF_INIT;
+	char *error = NULL;
+
+	for (size_t i = 0; i < f->rows_n; i++) {
+		crdt_buf_clear(&k);
+		staged_prefix(&k, st->take.id);
+		crdt_buf_raw(&k, f->rows[i].key.p, f->rows[i].key.n);
+		if (k.failed)
+			abort();
+		store_put(t, STORE_LOG, k.data, k.len, f->rows[i].val.p, f->rows[i].val.n);
+	}
+	crdt_buf_free(&k);
+	if (store_commit(&t, false, &error) < 0)
+		free(error);	/* it sticks */
+}
+
+static void take_rows(struct storage *st, const struct crdt_frame *f, const char *user)
+{
+	struct take *k = &st->take;
+	struct user *u;
+
+	if (k->visiting || strcmp(user, k->name) != 0 || f->gen != k->gen)
+		return;
+	if (k->last.len == 0) {
+		crdt_vv_copy(&k->merged, &f->vv);
+	} else if (crdt_vv_compare(&k->merged, &f->vv) != CRDT_EQUAL) {
+		take_user(st);		/* it began anew */
+		return;
+	}
+	stage(st, f);
+	if (!f->last && f->rows_n > 0) {
+		const struct crdt_bytes *last = &f->rows[f->rows_n - 1].key;
+
+		crdt_buf_clear(&k->last);
+		crdt_buf_raw(&k->last, last->p, last->n);
+		ask_rows(st);
+		return;
+	}
+	u = node_user(st->n, k->name, k->gen);
+	free(u->snapshot);
+	u->snapshot = xcalloc(1, sizeof(*u->snapshot));
+	crdt_vv_copy(u->snapshot, &k->merged);
+	k->visiting = true;
+	node_wake(u, SCHED_NOW);
+}
+
+void node_snap(struct node *n, unsigned storage, const struct crdt_frame *f, const char *user)
+{
+	struct storage *st = &n->storages[storage];
+
+	if (f == NULL) {
+		node_take_end(st);
+		st->take.active = true;
+		ask_users(st);
+	} else if (!st->take.active) {
+		return;
+	} else if (f->code == CRDT_SNAP_USERS) {
+		take_users(st, f);
+	} else if (f->code == CRDT_SNAP_ROWS) {
+		take_rows(st, f, user);
+	}
+}
+
+void node_snap_visited(struct user *u, const struct visit *v)
+{
+	struct node *n = u->n;
+
+	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
+		struct storage *st = &n->storages[i];
+
+		if (!st->take.visiting || strcmp(st->take.name, u->name) != 0 || st->take.gen != u->gen)
+			continue;
+		if (v->taken == REPLICA_SNAPSHOT_BAD) {
+			take_failed(st, "the state that it sent makes no sense");
+		} else if (v->taken == REPLICA_SNAPSHOT_LATER) {
+			/* another daemon had more: that comes here, too */
+			st->take.due = n->now + NODE_TAKE_MSECS;
+		} else {
+			st->take.visiting = false;
+			stage_clear(st);
+			take_next(st);
+		}
+	}
+	u->apply = u->apply || v->taken == REPLICA_SNAPSHOT_TAKEN;
+	if (u->apply)
+		node_wake(u, SCHED_NOW);
+}
+
+int64_t node_snap_run(struct node *n)
+{
+	int64_t due = INT64_MAX;
+
+	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
+		struct storage *st = &n->storages[i];
+
+		if (st->take.due == 0)
+			continue;
+		if (st->take.due <= n->now) {
+			st->take.due = 0;
+			take_user(st);
+		} else if (st->take.due < due) {
+			due = st->take.due;
+		}
+	}
+	return due;
 }

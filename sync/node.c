@@ -2,6 +2,7 @@
 /* Users, visits, syncs. */
 #include "kept.h"
 #include "node-private.h"
+#include "../storage-daemon/snapshot.h"
 
 #include <inttypes.h>
 #include <search.h>
@@ -144,6 +145,7 @@ static void user_free(struct user *u)
 	free(u->repair_path);
 	free(u->trouble);
 	free(u->stable);
+	free(u->snapshot);
 	free(u->applied);
 	free(u->name);
 	free(u);
@@ -197,7 +199,7 @@ static bool user_forgettable(const struct user *u, int64_t now)
 	const struct node *n = u->n;
 
 	if (u->item.state != SCHED_IDLE || u->item.timer != 0 || now - u->touched < NODE_IDLE_MSECS ||
-	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->survey || u->repair || u->check || u->stable != NULL ||
+	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->survey || u->repair || u->check || u->stable != NULL || u->snapshot != NULL ||
 	    u->entries != NULL || u->questions != NULL || u->drops != NULL || u->ops_waiting > 0 || u->fetches != NULL || u->wanting || u->no_user ||
 	    u->serves > 0)
 		return false;
@@ -386,16 +388,16 @@ static void cursor_read(struct node *n, struct storage *st)
 	store_abort(&t);
 }
 
-static int cursor_begin(struct node *n, struct storage *st, char **error_r)
+int node_cursor_begin(struct node *n, struct storage *st, uint64_t gsn, char **error_r)
 {
 	struct store_txn *t = store_begin(n->cfg.store);
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
 
 	st->written_id = uplink_daemon_id(st->uplink);
-	st->written_gsn = 0;
+	st->written_gsn = gsn;
 	cursor_key(&k, st->endpoint);
 	crdt_buf_u64(&v, st->written_id);
-	crdt_buf_u64(&v, 0);
+	crdt_buf_u64(&v, gsn);
 	store_put(t, STORE_META, k.data, k.len, v.data, v.len);
 	crdt_buf_free(&k);
 	crdt_buf_free(&v);
@@ -410,11 +412,18 @@ static void on_snap_want(void *ctx, const struct crdt_frame *f, const char *user
 	struct node *n = st->n;
 	char *error = NULL;
 
-	if (st->written_id != uplink_daemon_id(st->uplink) && cursor_begin(n, st, &error) < 0) {
+	if (st->written_id != uplink_daemon_id(st->uplink) && node_cursor_begin(n, st, 0, &error) < 0) {
 		free(error);	/* it sticks: the next commit tells */
 		return;
 	}
 	node_snap_want(n, st->i, f, user);
+}
+
+static void on_snap(void *ctx, const struct crdt_frame *f, const char *user)
+{
+	struct storage *st = ctx;
+
+	node_snap(st->n, st->i, f, user);
 }
 
 static void storage_init(struct node *n, unsigned i)
@@ -423,7 +432,7 @@ static void storage_init(struct node *n, unsigned i)
 		.send = on_send, .reconnect = on_reconnect, .log = on_log, .up = on_up,
 		.want_ops = on_want_ops, .acked = on_acked, .feed = on_feed, .body = on_body,
 		.body_want = on_body_want, .body_none = on_body_none, .stable = on_stable, .ride = on_ride,
-		.told = on_told, .snap_want = on_snap_want,
+		.told = on_told, .snap_want = on_snap_want, .snap = on_snap,
 	};
 	struct storage *st = &n->storages[i];
 	struct uplink_callbacks cb = callbacks;
@@ -558,7 +567,7 @@ void node_free(struct node **_n)
 	node_reports_free(n);
 	node_questions_free(n);
 	node_bodies_free(n);
-	node_views_free(n, -1);
+	snapshot_views_free(&n->views, 0, true);
 	while (n->users != NULL) {
 		if (n->users->item.state == SCHED_RUNNING)
 			sched_done(n->sched, &n->users->item);
@@ -566,6 +575,7 @@ void node_free(struct node **_n)
 	}
 	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
 		uplink_free(&n->storages[i].uplink);
+		node_take_end(&n->storages[i]);
 		free(n->storages[i].endpoint);
 	}
 	while (n->local_gens != NULL)
@@ -583,7 +593,8 @@ static void link_is_down(struct node *n, unsigned storage)
 {
 	node_bodies_link_down(n, storage);
 	node_questions_link_down(n, storage);
-	node_views_free(n, (int)storage);
+	snapshot_views_free(&n->views, storage, false);
+	node_take_end(&n->storages[storage]);
 }
 
 void node_link_up(struct node *n, int64_t now, unsigned storage)
@@ -610,14 +621,19 @@ void node_link_refused(struct node *n, int64_t now, unsigned storage)
 	link_is_down(n, storage);
 }
 
+static bool is_connected(const struct uplink *u)
+{
+	return uplink_is_up(u) || uplink_gives(u) || uplink_takes(u);
+}
+
 void node_frame(struct node *n, int64_t now, unsigned storage, const void *p, size_t len)
 {
 	struct uplink *u = n->storages[storage].uplink;
-	bool was_up = uplink_is_up(u), gave = uplink_gives(u);
+	bool was = is_connected(u);
 
 	n->now = now;
 	uplink_frame(u, now, p, len);
-	if ((was_up && !uplink_is_up(u)) || (gave && !uplink_gives(u)))
+	if (was && !is_connected(u))
 		link_is_down(n, storage);
 }
 
@@ -761,6 +777,8 @@ static struct visit *order(struct user *u)
 		v->drop = v->mail = true;
 		return v;
 	}
+	v->snapshot = u->snapshot;
+	u->snapshot = NULL;
 	v->feeds = take_feeds(u);
 	if (v->feeds != NULL)
 		u->apply = !is_past(u);
@@ -800,7 +818,7 @@ static struct visit *order(struct user *u)
 		v->stable = u->stable;
 		u->stable = NULL;
 	}
-	if (v->mail || v->feeds != NULL || v->acknowledge || u->ops_wanted != 0 || v->status || v->stable != NULL || v->tell_applied) {
+	if (v->mail || v->feeds != NULL || v->snapshot != NULL || v->acknowledge || u->ops_wanted != 0 || v->status || v->stable != NULL || v->tell_applied) {
 		order_ops(u, v);
 		return v;
 	}
@@ -1083,6 +1101,8 @@ int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
 		visited_dropped(u, v);
 		return 0;
 	}
+	if (v->snapshot != NULL)
+		node_snap_visited(u, v);
 	visited_mail(u, v);
 	visited_applied(u, v);
 	visited_engine(u, v);
@@ -1237,6 +1257,7 @@ int64_t node_run(struct node *n, int64_t now, char **error_r)
 	due = earlier(due, node_bodies_run(n));
 	due = earlier(due, node_reports_run(n));
 	due = earlier(due, node_questions_run(n));
+	due = earlier(due, node_snap_run(n));
 	if (n->age_due <= now) {
 		forget_settled(n);
 		n->full_logged = false;

@@ -130,6 +130,12 @@ void replica_mark_mail(struct replica *r, const struct crdt_mail_key *key);
 void replica_mark_folder(struct replica *r, const struct crdt_id *folder);
 void replica_mark_folder_mails(struct replica *r, const struct crdt_id *folder);
 void replica_mark_subscription(struct replica *r, struct crdt_str name);
+/* All that is merged is to be compared with the mail store; of each thing these dots
+ * count as not applied. */
+void replica_mark_all(struct replica *r, const struct crdt_vv *dots);
+/* An op that was merged before its state was replaced. */
+void replica_merge_again(struct replica *r, const uint8_t *op, size_t n);
+void replica_new_origin(struct replica *r);
 /* How far the current journal was read. */
 struct ms_position replica_known(const struct replica *r);
 /* Notes how far the journal may be trimmed once all own ops are acknowledged. */

@@ -567,6 +567,84 @@ static void refused_retry(struct replica *r)
 		;
 }
 
+void replica_new_origin(struct replica *r)
+{
+	r->origin = CRDT_ORIGIN(r->cfg->slot, r->cfg->random(r->cfg->ctx));
+	r->last_seq = r->acked_seq = 0;
+	own_put(r);
+}
+
+void replica_merge_again(struct replica *r, const uint8_t *p, size_t n)
+{
+	struct crdt_op op;
+	const char *why = NULL;
+
+	if (crdt_op_decode(p, n, &op, &why) < 0)
+		rrows(r)->failed = true;	/* it was decoded before */
+	else
+		(void)merge(r, &op, p, n, &why);
+	crdt_op_free(&op);
+}
+
+/* ---- a state from elsewhere ---- */
+
+struct all { struct replica *r; struct crdt_id *ids; size_t n, cap; };
+
+static bool note_folder(void *ctx, const struct crdt_folder *f)
+{
+	struct all *a = ctx;
+
+	if (a->n == a->cap) {
+		a->cap = a->cap == 0 ? 64 : a->cap * 2;
+		a->ids = realloc(a->ids, a->cap * sizeof(*a->ids));
+		if (a->ids == NULL)
+			abort();
+	}
+	a->ids[a->n++] = f->id;
+	return true;
+}
+
+/* Rows with this first byte, of the core or of the shadow: their subjects. */
+static void mark_rows(struct replica *r, char first, const struct crdt_vv *dots)
+{
+	enum { SLICE = 256 };
+	struct row_key keys[SLICE];
+	struct crdt_buf from = CRDT_BUF_INIT;
+	struct crdt_mail_key mail;
+	size_t n;
+
+	do {
+		n = row_keys(r, &first, 1, from.data, from.len, keys, SLICE);
+		for (size_t i = 0; i < n; i++) {
+			if (first == 'S' || first == ROW_SUBSCRIBED)
+				mark_subscription(r, (struct crdt_str){ keys[i].p + 1, (uint16_t)(keys[i].n - 1) }, dots);
+			else if (crdt_mail_key_decode(keys[i].p + 1, keys[i].n - 1, &mail))
+				mark_mail(r, &mail, dots);
+		}
+		if (n > 0) {
+			crdt_buf_clear(&from);
+			crdt_buf_raw(&from, keys[n - 1].p, keys[n - 1].n);
+			crdt_buf_u8(&from, 0);	/* behind it */
+		}
+		row_keys_free(keys, n);
+	} while (n == SLICE);
+	crdt_buf_free(&from);
+}
+
+void replica_mark_all(struct replica *r, const struct crdt_vv *dots)
+{
+	struct all a = { r, NULL, 0, 0 };
+
+	crdt_scan_folders(rrows(r), note_folder, &a);
+	for (size_t i = 0; i < a.n; i++)
+		mark_folder(r, &a.ids[i], dots);
+	free(a.ids);
+	mark_rows(r, 'M', dots);
+	mark_rows(r, ROW_MAIL, dots);
+	mark_rows(r, 'S', dots);
+	mark_rows(r, ROW_SUBSCRIBED, dots);
+}
+
 int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, char **error_r)
 {
 	bool merged = false;
@@ -584,9 +662,7 @@ int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, c
 			 * what we sent.  Going on would use its number twice. */
 			replica_log(r, 1, "the storage has op %llu of ours, we know %llu: a new origin begins",
 				    (unsigned long long)op.dot.seq, (unsigned long long)r->last_seq);
-			r->origin = CRDT_ORIGIN(r->cfg->slot, r->cfg->random(r->cfg->ctx));
-			r->last_seq = r->acked_seq = 0;
-			own_put(r);
+			replica_new_origin(r);
 			res = merge(r, &op, ops[i].p, ops[i].n, &why);
 		} else {
 			res = merge(r, &op, ops[i].p, ops[i].n, &why);

@@ -59,6 +59,10 @@ struct uplink_callbacks {
 	/* The daemon lost its data and asks for a piece of a snapshot: answer with
 	 * uplink_snap().  May be NULL. */
 	void (*snap_want)(void *ctx, const struct crdt_frame *f, const char *user);
+	/* The daemon's log does not reach back: its users' states are to be taken, then
+	 * uplink_taken().  It begins (f NULL), or an answer to uplink_snap() came.  NULL: it is
+	 * not used. */
+	void (*snap)(void *ctx, const struct crdt_frame *f, const char *user);
 	void *ctx;
 };
 
@@ -127,7 +131,12 @@ void uplink_own_done(struct uplink *u);		/* own ops are not wanted any more */
 size_t uplink_unacked_feed(const struct uplink *u);	/* bytes merged and not acknowledged */
 void uplink_feed_durable(struct uplink *u, uint64_t daemon_id, uint64_t gsn);
 
+bool uplink_takes(const struct uplink *u);	/* cb.snap() is at work */
 void uplink_snap(struct uplink *u, const struct crdt_frame *f);
+/* What was asked of the daemon cannot be used: later, by another connection. */
+void uplink_snap_failed(struct uplink *u, int64_t now, const char *why);
+uint64_t uplink_goal(const struct uplink *u);	/* gsn that the states are of */
+void uplink_taken(struct uplink *u);		/* they are durable, and the number */
 
 /* Bodies and stability.  Nothing is sent (false) while the link is not up. */
 bool uplink_body(struct uplink *u, const char *user, uint32_t gen, const struct crdt_content *c,

@@ -25,9 +25,10 @@
  *  ASK     W>D  for an administrator: who the members are, or what is known of a user
  *  TOLD    D>W  the answer, as lines of the status protocol (wire/status.h); the last
  *               piece is marked
- *  SNAP_WANT D>W  a daemon that lost its data asks for a piece of what a worker has: which
- *               users, the state of one, the ops of one that some member may lack
- *  SNAP    W>D  that piece
+ *  SNAP_WANT    a daemon that lost its data asks a worker for a piece of what it has: which
+ *               users, the state of one, the ops of one that some member may lack; a worker
+ *               that is new asks a daemon for the first two
+ *  SNAP         that piece
  */
 #include "../crdt/op.h"
 
@@ -56,9 +57,12 @@ enum crdt_frame_type {
 /* What SNAP_WANT and SNAP are about. */
 enum crdt_snap { CRDT_SNAP_USERS = 1, CRDT_SNAP_ROWS, CRDT_SNAP_OPS };
 /* HELLO: what the worker can and is. */
-#define CRDT_HELLO_SNAPSHOTS 0x01	/* answers SNAP_WANT */
+#define CRDT_HELLO_SNAPSHOTS 0x01	/* answers SNAP_WANT, and can be sent to ask */
 #define CRDT_HELLO_ACKED 0x02		/* has ops that it does not send again */
 /* WELCOME */
+#define CRDT_WELCOME_SNAPSHOT 0x02	/* the log does not reach back to where the worker is: it takes
+					 * snapshots, of what is in the log up to gsn, and
+					 * acknowledges that */
 #define CRDT_WELCOME_REBUILD 0x01	/* the daemon lost its data: it takes nothing but SNAP, until
 					 * another WELCOME on the same connection */
 /* What is asked. */

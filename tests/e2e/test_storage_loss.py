@@ -182,3 +182,62 @@ def test_one_of_two(own_cluster):
     cluster.doveadm("w1", "crdt", "sync", "-u", "u1")
     views = [look(cluster, worker, "u1") for worker in ("w1", "w2")]
     assert views[0].mails() == views[1].mails() == {"INBOX": ["c", "d", r"e \Flagged", "two", "x", "y"], "h": ["n"]}
+
+
+def set_members(cluster, *workers):
+    """The storage daemon's list, of these workers."""
+    path = os.path.join(cluster.directory, "nodes", "s1", "peers.conf")
+    if not os.path.exists(path + ".all"):
+        shutil.copy(path, path + ".all")
+    with open(path + ".all", encoding="ascii") as file:
+        sections = file.read().split("peer ")[1:]
+    with open(path, "w", encoding="ascii") as file:
+        file.write("".join("peer " + section for section in sections if section.split()[0] in workers))
+
+
+def test_new_worker(own_cluster):
+    """The log does not reach back any more: a worker that is added takes the users' states, and
+    its own users' mail is not lost. So does one that lost its database."""
+    cluster = own_cluster(users=2, workers=3)
+    daemon = Daemon(cluster)
+    cluster.kill("w3")
+    state = os.path.join(cluster.directory, "nodes", "w3", "crdt")
+    set_members(cluster, "w1", "w2")
+    cluster.kill("s1")
+    cluster.start("s1")
+    fill(cluster)
+    daemon.lose()
+    daemon.wait_done()
+    with Client.login(cluster, "w2", "u1") as client:
+        client.do("append f later")
+    set_members(cluster, "w1", "w2", "w3")
+    cluster.kill("s1")
+    for name in ("db", "db.made"):
+        path = os.path.join(state, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        elif os.path.exists(path):
+            os.unlink(path)
+    cluster.start("w3")
+    with Client.login(cluster, "w3", "u1") as client:
+        client.do("append INBOX own", "create mine")
+    cluster.start("s1")
+    wait_log(cluster, "w3", "the states of its users are here")
+    mails = {"INBOX": ["b", "c", "d", r"e \Flagged", "own", "two"], "f": ["later", "m"], "h": ["n"], "mine": []}
+    equal(cluster, "u1", mails)
+    equal(cluster, "u2", {"INBOX": ["one"]})
+    # its database goes, its mail stays; meanwhile others go on
+    cluster.kill("w3")
+    shutil.rmtree(os.path.join(state, "db"))
+    with Client.login(cluster, "w1", "u1") as client:
+        client.do("expunge INBOX b", "append INBOX x")
+    cluster.doveadm("w1", "crdt", "sync", "-u", "u1")
+    cluster.start("w3")
+    wait_log(cluster, "w3", "the states of its users are here", 2)
+    mails["INBOX"] = ["c", "d", r"e \Flagged", "own", "two", "x"]
+    equal(cluster, "u1", mails)
+    with Client.login(cluster, "w3", "u1") as client:
+        client.do("append mine y", "expunge INBOX c")
+    mails["INBOX"].remove("c")
+    mails["mine"] = ["y"]
+    equal(cluster, "u1", mails)

@@ -326,6 +326,41 @@ static void nothing_else_meanwhile(void **state)
 	crdt_buf_free(&op);
 }
 
+/* w2 asks for what there is, and is fed only when it has acknowledged that. */
+static void takes_states(struct world *w)
+{
+	struct crdt_frame ack = { .type = CRDT_FRAME_FEED_ACK }, want = { .type = CRDT_FRAME_SNAP_WANT, .code = CRDT_SNAP_USERS };
+	struct crdt_buf op = subscribe(ORIGIN1, 3, "d", NULL);
+	struct crdt_bytes bytes = { op.data, op.len };
+	struct crdt_frame ops = { .type = CRDT_FRAME_OPS, .ops = &bytes, .ops_n = 1 };
+	const struct crdt_frame *f = next(w, 2, CRDT_FRAME_WELCOME);
+
+	assert_int_equal(f->flags, CRDT_WELCOME_SNAPSHOT);
+	ack.gsn = f->gsn;
+	give(w, 2, &want);
+	f = next(w, 2, CRDT_FRAME_SNAP);
+	assert_true(f->last);
+	assert_int_equal(f->rows_n, 1);
+	want.code = CRDT_SNAP_ROWS;
+	want.user = str("u");
+	give(w, 2, &want);
+	f = next(w, 2, CRDT_FRAME_SNAP);
+	assert_true(f->last);
+	assert_int_equal(f->rows_n, 3);
+	assert_int_equal(crdt_vv_get(&f->vv, ORIGIN1), 2);
+	ops.user = str("u");
+	give(w, 1, &ops);
+	assert_true(silent(w, 2));
+	give(w, 2, &ack);
+	f = next(w, 2, CRDT_FRAME_FEED);
+	assert_int_equal(f->gsn_prev, ack.gsn);
+	assert_int_equal(f->ops_n, 1);
+	/* not any more */
+	give(w, 2, &want);
+	assert_int_equal(next(w, 2, CRDT_FRAME_ERROR)->code, CRDT_ERR_MALFORMED);
+	crdt_buf_free(&op);
+}
+
 /* w1 has two ops that w2 lacks, w2 one that w1 lacks; the state comes from one of them. */
 static void each_is_fed_what_it_lacks(void **state)
 {
@@ -371,11 +406,14 @@ static void each_is_fed_what_it_lacks(void **state)
 	hello_as(w, 2, CRDT_HELLO_SNAPSHOTS | CRDT_HELLO_ACKED, w->h->daemon_id);
 	(void)next(w, 2, CRDT_FRAME_WELCOME);
 	assert_int_equal(next(w, 2, CRDT_FRAME_FEED)->ops_n, 2);
-	/* one that knows nothing of it cannot be */
+	/* one that knows nothing of it cannot be: it takes the states, if it can */
 	hub_disconnected(w->h, 102);
 	forget_sent(w);
-	hello_as(w, 2, CRDT_HELLO_SNAPSHOTS, 0);
+	hello_as(w, 2, 0, 0);
 	assert_int_equal(next(w, 2, CRDT_FRAME_ERROR)->code, CRDT_ERR_RESET);
+	forget_sent(w);
+	hello_as(w, 2, CRDT_HELLO_SNAPSHOTS, 0);
+	takes_states(w);
 }
 
 /* One that is away may have what nobody else has: until it is retired. */

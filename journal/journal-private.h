@@ -34,6 +34,7 @@ struct copy {
 };
 #define COPY_INBOX_MADE 0x01
 #define COPY_NUMBERED_HERE 0x02
+#define COPY_INCOMPLETE 0x04
 
 struct crdt_journal {
 	char *path;			/* of the file */
@@ -41,6 +42,7 @@ struct crdt_journal {
 	char *replica, *user;		/* NULL likewise */
 	unsigned slot;
 	uint32_t user_gen;
+	bool empty;			/* of who opened it */
 	bool readonly;
 	char boot[CRDT_JOURNAL_BOOT_SIZE];
 

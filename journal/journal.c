@@ -82,6 +82,7 @@ static void use_copy(struct crdt_journal *j, const struct copy *c)
 	j->info.base_seq = c->base_seq;
 	j->info.uidvalidity_high = c->uidvalidity_high;
 	j->info.inbox_made = (c->flags & COPY_INBOX_MADE) != 0;
+	j->info.incomplete = (c->flags & COPY_INCOMPLETE) != 0;
 	j->info.seen = c->seen;
 }
 
@@ -225,19 +226,21 @@ int journal_read_header(struct crdt_journal *j, uint8_t header[CRDT_JOURNAL_HEAD
 }
 
 /* The newer copy's fixed fields, unchecked. */
-static bool peek_header(struct crdt_journal *j, struct crdt_journal_peek *peek_r)
+static bool peek_header(int fd, struct crdt_journal_peek *peek_r)
 {
 	uint8_t bytes[COPY_SIZE + COPY_PEEK_SIZE];
 	struct copy c;
 
 	memset(peek_r, 0, sizeof(*peek_r));
-	if (journal_pread(j->fd, bytes, sizeof(bytes), COPY_OFFSET(0)) <= 0)
+	if (journal_pread(fd, bytes, sizeof(bytes), COPY_OFFSET(0)) <= 0)
 		return false;
 	for (int i = 0; i < 2; i++) {
 		journal_copy_decode_fixed(bytes + i * COPY_SIZE, &c);
-		if (c.generation >= peek_r->generation) {
+		/* base seqs begin at 1: the other one was never written */
+		if (c.base_seq > 0 && c.generation >= peek_r->generation) {
 			peek_r->generation = c.generation;
 			peek_r->numbered_here = (c.flags & COPY_NUMBERED_HERE) != 0;
+			peek_r->incomplete = (c.flags & COPY_INCOMPLETE) != 0;
 		}
 	}
 	return true;
@@ -382,7 +385,9 @@ static int replace_file(struct crdt_journal *j, const struct ident *id, const st
 			add_closed(j, &next.closed, id->origin, j->info.next_seq - 1);
 		copy.seen = c->seen;
 		copy.uidvalidity_high = uidvalidity_above(c->uidvalidity_high);
-		copy.flags = c->flags & COPY_INBOX_MADE;
+		copy.flags = c->flags & (COPY_INBOX_MADE | COPY_INCOMPLETE);
+	} else if (j->empty) {
+		copy.flags = COPY_INCOMPLETE;
 	}
 	return journal_temp_finish(j, fd, &next, &copy, error_r);
 }
@@ -451,7 +456,7 @@ static bool is_header_known(struct crdt_journal *j)
 {
 	struct crdt_journal_peek peek;
 
-	return j->inode != 0 && peek_header(j, &peek) && peek.generation == j->copy.generation;
+	return j->inode != 0 && peek_header(j->fd, &peek) && peek.generation == j->copy.generation;
 }
 
 /* 0; 1: the last frame is damaged; -1 error */
@@ -481,6 +486,7 @@ static int check_file(struct crdt_journal *j, bool first, struct stat *st, const
 		new_ident(j, &id, &file, j->user_gen);
 		memset(&c, 0, sizeof(c));
 		c.base_seq = 1;
+		c.flags = j->empty ? COPY_INCOMPLETE : 0;
 		if (write_header(j->fd, &id, &c) < 0 || fsync(j->fd) < 0)
 			return journal_fail_errno(error_r, "write", j->path);
 		st->st_size = CRDT_JOURNAL_HEADER_SIZE;
@@ -595,6 +601,7 @@ struct crdt_journal *crdt_journal_open(const char *dir, const struct crdt_journa
 	j->fd = -1;
 	j->slot = ident->slot;
 	j->user_gen = ident->user_gen;
+	j->empty = ident->empty;
 	j->dir = strdup(dir);
 	j->replica = strdup(ident->replica);
 	j->user = strdup(ident->user);
@@ -781,6 +788,17 @@ int crdt_journal_set_inbox_made(struct crdt_journal *j, const char **error_r)
 	return journal_write_copy(j, &c, error_r);
 }
 
+int crdt_journal_set_complete(struct crdt_journal *j, const char **error_r)
+{
+	struct copy c = j->copy;
+
+	assert(j->locked);
+	if ((c.flags & COPY_INCOMPLETE) == 0)
+		return 0;
+	c.flags &= ~COPY_INCOMPLETE;
+	return journal_write_copy(j, &c, error_r) < 0 ? -1 : crdt_journal_sync(j, error_r);
+}
+
 int crdt_journal_set_numbered_here(struct crdt_journal *j, bool set, const char **error_r)
 {
 	struct copy c = j->copy;
@@ -825,5 +843,19 @@ bool crdt_journal_peek(struct crdt_journal *j, struct crdt_journal_peek *peek_r)
 
 	memset(peek_r, 0, sizeof(*peek_r));
 	return j->fd != -1 && stat(j->path, &st) == 0 && st.st_ino == j->inode &&
-		peek_header(j, peek_r);
+		peek_header(j->fd, peek_r);
+}
+
+int crdt_journal_peek_file(const char *path, struct crdt_journal_peek *peek_r)
+{
+	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+
+	memset(peek_r, 0, sizeof(*peek_r));
+	if (fd < 0)
+		return -1;
+	/* One that has no header yet: who waits for it learns more. */
+	if (!peek_header(fd, peek_r))
+		peek_r->incomplete = true;
+	close(fd);
+	return 0;
 }

@@ -116,6 +116,8 @@ struct crdt_journal_ident {
 	const char *replica;		/* crdt_replica */
 	const char *user;
 	uint32_t user_gen;		/* crdt_generation */
+	/* No mail is beside it: a journal that is made now says that this copy is not complete. */
+	bool empty;
 };
 
 struct crdt_journal_info {
@@ -124,6 +126,7 @@ struct crdt_journal_info {
 	uint64_t next_seq;		/* seq of the next record */
 	uint32_t uidvalidity_high;	/* highest UIDVALIDITY known for this user */
 	bool inbox_made;		/* INBOX was made once: crdt_inbox_uidvalidity() is used up */
+	bool incomplete;		/* others may have mail of this user that never was here */
 	struct crdt_vv seen;		/* applied to the whole user (all mailboxes, subscriptions) */
 	struct crdt_vv closed;		/* own earlier origins with their last seq: orders set-aside files */
 	bool closed_file;		/* a set-aside journal: nothing is added any more */
@@ -167,6 +170,9 @@ int crdt_journal_set_seen(struct crdt_journal *j, const struct crdt_vv *seen, co
 /* (Synced now and then: never is the file on disk CRDT_UIDVALIDITY_GAP behind.) */
 int crdt_journal_raise_uidvalidity(struct crdt_journal *j, uint32_t value, const char **error_r);
 int crdt_journal_set_inbox_made(struct crdt_journal *j, const char **error_r);
+/* All that others had is here: for ever, what comes later is only late.  (Synced: who loses
+ * it asks again, and is answered.) */
+int crdt_journal_set_complete(struct crdt_journal *j, const char **error_r);
 
 /*
  * Before a change that must not happen if it cannot be recorded: makes sure that
@@ -187,8 +193,10 @@ int crdt_journal_set_numbered_here(struct crdt_journal *j, bool set, const char 
 struct crdt_journal_peek {
 	uint64_t generation;	/* grows with each header update, by whatever process: so a
 				 * test whether the applier was here (crdt_journal_set_seen()) */
-	bool numbered_here;
+	bool numbered_here, incomplete;
 };
+/* The same for a journal that is not open.  0; -1, errno: ENOENT there is none. */
+int crdt_journal_peek_file(const char *path, struct crdt_journal_peek *peek_r);
 /* false: the file was replaced; lock to follow. */
 bool crdt_journal_peek(struct crdt_journal *j, struct crdt_journal_peek *peek_r);
 

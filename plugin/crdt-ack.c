@@ -9,31 +9,13 @@
  * so imap waits for those after the command, crdt-ack-imap.c.)
  */
 #include "crdt-private.h"
-#include "net.h"
-#include "str.h"
-#include "write-full.h"
 #include "sleep.h"
 #include "mailbox-list-private.h"
-#include "../wire/status.h"
 
-#include <poll.h>
 #include <time.h>
 #include <unistd.h>
 
-#define ACK_SOCKET "crdt-ack"
-#define ACK_RETRY_MSECS 100	/* crdt-sync is starting, a reload perhaps */
 #define ACK_LOG_SECS 60		/* between warnings of one process */
-#define ACK_ANSWER_MAX 64
-
-enum ack { ACK_YES, ACK_NO, ACK_AGAIN };
-
-static int64_t now_msecs(void)
-{
-	struct timespec ts;
-
-	(void)clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
 
 void crdt_ack_note(struct crdt_user *cuser, const struct crdt_dot *last)
 {
@@ -41,67 +23,29 @@ void crdt_ack_note(struct crdt_user *cuser, const struct crdt_dot *last)
 		cuser->unacked = *last;
 }
 
-static const char *request(struct crdt_user *cuser, int64_t msecs)
+static enum ack { ACK_YES, ACK_NO, ACK_AGAIN } ask(struct crdt_user *cuser, int64_t end)
 {
-	struct crdt_buf b = CRDT_BUF_INIT;
-	const char *line;
+	int64_t left = end - crdt_ask_now();
+	const char *answer;
 
-	crdt_buf_raw(&b, "ack", 3);
-	status_word(&b, cuser->user->username);
-	if (b.failed)
-		i_fatal_status(FATAL_OUTOFMEM, "out of memory");
-	line = t_strdup_printf("%.*s\t%016"PRIx64"\t%"PRIu64"\t%"PRId64"\n", (int)b.len, (const char *)b.data,
-			       cuser->unacked.origin, cuser->unacked.seq, msecs);
-	crdt_buf_free(&b);
-	return line;
-}
-
-/* Until the answer is there, or the time is over. */
-static enum ack answer_read(int fd, int64_t end)
-{
-	char answer[ACK_ANSWER_MAX];
-	size_t n = 0;
-	int64_t left;
-
-	while ((left = end - now_msecs()) > 0 && n < sizeof(answer)) {
-		struct pollfd pfd = { .fd = fd, .events = POLLIN };
-		ssize_t ret;
-
-		if (poll(&pfd, 1, (int)left) <= 0)
-			continue;
-		ret = read(fd, answer + n, sizeof(answer) - n);
-		if (ret <= 0)
-			return ACK_AGAIN;
-		n += ret;
-		if (memchr(answer, '\n', n) != NULL)
-			return n >= 11 && memcmp(answer, "acked\tok=1\n", 11) == 0 ? ACK_YES : ACK_NO;
+	if (left <= 0)
+		return ACK_NO;
+	switch (crdt_ask(cuser, crdt_ask_line(cuser, "ack", t_strdup_printf("%016"PRIx64"\t%"PRIu64"\t%"PRId64,
+			 cuser->unacked.origin, cuser->unacked.seq, left)), end, &answer)) {
+	case CRDT_ASK_ANSWERED:
+		return strcmp(answer, "acked\tok=1") == 0 ? ACK_YES : ACK_NO;
+	case CRDT_ASK_AGAIN:
+		return ACK_AGAIN;
+	case CRDT_ASK_SILENT:
+	case CRDT_ASK_NOBODY:
+		break;
 	}
 	return ACK_NO;
 }
 
-static enum ack ask(struct crdt_user *cuser, const char *path, int64_t end)
+static void warn(struct crdt_user *cuser)
 {
-	int64_t left = end - now_msecs();
-	const char *line;
-	enum ack ack = ACK_AGAIN;
-	int fd;
-
-	if (left <= 0)
-		return ACK_NO;
-	fd = net_connect_unix(path);
-	if (fd < 0) {
-		/* no such listener: nobody will ever answer */
-		return errno == ENOENT || errno == EACCES ? ACK_NO : ACK_AGAIN;
-	}
-	line = request(cuser, left);
-	if (write_full(fd, line, strlen(line)) == 0)
-		ack = answer_read(fd, end);
-	i_close_fd(&fd);
-	return ack;
-}
-
-static void warn(struct crdt_user *cuser, const char *path)
-{
+	const char *path = crdt_ask_path(cuser);
 	static time_t logged;
 	time_t now = time(NULL);
 
@@ -116,19 +60,17 @@ static void warn(struct crdt_user *cuser, const char *path)
 
 int crdt_ack_wait(struct crdt_user *cuser)
 {
-	int64_t end = now_msecs() + cuser->set.ack_secs * 1000;
-	const char *path;
+	int64_t end = crdt_ask_now() + cuser->set.ack_secs * 1000;
 	enum ack ack;
 
 	if (cuser->unacked.seq == 0)
 		return 0;
-	path = t_strconcat(cuser->user->set->base_dir, "/"ACK_SOCKET, NULL);
-	while ((ack = ask(cuser, path, end)) == ACK_AGAIN)
-		i_sleep_msecs(ACK_RETRY_MSECS);
+	while ((ack = ask(cuser, end)) == ACK_AGAIN)
+		i_sleep_msecs(CRDT_ASK_RETRY_MSECS);
 	i_zero(&cuser->unacked);
 	if (ack == ACK_YES)
 		return 0;
-	warn(cuser, path);
+	warn(cuser);
 	return cuser->set.ack_tempfail ? -1 : 0;
 }
 

@@ -100,6 +100,7 @@ static int begin(struct mail_user *user, const struct crdt_settings *set, const 
 		.replica = set->replica,
 		.user = user->username,
 		.user_gen = set->generation,
+		.empty = TRUE,
 	};
 	struct crdt_journal *journal = crdt_journal_open(dir, &ident, error_r);
 

@@ -189,6 +189,12 @@ static int crdt_mailbox_open(struct mailbox *box)
 {
 	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
 
+	if (cbox->cuser->unavailable) {
+		/* pop3 calls it permanent if it is another one */
+		mail_storage_set_error(box->storage, MAIL_ERROR_TEMP,
+				       "Mail of this account is still being fetched, try again later");
+		return -1;
+	}
 	if (open_born(cbox) < 0) {
 		if (is_list_syncing(box->list) && mailbox_get_last_mail_error(box) == MAIL_ERROR_NOTFOUND)
 			mail_storage_set_error(box->storage, MAIL_ERROR_UNAVAILABLE, "Mailbox isn't created yet");

@@ -5,7 +5,11 @@
 #include "mail-index-modseq.h"
 #include "mail-transaction-log-private.h"
 
+#include <fcntl.h>
 #include <unistd.h>
+
+/* Of the two new files of the log, and what raise_all() writes into it for each mail. */
+#define LOG_ROOM (64 * 1024)
 
 static bool is_pending(const struct mail_transaction_header *hdr)
 {
@@ -71,18 +75,58 @@ static int raise_all(struct mail_index *index, uint64_t min)
 	return ret;
 }
 
-/* Dovecot compares UIDs with those that a client knows only for modseqs that the log does
- * not reach back to; it keeps two files of it.  So: a new one, and one more. */
-static int forget_log(struct mail_index *index)
+/* Whether the index could be written now.  Where the log has a new file and the index is
+ * not written, what the second of two such failures rotates away is lost. */
+static int check_room(struct mail_index *index)
 {
-	if (mail_index_map(index, MAIL_INDEX_SYNC_HANDLER_HEAD) <= 0)
+	const struct mail_index_header *hdr = &index->map->hdr;
+	off_t size = hdr->header_size + (off_t)hdr->messages_count * hdr->record_size + LOG_ROOM;
+	const char *path = t_strconcat(index->filepath, ".crdt-room", NULL);
+	int fd, ret;
+
+	fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+	if (fd == -1) {
+		mail_index_set_error(index, "open(%s) failed: %m", path);
 		return -1;
-	mail_index_write(index, TRUE, "crdt: takeover");
+	}
+	ret = posix_fallocate(fd, 0, size);
+	i_close_fd(&fd);
+	i_unlink(path);
+	if (ret != 0) {
+		errno = ret;
+		mail_index_set_error(index, "posix_fallocate(%s) failed: %m", path);
+		return -1;
+	}
+	return 0;
+}
+
+static int write_index(struct mail_index *index, bool rotate)
+{
+	mail_index_write(index, rotate, "crdt: takeover");
 	if (MAIL_INDEX_IS_IN_MEMORY(index)) {
 		mail_index_set_error(index, "crdt: Index %s could not be written", index->filepath);
 		return -1;
 	}
-	return mail_transaction_log_rotate(index->log, FALSE);
+	return 0;
+}
+
+/* Dovecot compares UIDs with those that a client knows only for modseqs that the log does
+ * not reach back to; it keeps two files of it.  So: a new one, and one more.
+ *
+ * A process that reads without a lock needs the file of the log that the index names: where
+ * it is rotated away it repairs the index as it knows it, without what came later, mails
+ * included.  So the index is written after each rotation, and before the first if it is
+ * behind. */
+static int forget_log(struct mail_index *index)
+{
+	if (mail_index_map(index, MAIL_INDEX_SYNC_HANDLER_HEAD) <= 0)
+		return -1;
+	if (index->main_index_hdr_log_file_seq != index->log->head->hdr.file_seq &&
+	    write_index(index, FALSE) < 0)
+		return -1;
+	if (write_index(index, TRUE) < 0)
+		return -1;
+	return write_index(index, TRUE);
 }
 
 static int sync_files(struct mail_index *index)
@@ -110,7 +154,7 @@ int crdt_modseq_restart(struct mail_index *index, uint64_t min)
 	/* (that was a transaction of its own) */
 	if (mail_index_map(index, MAIL_INDEX_SYNC_HANDLER_HEAD) <= 0)
 		return -1;
-	if (raise_all(index, min) < 0 || forget_log(index) < 0)
+	if (check_room(index) < 0 || raise_all(index, min) < 0 || forget_log(index) < 0)
 		return -1;
 	return sync_files(index);
 }

@@ -260,6 +260,15 @@ static int takeover_locked(struct crdt_mailbox *cbox)
 	return 1;
 }
 
+/* What could not be written (the disk is full, say) Dovecot would try again with each sync
+ * of the mailbox, and each failure empties its list of UIDs just before it looks there for
+ * what to expunge from the index: all of it.  So the list is read anew. */
+static void forget_uidlist(struct maildir_mailbox *mbox)
+{
+	maildir_uidlist_deinit(&mbox->uidlist);
+	mbox->uidlist = maildir_uidlist_init(mbox);
+}
+
 /* Once: 1, 0 and -1 as takeover_locked(); -2: something is pending. */
 static int try_takeover(struct crdt_mailbox *cbox)
 {
@@ -290,6 +299,8 @@ static int try_takeover(struct crdt_mailbox *cbox)
 	}
 	if (uidlist != NULL)
 		maildir_uidlist_unlock(uidlist);
+	if (uidlist != NULL && ret == -1)
+		forget_uidlist((struct maildir_mailbox *)box);
 	return ret;
 }
 

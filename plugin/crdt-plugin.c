@@ -22,6 +22,7 @@ static void crdt_user_deinit(struct mail_user *user)
 	struct crdt_user *cuser = CRDT_USER_CONTEXT(user);
 
 	i_assert(cuser != NULL);
+	crdt_login_imap_user_deinit(cuser);
 	/* mailboxes, and so transactions, end in super */
 	cuser->module_ctx.super.deinit(user);
 	crdt_mailbox_forget_checked(cuser);
@@ -71,10 +72,15 @@ static void crdt_namespaces_created(struct mail_namespace *namespaces)
 	const char *error;
 	uint32_t gen;
 
-	if (cuser == NULL || cuser->set.mode != CRDT_MODE_ON || cuser->set.generation == 0)
+	if (cuser == NULL || cuser->set.mode != CRDT_MODE_ON)
 		return;
-	if (crdt_generation_check(user, &cuser->set, &gen, &error) <= 0)
+	if (cuser->set.generation > 0 && crdt_generation_check(user, &cuser->set, &gen, &error) <= 0) {
 		user->error = p_strdup_printf(user->pool, "crdt: %s", error);
+		return;
+	}
+	/* (imap has not answered LOGIN yet, and does it then: crdt-login-imap.c) */
+	if (strcmp(user->service, "pop3") == 0)
+		crdt_login_begin(cuser);
 }
 
 static struct mail_storage_hooks crdt_storage_hooks = {
@@ -89,10 +95,12 @@ void crdt_plugin_init(struct module *module)
 	mail_storage_hooks_add(module, &crdt_storage_hooks);
 	crdt_messages_init();
 	crdt_ack_init();
+	crdt_login_imap_init();
 }
 
 void crdt_plugin_deinit(void)
 {
+	crdt_login_imap_deinit();
 	crdt_ack_deinit();
 	crdt_messages_deinit();
 	mail_storage_hooks_remove(&crdt_storage_hooks);

@@ -37,6 +37,8 @@ struct crdt_user {
 	/* A session of imap or pop3: what it opens, it takes over. */
 	bool session;
 	bool survey_asked;		/* by this session */
+	bool is_new;			/* nobody has anything of him */
+	bool unavailable;		/* the copy is not complete: no mailbox can be opened */
 	/* Mailboxes that this session opened for a STATUS: no need to look at their
 	 * numberers again while the journal's generation is this. */
 	uint64_t checked_generation;
@@ -151,6 +153,35 @@ void crdt_record_peek(struct crdt_user *cuser, struct crdt_journal_peek *peek_r)
 /* The storage's error for an addition that could not be recorded, by errno. */
 void crdt_record_set_error(struct mailbox *box, const char *error);
 void crdt_record_deinit(void);
+
+/* ---- crdt-ask.c ---- */
+
+#define CRDT_ASK_RETRY_MSECS 100	/* crdt-sync is starting, a reload perhaps */
+enum crdt_asked {
+	CRDT_ASK_ANSWERED,
+	CRDT_ASK_AGAIN,		/* try it again a bit later */
+	CRDT_ASK_SILENT,	/* the time is over */
+	CRDT_ASK_NOBODY,	/* there is no such listener: nobody will ever answer */
+};
+/* A request about this user. */
+const char *crdt_ask_line(struct crdt_user *cuser, const char *word, const char *arguments);
+/* Waits until crdt-sync answers, at most until `end` of crdt_ask_now(), in milliseconds;
+ * the answer's first line.  No lock may be held that crdt-worker may need. */
+enum crdt_asked crdt_ask(struct crdt_user *cuser, const char *line, int64_t end, const char **answer_r);
+int64_t crdt_ask_now(void);
+const char *crdt_ask_path(struct crdt_user *cuser);
+
+/* ---- crdt-login.c ---- */
+
+/* A session of imap or pop3 begins, no mailbox is open: waits for what is not here yet,
+ * and says in cuser->unavailable whether there is any copy to show. */
+void crdt_login_begin(struct crdt_user *cuser);
+
+/* ---- crdt-login-imap.c ---- */
+
+void crdt_login_imap_init(void);
+void crdt_login_imap_deinit(void);
+void crdt_login_imap_user_deinit(struct crdt_user *cuser);
 
 /* ---- crdt-ack.c ---- */
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* [2] What was captured goes into the user's journal. */
 #include "crdt-private.h"
+#include "crdt-copy.h"
 #include "mail-namespace.h"
 #include "mailbox-list.h"
 #include "mail-user.h"
@@ -39,6 +40,9 @@ static int record_open(struct crdt_user *cuser, const char **error_r)
 		errno = 0;
 		return -1;
 	}
+	/* The first record comes before what it tells of. */
+	if (access(t_strconcat(dir, "/" CRDT_JOURNAL_NAME, NULL), F_OK) < 0)
+		ident.empty = !cuser->is_new && !crdt_copy_is_here(mail_namespace_find_inbox(cuser->user->namespaces));
 	cuser->journal = crdt_journal_open(dir, &ident, error_r);
 	if (cuser->journal == NULL && errno == ENOENT &&
 	    mailbox_list_mkdir_root(list, dir, MAILBOX_LIST_PATH_TYPE_CONTROL) == 0)

@@ -74,6 +74,12 @@ static bool parse_ack_fail(const char *value, struct crdt_settings *set)
 	return set->ack_tempfail || strcmp(value, "ok") == 0;
 }
 
+static bool parse_login_wait(const char *value, struct crdt_settings *set)
+{
+	return crdt_compat_parse_interval(value, &set->login_wait_secs) == 0 &&
+		set->login_wait_secs <= CRDT_LOGIN_WAIT_SECS_MAX;
+}
+
 static bool parse_generation(const char *value, struct crdt_settings *set)
 {
 	return str_to_uint32(value, &set->generation) == 0;
@@ -90,6 +96,7 @@ static const struct crdt_setting settings[] = {
 	{ "crdt_ack", "local", "local or storage", parse_ack },
 	{ "crdt_ack_timeout", CRDT_DEFAULT_ACK_TIMEOUT, "a time from 1 to 45 seconds, such as 5 secs", parse_ack_timeout },
 	{ "crdt_ack_fail", "ok", "ok or tempfail", parse_ack_fail },
+	{ "crdt_login_wait", CRDT_DEFAULT_LOGIN_WAIT, "a time from 0 to 45 seconds, such as 2 secs", parse_login_wait },
 	{ "crdt_generation", CRDT_DEFAULT_GENERATION, "a number from 0 to 4294967295", parse_generation },
 };
 

@@ -8,6 +8,8 @@ struct mail_user;
 #define CRDT_DEFAULT_STATE_DIR "/var/lib/dovecot-crdt"
 #define CRDT_DEFAULT_ACK_TIMEOUT "5 secs"
 #define CRDT_ACK_SECS_MAX 45		/* crdt-sync keeps nobody longer */
+#define CRDT_DEFAULT_LOGIN_WAIT "2 secs"
+#define CRDT_LOGIN_WAIT_SECS_MAX 45
 #define CRDT_DEFAULT_EXTERNAL_EXPUNGE_MAX "10"
 #define CRDT_DEFAULT_SURVEY_INTERVAL "1 hours"
 #define CRDT_DEFAULT_GENERATION "0"
@@ -23,6 +25,7 @@ struct crdt_settings {
 	bool ack_storage;		/* the answer waits for a storage daemon */
 	bool ack_tempfail;		/* and is an error if none has the change after */
 	unsigned int ack_secs;
+	unsigned int login_wait_secs;	/* 0: never */
 	uint32_t generation;		/* of the user's name */
 };
 

@@ -181,6 +181,8 @@ static void status_user_print(const struct crdt_line *user, const struct crdt_li
 		trouble = "nothing is known of this user yet";
 	else if (*trouble == '\0' && crdt_line_num(user, "busy") != 0)
 		trouble = "busy";
+	else if (*trouble == '\0' && crdt_line_num(user, "incomplete") != 0)
+		trouble = "not complete here yet: logins are refused";
 	doveadm_print(ack == NULL ? "" : crdt_line_get(ack, "peer"));
 	doveadm_print(ack == NULL ? "" : crdt_line_num(ack, "connected") != 0 ? "yes" : "no");
 	doveadm_print_num(ack == NULL ? 0 : crdt_line_num(ack, "unsent"));

@@ -166,6 +166,8 @@ struct mailstore {
 	 * forgotten is unlinked, and the user's dirty marker removed when nothing
 	 * is left. */
 	int (*trim)(struct mailstore *ms, const struct ms_position *pos);
+	/* The journal says from now on that this copy is complete: all that others had is here. */
+	int (*complete)(struct mailstore *ms);
 	/* Header field `seen` of the journal: applied to the whole user. */
 	int (*set_seen)(struct mailstore *ms, const struct crdt_vv *seen, uint32_t uidvalidity_high);
 
@@ -217,6 +219,7 @@ struct mailstore {
 	int (*note)(struct mailstore *ms, struct ms_note *note);
 	/* A SUBSCRIBE record, if that name is subscribed. */
 	int (*note_subscription)(struct mailstore *ms, struct crdt_str path);
+	bool incomplete;		/* the journal says that this copy is not complete: as of read() */
 	char error[256];		/* of the last call that did not return MS_OK */
 };
 #endif

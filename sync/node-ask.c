@@ -6,32 +6,8 @@
 #include "node-private.h"
 #include "../wire/status.h"
 
-/* What one daemon answers. */
-struct part { bool asked, ended, answered; struct crdt_buf text; };
-
-struct node_question {
-	struct node_question *next;	/* of the node */
-	struct node_question *of_user;
-	struct node *n;
-	struct user *u;			/* NULL: to the daemons */
-	uint64_t id;
-	enum node_ask what;
-	int64_t due;
-	bool ordered;			/* a visit is on its way with what is asked */
-	struct part parts[NODE_STORAGES_MAX];
-
-	bool await;
-	struct ms_position record;
-	crdt_origin origin;		/* 0: not translated yet */
-	uint64_t seq;			/* op of origin that a daemon is to acknowledge */
-
-	node_answer *done;
-	void *ctx;
-	struct node_question **owner;	/* the asker's pointer to this */
-};
-
-static struct node_question *question_new(struct node *n, int64_t now, node_answer *done, void *ctx,
-					  struct node_question **q_r)
+struct node_question *node_question_new(struct node *n, int64_t now, node_answer *done, void *ctx,
+					struct node_question **q_r)
 {
 	struct node_question *q = xcalloc(1, sizeof(*q)), **p;
 
@@ -71,7 +47,7 @@ void node_question_cancel(struct node_question **_q)
 	free(q);
 }
 
-static void answer(struct node_question *q, struct crdt_buf *out)
+void node_question_answer(struct node_question *q, struct crdt_buf *out)
 {
 	node_answer *done = q->done;
 	void *ctx = q->ctx;
@@ -115,7 +91,7 @@ static void daemons_answer(struct node_question *q)
 		if (part->answered)
 			crdt_buf_raw(&out, part->text.data, part->text.len);
 	}
-	answer(q, &out);
+	node_question_answer(q, &out);
 }
 
 static bool daemons_ended(const struct node_question *q)
@@ -198,6 +174,7 @@ static void put_user(struct crdt_buf *out, const struct user *u, const struct re
 	line.vv = &s->vv;
 	line.unsent = node_unsent(u, s);
 	line.absent = node_user_is_absent(u);
+	line.incomplete = u->incomplete;
 	line.pending = line.absent ? 0 : s->pending;
 	line.held = line.absent ? 0 : s->held;
 	line.buffered = s->buffered;
@@ -224,7 +201,7 @@ static void user_answer(struct node_question *q, const struct visit *v, bool kno
 		status_begin(&out, "acked");
 		status_uint(&out, "ok", 0);
 		status_end(&out);
-		answer(q, &out);
+		node_question_answer(q, &out);
 		return;
 	}
 	put_user(&out, u, v == NULL ? NULL : v->st, known);
@@ -232,7 +209,7 @@ static void user_answer(struct node_question *q, const struct visit *v, bool kno
 		put_ack(&out, u, i, &v->backlogs[i]);
 	if (v != NULL && q->what == NODE_ASK_DIGESTS)
 		crdt_buf_raw(&out, v->lines.data, v->lines.len);
-	answer(q, &out);
+	node_question_answer(q, &out);
 }
 
 static bool user_known(struct node *n, const char *name, uint32_t gen)
@@ -244,7 +221,7 @@ static bool user_known(struct node *n, const char *name, uint32_t gen)
 	return known;
 }
 
-static void question_of(struct node_question *q, struct user *u)
+void node_question_of(struct node_question *q, struct user *u)
 {
 	q->u = u;
 	q->of_user = u->questions;
@@ -263,6 +240,8 @@ void node_questions_move(struct user *u, struct user *other)
 		q->u = other;
 		q->ordered = false;
 		q->origin = 0;
+		q->hurried = q->surveyed = q->confirmed = false;
+		q->stale = true;
 	}
 }
 
@@ -281,7 +260,7 @@ static void repair_order(struct user *u, const char *path)
 void node_ask(struct node *n, int64_t now, enum node_ask what, const char *user, const char *path,
 	      node_answer *done, void *ctx, struct node_question **q_r)
 {
-	struct node_question *q = question_new(n, now, done, ctx, q_r);
+	struct node_question *q = node_question_new(n, now, done, ctx, q_r);
 	struct user *u;
 
 	q->what = what;
@@ -292,7 +271,7 @@ void node_ask(struct node *n, int64_t now, enum node_ask what, const char *user,
 		return;
 	}
 	u = node_user(n, user, node_local_gen(n, user));
-	question_of(q, u);
+	node_question_of(q, u);
 	if (what == NODE_ASK_SYNC || what == NODE_ASK_REPAIR) {
 		if (what == NODE_ASK_REPAIR)
 			repair_order(u, path);
@@ -311,13 +290,13 @@ void node_ask(struct node *n, int64_t now, enum node_ask what, const char *user,
 void node_await(struct node *n, int64_t now, const char *user, const struct ms_position *record, int64_t msecs,
 		node_answer *done, void *ctx, struct node_question **q_r)
 {
-	struct node_question *q = question_new(n, now, done, ctx, q_r);
+	struct node_question *q = node_question_new(n, now, done, ctx, q_r);
 	struct user *u = node_user(n, user, node_local_gen(n, user));
 
 	q->await = true;
 	q->record = *record;
 	q->due = now + msecs;
-	question_of(q, u);
+	node_question_of(q, u);
 	u->journal = true;
 	node_wake(u, SCHED_NOW);
 }
@@ -361,7 +340,7 @@ static bool await_acked(struct node_question *q)
 	status_begin(&out, "acked");
 	status_uint(&out, "ok", 1);
 	status_end(&out);
-	answer(q, &out);
+	node_question_answer(q, &out);
 	return true;
 }
 
@@ -374,7 +353,7 @@ void node_questions_order(struct user *u, struct visit *v)
 
 	for (struct node_question *q = u->questions; q != NULL; q = q->of_user) {
 		q->ordered = true;
-		if (q->await || !known)
+		if (q->await || q->ready || !known)
 			continue;	/* who is made known by this visit is reported by the next */
 		v->status = v->backlog = true;
 		v->digests = v->digests || q->what == NODE_ASK_DIGESTS;
@@ -392,6 +371,8 @@ void node_questions_visited(struct user *u, struct visit *v)
 		next = q->of_user;
 		if (q->await) {
 			await_visited(q, v);
+		} else if (q->ready) {
+			node_ready_visited(q, v);
 		} else if (!q->ordered || (v->st == NULL && v->own_origin != 0) ||
 			   (q->what == NODE_ASK_DIGESTS && !v->digests)) {
 			again = true;
@@ -407,6 +388,8 @@ static int64_t question_run(struct node_question *q)
 {
 	struct node *n = q->n;
 
+	if (q->ready)
+		return node_ready_run(q);
 	if (q->await && await_acked(q))
 		return INT64_MAX;
 	if (q->due > n->now)

@@ -5,7 +5,7 @@
  * Inside of the node.  node.c: users, visits, syncs.  node-bodies.c: texts that
  * are fetched and texts that are asked of us.  node-report.c: the walk over all
  * users, for the status and after a start.  node-ask.c: questions about one user,
- * and to the daemons.  node-drop.c: users who go.  node-snapshot.c: what a daemon
+ * and to the daemons.  node-ready.c: whether a session may begin.  node-drop.c: users who go.  node-snapshot.c: what a daemon
  * that lost its data is given, and what a new worker takes from one.
  */
 #include "node.h"
@@ -56,6 +56,14 @@ struct user {
 	bool no_user;			/* userdb does not know him */
 	bool waits;			/* for the mail store to be of his generation */
 
+	/* ---- is this copy all that there is? ---- */
+	bool merging;			/* a visit has feeds of his */
+	bool incomplete;		/* his journal says that it is not */
+	bool looked;			/* since it does the mail store was looked through */
+	uint64_t left;			/* so much is still to come */
+	int64_t left_since;		/* and it has been no less since; 0: not incomplete */
+	bool left_held;			/* just mails that wait for a UID */
+
 	struct fetch *fetches;
 	unsigned fetches_asking;	/* of them a daemon is asked for */
 	uint64_t fed;			/* when it was his turn to ask for more */
@@ -77,6 +85,37 @@ struct take {
 	struct crdt_vv merged;
 	bool visiting;			/* all rows are here */
 	int64_t due;			/* ask for his state again; 0: no */
+};
+
+/* What one daemon answers. */
+struct part { bool asked, ended, answered; struct crdt_buf text; };
+
+struct node_question {
+	struct node_question *next;	/* of the node */
+	struct node_question *of_user;
+	struct node *n;
+	struct user *u;			/* NULL: to the daemons */
+	uint64_t id;
+	enum node_ask what;
+	int64_t due;
+	bool ordered;			/* a visit is on its way with what is asked */
+	struct part parts[NODE_STORAGES_MAX];
+
+	bool await;
+	struct ms_position record;
+	crdt_origin origin;		/* 0: not translated yet */
+	uint64_t seq;			/* op of origin that a daemon is to acknowledge */
+
+	/* node-ready.c */
+	bool ready;
+	enum node_copy here;
+	bool stale;			/* what the database has of him is to be looked at */
+	bool hurried;			/* a visit was asked for */
+	bool surveyed, confirmed;	/* by visits that were ordered since he asked */
+
+	node_answer *done;
+	void *ctx;
+	struct node_question **owner;	/* the asker's pointer to this */
 };
 
 struct storage {
@@ -130,6 +169,9 @@ struct node {
 	uint64_t serve_id;
 
 	bool refilling;			/* see node_rebuild() */
+	bool was_fed;			/* node_is_fed(), when that was looked at last */
+	bool heard;			/* it was so once, on disk: who is unknown here was new then */
+	int64_t vain_until;		/* nobody waits for a daemon: one did just now, and none came */
 	struct walk check;		/* after the start */
 	struct node_report *reports;
 	struct node_question *questions;
@@ -152,6 +194,8 @@ void node_wake(struct user *u, enum sched_urgency urgency);
 void node_wake_at(struct user *u, int64_t due);
 /* The row that says how far the daemon that answers now has fed; durable. */
 int node_cursor_begin(struct node *n, struct storage *st, uint64_t gsn, char **error_r);
+/* There is a reason to try his mail store again soon, or at once. */
+void node_mail_hurry(struct user *u, bool at_once);
 void node_log(struct node *n, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
 /* node-bodies.c */
@@ -169,6 +213,10 @@ void node_body_wanted(struct node *n, unsigned storage, const char *user, uint32
 void node_body_ride(struct node *n, unsigned storage, const char *user, uint32_t gen, const struct crdt_content *c);
 
 /* node-ask.c */
+struct node_question *node_question_new(struct node *n, int64_t now, node_answer *done, void *ctx,
+					struct node_question **q_r);
+void node_question_of(struct node_question *q, struct user *u);	/* he is its subject */
+void node_question_answer(struct node_question *q, struct crdt_buf *out);	/* and it is gone */
 void node_questions_order(struct user *u, struct visit *v);	/* what they need of the visit */
 void node_questions_visited(struct user *u, struct visit *v);
 void node_questions_move(struct user *u, struct user *other);	/* they are about that one */
@@ -185,6 +233,14 @@ void node_snap(struct node *n, unsigned storage, const struct crdt_frame *f, con
 void node_snap_visited(struct user *u, const struct visit *v);
 int64_t node_snap_run(struct node *n);		/* returns when it is due again */
 void node_take_end(struct storage *st);
+/* node-ready.c */
+void node_ready_visited(struct node_question *q, const struct visit *v);
+int64_t node_ready_run(struct node_question *q);	/* as node_questions_run() */
+void node_copy_visited(struct user *u, const struct visit *v);
+bool node_copy_is_stuck(const struct user *u);	/* what is left of a copy that is not complete does not come */
+void node_heard_init(struct node *n);
+void node_heard_run(struct node *n);
+bool node_is_fed(const struct node *n);
 
 /* node-drop.c */
 void node_drop_visited(struct user *u, const struct visit *v);

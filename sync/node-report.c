@@ -103,6 +103,7 @@ static void put_user(struct node_report *r, const struct user *u, const struct r
 	line.unsent = node_unsent(u, st);
 	line.vv = &st->vv;
 	line.absent = node_user_is_absent(u);
+	line.incomplete = u->incomplete;
 	if (!line.absent) {
 		line.pending = st->pending;
 		line.held = st->held;

@@ -201,7 +201,7 @@ static bool user_forgettable(const struct user *u, int64_t now)
 	if (u->item.state != SCHED_IDLE || u->item.timer != 0 || now - u->touched < NODE_IDLE_MSECS ||
 	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->survey || u->repair || u->check || u->stable != NULL || u->snapshot != NULL ||
 	    u->entries != NULL || u->questions != NULL || u->drops != NULL || u->ops_waiting > 0 || u->fetches != NULL || u->wanting || u->no_user ||
-	    u->serves > 0)
+	    u->serves > 0 || u->incomplete)
 		return false;
 	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
 		if (uplink_acked(n->storages[i].uplink, u->name, u->gen) < u->last_seq)
@@ -544,6 +544,7 @@ struct node *node_new(const struct node_config *cfg, const struct node_callbacks
 	n->refilling = rebuild_get(cfg->store) == 1;
 	for (unsigned i = 0; i < cfg->storages_n; i++)
 		storage_init(n, i);
+	node_heard_init(n);
 	return n;
 }
 
@@ -657,10 +658,17 @@ int64_t node_storage_acked_ago(const struct node *n, int64_t now, unsigned stora
 
 /* ---- wake-ups ---- */
 
+void node_mail_hurry(struct user *u, bool at_once)
+{
+	int64_t soon = at_once ? u->n->now : u->n->now + MAIL_CHANGED_RETRY_MSECS * (int64_t)(u->failures + 1);
+
+	if (u->mail_due > soon)
+		u->mail_due = soon;
+}
+
 void node_changed(struct node *n, int64_t now, const char *user)
 {
 	struct user *u;
-	int64_t soon;
 
 	n->now = now;
 	if (is_full(n, user, node_local_gen(n, user))) {
@@ -672,9 +680,7 @@ void node_changed(struct node *n, int64_t now, const char *user)
 	}
 	u = node_user(n, user, node_local_gen(n, user));
 	u->journal = true;
-	soon = now + MAIL_CHANGED_RETRY_MSECS * (int64_t)(u->failures + 1);
-	if (u->mail_due > soon)
-		u->mail_due = soon;
+	node_mail_hurry(u, false);
 	if (u->mail_due > now)
 		node_wake_at(u, u->mail_due);
 	else
@@ -780,9 +786,12 @@ static struct visit *order(struct user *u)
 	v->snapshot = u->snapshot;
 	u->snapshot = NULL;
 	v->feeds = take_feeds(u);
+	u->merging = v->feeds != NULL;
 	if (v->feeds != NULL)
 		u->apply = !is_past(u);
 	v->gone = u->no_user;
+	if (node_copy_is_stuck(u) && node_is_fed(n))
+		u->apply = !is_past(u);
 	if (n->now >= u->mail_due && !n->refilling) {
 		v->journal = u->journal;
 		v->survey = u->survey && n->cfg.apply && n->now >= u->survey_due;
@@ -811,6 +820,9 @@ static struct visit *order(struct user *u)
 		v->tell_applied = true;
 		u->applied_due = 0;
 	}
+	v->fed = node_is_fed(n) && !is_past(u);
+	v->looked = u->looked;
+	v->anyway = node_copy_is_stuck(u);
 	v->status = u->check || u->entries != NULL;
 	v->digest = node_report_wants_digest(u);
 	node_questions_order(u, v);
@@ -1087,6 +1099,7 @@ int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
 
 	n->now = now;
 	n->visits--;
+	u->merging = false;
 	sched_done(n->sched, &u->item);
 	if (v->failed || store_failed(n->cfg.store) != NULL) {
 		*error_r = xstrdup(v->failed && v->error != NULL ? v->error : store_failed(n->cfg.store));
@@ -1106,6 +1119,7 @@ int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
 	visited_mail(u, v);
 	visited_applied(u, v);
 	visited_engine(u, v);
+	node_copy_visited(u, v);
 	if ((v->journal && v->read_journal) || v->news || (v->applied && v->progress != REPLICA_LATER)) {
 		trim_soon(u);
 		if (u->applied_due == 0)
@@ -1254,6 +1268,7 @@ int64_t node_run(struct node *n, int64_t now, char **error_r)
 	}
 	if (n->refilling && refill(n, error_r) < 0)
 		return -1;
+	node_heard_run(n);
 	due = earlier(due, node_bodies_run(n));
 	due = earlier(due, node_reports_run(n));
 	due = earlier(due, node_questions_run(n));

@@ -13,7 +13,7 @@
  * ops and the cursor row were.  So one sync serves all that came meanwhile.
  *
  * META rows: 'c' endpoint -> u64 daemon id, u64 gsn (what was durably fed); 'r': see
- * node_rebuild().
+ * node_rebuild(); 'h' -> u8: 1 all that some daemon had has been here once.
  *
  * Generations: a user is a name and its generation; each has an engine, rows and ops of its
  * own.  One of them is the mail store's, says crdt-worker whenever it connects
@@ -46,6 +46,9 @@
 #define NODE_QUESTION_TEXT_MAX (8 * 1024 * 1024)	/* bytes that a daemon may answer */
 #define NODE_SURVEY_LOGIN_MSECS 60000
 #define NODE_SURVEY_CHANGED_MSECS 2000
+#define NODE_VAIN_MSECS 30000		/* a session waited for a daemon in vain: so long no other one does */
+#define NODE_HELD_MSECS 10000		/* so long a copy's first state waits for UIDs that a numberer gives */
+#define NODE_STUCK_MSECS (10 * 60 * 1000)	/* and for what seems not to come */
 #define NODE_IDLE_MSECS 60000		/* forget a user who is settled */
 
 struct node_config {
@@ -172,6 +175,20 @@ void node_ask(struct node *n, int64_t now, enum node_ask what, const char *user,
 /* A mail process waits until some daemon has what the user's journal has up to this
  * record: `acked ok=1`, or after msecs `acked ok=0`. */
 void node_await(struct node *n, int64_t now, const char *user, const struct ms_position *record, int64_t msecs,
+		node_answer *done, void *ctx, struct node_question **q_r);
+/* What there is of a user's mail here. */
+enum node_copy {
+	NODE_COPY_COMPLETE,		/* so says his journal, or his mail is from before the plugin */
+	NODE_COPY_INCOMPLETE,
+	NODE_COPY_NONE,			/* neither journal nor mail */
+};
+/*
+ * A session of the user begins and waits until what the daemons have of him is shown here:
+ * `ready ok=1`; or after msecs `ready ok=0`.  It may begin all the same if the copy is
+ * complete: that is only late.  alone=1, with ok=1: there is nothing of him here, and no
+ * daemon to ask whether that is all.
+ */
+void node_ready(struct node *n, int64_t now, const char *user, enum node_copy here, int64_t msecs,
 		node_answer *done, void *ctx, struct node_question **q_r);
 void node_question_cancel(struct node_question **q);
 

@@ -409,6 +409,8 @@ static int take_survey(struct replica *r, char **error_r)
 		survey_put(r, rebuild_is_on(r) ? REBUILD_LOOKS : compare_is_first(r) ? FIRST_LOOKS : SURVEY_DONE);
 		if (replica_txn_commit(r, false, error_r) < 0)
 			ret = REPLICA_FAILED;
+		else
+			r->surveyed = true;
 	}
 	names_free(&s);
 	return ret;
@@ -763,22 +765,55 @@ static uint32_t diff_gone(struct diff *d, uint32_t first, uint32_t last, uint64_
 	return 0;
 }
 
-/* Mails that are missing, and nobody removed them: they are restored. */
+static bool is_lost(const struct ms_note *note, uint32_t uid)
+{
+	for (unsigned i = 0; i < note->lost_n; i++) {
+		if (uid >= note->lost[i].first && uid <= note->lost[i].last)
+			return true;
+	}
+	return false;
+}
+
+/* Whether the mail is in the mailbox under a later UID, too: Dovecot lost its UID (a full
+ * disk, a repair) and found the file anew, of which the journal told as of a copy. */
+static bool is_renumbered(struct replica *r, const struct box *b, const struct ms_note *note,
+			  const struct crdt_mail_key *key, uint32_t uid)
+{
+	uint32_t others[16];
+	unsigned n = mail_others(r, b, key, others, sizeof(others) / sizeof(others[0]));
+
+	for (unsigned i = 0; i < n; i++) {
+		if (others[i] > uid && !is_lost(note, others[i]))
+			return true;
+	}
+	return false;
+}
+
+/* Mails that are missing, and nobody removed them: they are restored, where they are not
+ * there under another UID. */
 static int mails_lost(struct replica *r, const struct box *b, const struct ms_note *note, char **error_r)
 {
+	struct crdt_mail_key *keys = calloc(MS_NOTE_MAX, sizeof(*keys));
+	unsigned renumbered = 0;
 	uint64_t lost = 0;
 
+	if (keys == NULL)
+		abort();
 	(void)replica_txn_begin(r);
 	for (unsigned i = 0; i < note->lost_n; i++) {
 		for (uint32_t uid = note->lost[i].first; ; uid++) {
 			struct shadow s;
 
 			if (shadow_get(r, &b->guid, uid, &s)) {
+				bool twice = renumbered < MS_NOTE_MAX && is_renumbered(r, b, note, &s.key, uid);
+
+				if (twice)
+					keys[renumbered++] = s.key;
 				shadow_delete(r, &b->guid, uid, &s.key);
-				if (!replica_mail_settled(r, &s.key))
+				if (!twice && !replica_mail_settled(r, &s.key))
 					replica_mark_mail(r, &s.key);
 				shadow_free(&s);
-				lost++;
+				lost += twice ? 0 : 1;
 			}
 			if (uid == note->lost[i].last)
 				break;
@@ -788,6 +823,16 @@ static int mails_lost(struct replica *r, const struct box *b, const struct ms_no
 	if (lost > 0 && !rebuild_is_on(r))
 		replica_log(r, 1, "mailbox %s: %llu mails are gone, and nothing shows that somebody removed them: "
 			    "they are restored", b->path, (unsigned long long)lost);
+	if (renumbered > 0) {
+		replica_log(r, 1, "mailbox %s: %u mails have other UIDs", b->path, renumbered);
+		if (replica_expunge(r, b, keys, renumbered) < 0) {
+			store_abort(&r->txn);
+			free(keys);
+			*error_r = strdup("mails that have other UIDs cannot be recorded");
+			return REPLICA_FAILED;
+		}
+	}
+	free(keys);
 	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
 }
 

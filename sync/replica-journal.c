@@ -429,7 +429,7 @@ static int expunge_op(struct replica *r, const struct box *b, const struct crdt_
 	return replica_own_op(r, &op, &ctx);
 }
 
-static int expunge_keys(struct replica *r, const struct box *b, struct crdt_mail_key *keys, unsigned n)
+int replica_expunge(struct replica *r, const struct box *b, struct crdt_mail_key *keys, unsigned n)
 {
 	unsigned start = 0, plain = 0;
 	int ret = 0;
@@ -474,7 +474,7 @@ static int expunge_slice(struct replica *r, const struct box *b, const struct cr
 		shadow_free(&s);
 	}
 	if (!rec->applier && count > 0)
-		ret = expunge_keys(r, b, keys, count);
+		ret = replica_expunge(r, b, keys, count);
 	free(keys);
 	return ret;
 }
@@ -668,9 +668,22 @@ static int record_create(struct replica *r, const struct crdt_jrec *rec)
 	return own_create(r, &id, rec->path, rec->uidvalidity);
 }
 
-/* Mails that the user saw, but whose adds the folder's context cannot cover
- * because older ops of their origin are not applied yet: removed by name. */
-static int delete_uncovered(struct replica *r, const struct box *b, const struct crdt_vv *ctx)
+/* Whether a DELETE with this context, which a RENAME that it had not seen makes void, is
+ * not enough for a mail that the user saw: an older op of its adds' origin is not applied
+ * yet, so that the context cannot cover them; or no daemon may have its text, and now
+ * nobody ever will. */
+static bool delete_by_name(const struct replica *r, struct crdt_mail *m, const struct crdt_vv *ctx)
+{
+	if (!m->live)
+		return false;
+	if (crdt_vv_get(&m->adds, r->origin) > r->acked_seq)
+		return true;
+	crdt_vv_drop(&m->presence, r->origin);
+	return !crdt_vv_covers_all(ctx, &m->presence);
+}
+
+/* Mails that are removed by name, just before the folder is. */
+static int delete_mails(struct replica *r, const struct box *b, const struct crdt_vv *ctx)
 {
 	struct crdt_mail_key *keys = calloc(UIDS_SLICE, sizeof(*keys));
 	uint32_t uids[UIDS_SLICE], first = 1;
@@ -688,16 +701,13 @@ static int delete_uncovered(struct replica *r, const struct box *b, const struct
 
 			if (!shadow_get(r, &b->guid, uids[i], &s))
 				continue;
-			if (crdt_mail_get(rrows(r), &s.key, NULL, &m) && m.live) {
-				crdt_vv_drop(&m.presence, r->origin);
-				if (!crdt_vv_covers_all(ctx, &m.presence))
-					keys[count++] = s.key;
-			}
+			if (crdt_mail_get(rrows(r), &s.key, NULL, &m) && delete_by_name(r, &m, ctx))
+				keys[count++] = s.key;
 			crdt_mail_free(&m);
 			shadow_free(&s);
 		}
 		if (count > 0)
-			ret = expunge_keys(r, b, keys, count);
+			ret = replica_expunge(r, b, keys, count);
 		first = uids[n - 1] + 1;
 	}
 	free(keys);
@@ -739,8 +749,8 @@ static int record_delete(struct replica *r, const struct crdt_jrec *rec)
 		folders[op.folders_n++].id = b.folders[i];
 		replica_context_cap_folder(r, &ctx, &b.folders[i], true);
 	}
-	if (crdt_vv_compare(&all, &ctx) != CRDT_EQUAL)
-		ret = delete_uncovered(r, &b, &ctx);
+	if (crdt_vv_compare(&all, &ctx) != CRDT_EQUAL || r->last_seq > r->acked_seq)
+		ret = delete_mails(r, &b, &ctx);
 	box_delete(r, &b);
 	if (ret == 0 && op.folders_n > 0)
 		ret = replica_own_op(r, &op, &ctx);

@@ -6,7 +6,7 @@
  * the local rows.  replica-texts.c: where texts are.  replica-journal.c: what a
  * journal record means.
  * replica-folders.c and replica-mails.c: bringing the mail store to the state.
- * replica-admin.c: what an administrator asks.
+ * replica-admin.c: what an administrator asks.  replica-copy.c: is it all there?
  */
 #include "replica.h"
 
@@ -85,6 +85,7 @@ struct replica {
 	bool only_removals;
 	struct compare *compare;	/* that goes on */
 	unsigned first_tries;		/* of a first look that failed */
+	bool surveyed;			/* since that was asked for */
 	bool survey_asked;		/* since what cannot be applied was tried last */
 	bool refused_logged;
 	/* Claims and floors that are due: made into ops before the commit. */
@@ -225,6 +226,9 @@ void row_keys_free(struct row_key *keys, size_t n);
 
 /* replica-journal.c */
 int replica_journal_record(struct replica *r, const struct ms_record *rec);
+/* Own ops that remove mails of a mailbox, at most CRDT_OP_MAILS_MAX; puts keys in
+ * another order. */
+int replica_expunge(struct replica *r, const struct box *b, struct crdt_mail_key *keys, unsigned n);
 
 /* replica-rebuild.c: what a record means while the shadow is made anew. */
 bool rebuild_create(struct replica *r, const struct crdt_jrec *rec);	/* true: the state knows the mailbox */

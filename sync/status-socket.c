@@ -180,6 +180,20 @@ static bool client_ask(struct status_client *client, char *const *words, unsigne
 	return TRUE;
 }
 
+/* ready, user, what is here, msecs */
+static bool client_ready(struct status_client *client, char *const *words, unsigned int n)
+{
+	const struct status_source *src = client->src;
+	unsigned int msecs, here;
+
+	if (n != 4 || strcmp(words[0], "ready") != 0 || !user_valid(words[1]) || str_to_uint(words[2], &here) < 0 ||
+	    here > NODE_COPY_NONE || str_to_uint(words[3], &msecs) < 0 || msecs > STATUS_AWAIT_MAX_MSECS)
+		return FALSE;
+	node_ready(src->node, src->now(), words[1], (enum node_copy)here, msecs, client_report_done, client,
+		   &client->question);
+	return TRUE;
+}
+
 /* ack, user, journal, seq, msecs */
 static bool client_await(struct status_client *client, char *const *words, unsigned int n)
 {
@@ -299,7 +313,7 @@ static bool client_request(struct status_client *client, char *line)
 		return FALSE;
 	switch (client->kind) {
 	case STATUS_MAIL:
-		return client_await(client, words, n);
+		return client_await(client, words, n) || client_ready(client, words, n);
 	case STATUS_REMOTE:
 		return n == 1 && client_remote(client, words[0]);
 	case STATUS_ADMIN:

@@ -47,6 +47,7 @@ struct uplink {
 	enum state state;
 	int64_t due;			/* INT64_MIN: not known yet when */
 	int64_t down_since;		/* while DOWN */
+	int64_t tried;			/* while DOWN: when a connection was tried anew last */
 	int64_t acked_at;		/* the last ACK; INT64_MIN: none */
 	unsigned failures;		/* in a row, for the delay */
 	unsigned logged;		/* bit per kind of trouble: once until the next WELCOME */
@@ -424,7 +425,17 @@ static void still_down(struct uplink *u, int64_t now)
 			u->logged |= LOGGED_AWAY;
 		}
 	}
+	u->tried = now;
 	u->due = now + UPLINK_DOWN_MSECS;
+}
+
+void uplink_hurry(struct uplink *u, int64_t now)
+{
+	int64_t due = u->tried + UPLINK_HURRY_MSECS;
+
+	/* (not known when it went down: that is about to be) */
+	if (u->state == DOWN && u->due != INT64_MIN && due < u->due)
+		u->due = due > now ? due : now;
 }
 
 int64_t uplink_tick(struct uplink *u, int64_t now)
@@ -447,7 +458,7 @@ int64_t uplink_tick(struct uplink *u, int64_t now)
 	case WAIT:
 		u->state = DOWN;
 		u->cb.reconnect(u->cb.ctx);
-		u->down_since = now;
+		u->down_since = u->tried = now;
 		u->due = now + UPLINK_DOWN_MSECS;
 		break;
 	}

@@ -30,6 +30,7 @@
 #define UPLINK_BACKOFF_MAX_MSECS 30000
 #define UPLINK_DOWN_MSECS 5000		/* without a connection: try with a fresh one, so that no
 					 * attempt from before an outage's end is waited for */
+#define UPLINK_HURRY_MSECS 1000	/* not more often than that */
 #define UPLINK_AWAY_MSECS 15000		/* then say so */
 #define UPLINK_QUEUE_MAX (16 * 1024 * 1024)	/* bytes that the socket did not take */
 
@@ -93,6 +94,8 @@ bool uplink_is_up(const struct uplink *u);		/* after WELCOME, unless the daemon 
 bool uplink_gives(const struct uplink *u);		/* it is being filled: it takes nothing but uplink_snap() */
 /* Before uplink_connected(): there are own ops that are not sent again. */
 void uplink_set_acked(struct uplink *u, bool acked);
+/* Somebody waits: a connection is tried anew, if the last try was not just now. */
+void uplink_hurry(struct uplink *u, int64_t now);
 /* All is merged that the daemon had when the connection began (if it said what; older ones do not). */
 bool uplink_is_fed(const struct uplink *u);
 /* Frames wait for the socket: produce no more bodies now. */

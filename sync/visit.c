@@ -313,6 +313,24 @@ static void apply(struct run *run)
 	}
 }
 
+/* After applying: is this all that there is? */
+static void judge(struct run *run)
+{
+	struct visit *v = run->v;
+	char *error = NULL;
+
+	if (v->mail_result != VISIT_MAIL_OK || !(v->applied || v->read_journal))
+		return;
+	v->incomplete = replica_is_incomplete(run->r);
+	v->surveyed = replica_surveyed(run->r);
+	if (v->applied && v->fed && v->progress != REPLICA_AGAIN && (!v->incomplete || v->looked || v->surveyed) &&
+	    replica_complete(run->r, v->anyway, &v->complete, &error) == REPLICA_LATER)
+		mail_trouble(v, error);
+	v->incomplete = replica_is_incomplete(run->r);
+	if (v->incomplete && v->applied && v->progress != REPLICA_AGAIN)
+		v->left = replica_left(run->r, &v->held);
+}
+
 static int acknowledged(struct run *run, crdt_origin known)
 {
 	struct visit *v = run->v;
@@ -396,6 +414,7 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 	}
 	if (v->failed)
 		return;
+	judge(&run);
 	if (v->stable != NULL)
 		v->collect_more = replica_collect(r, v->stable);
 	look(&run);

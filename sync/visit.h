@@ -95,6 +95,9 @@ struct visit {
 	struct crdt_vv *snapshot;	/* owned; take the state that is staged, and nothing else of these */
 	struct crdt_vv *stable;		/* owned; drop leftovers, a slice */
 	bool gone;			/* userdb has not known him for long */
+	bool fed;			/* a daemon has been heard to its end: the copy may be called complete, */
+	bool looked;			/* since his journal said that it is not, the mail store was looked through */
+	bool anyway;			/* whatever is left */
 	bool tell_applied;		/* applied_vv (costs a look at all that is not applied) */
 	bool status, digest;
 	bool backlog;			/* with status: backlogs, of each daemon */
@@ -113,6 +116,10 @@ struct visit {
 	bool applied;			/* applying was tried: progress says how it ended */
 	enum replica_progress progress;
 	bool read_journal;		/* it was read to its end */
+	bool incomplete;		/* with read_journal or applied: the journal says so */
+	bool surveyed;			/* the mail store was looked through */
+	bool complete;			/* with fed and applied: all is here; it was said */
+	uint64_t left; bool held;	/* with incomplete, applied and no more to do now: replica_left() */
 	bool news;			/* and had something */
 	crdt_origin own_origin;
 	uint64_t last_seq;

@@ -423,6 +423,7 @@ static int read_batch(struct worker_client *c, struct read_ctx *rd, bool *more_r
 		case WORKER_JOURNALS:
 			*rd->ids_n = c->msg.pos_n;
 			memcpy(rd->ids, c->msg.pos, c->msg.pos_n * sizeof(*rd->ids));
+			c->ms.incomplete = c->msg.flag;
 			break;
 		default:
 			*more_r = c->msg.flag;
@@ -462,6 +463,13 @@ static int ms_trim(struct mailstore *ms, const struct ms_position *pos)
 	struct worker_msg m = { .type = WORKER_TRIM, .pos_n = 1 };
 
 	m.pos[0] = *pos;
+	return request_result(client(ms), &m);
+}
+
+static int ms_complete(struct mailstore *ms)
+{
+	struct worker_msg m = { .type = WORKER_COMPLETE };
+
 	return request_result(client(ms), &m);
 }
 
@@ -880,6 +888,7 @@ struct mailstore *worker_client_new(const char *socket_path, const char *user, u
 	c->gen = gen;
 	c->ms.read = ms_read;
 	c->ms.trim = ms_trim;
+	c->ms.complete = ms_complete;
 	c->ms.set_seen = ms_set_seen;
 	c->ms.apply = ms_apply;
 	c->ms.create = ms_create;

@@ -391,6 +391,8 @@ static int handle(struct worker_conn *conn, const struct worker_msg *msg,
 		return worker_trim(user, &msg->pos[0], error_r);
 	case WORKER_SET_SEEN:
 		return worker_set_seen(user, msg, error_r);
+	case WORKER_COMPLETE:
+		return worker_complete(user, error_r);
 	case WORKER_APPLY:
 		return handle_apply(conn, result, error_r);
 	case WORKER_CREATE:

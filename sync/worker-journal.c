@@ -567,6 +567,7 @@ int worker_read(struct worker_conn *conn, struct worker_user *user, const struct
 	journals_read(&ctx, &js, req);
 	for (unsigned i = 0; i < js.n; i++)
 		position_add(&msg, crdt_journal_info(js.e[i].j));
+	msg.flag = js.have_current && crdt_journal_info(user->journal)->incomplete;
 	worker_send(conn, &msg);
 	journals_close(user, &js);
 	*more_r = ctx.more;
@@ -619,6 +620,20 @@ int worker_trim(struct worker_user *user, const struct ms_position *pos, const c
 	}
 	journals_close(user, &js);
 	return ret == MS_OK ? marker_clear(user, error_r) : ret;
+}
+
+int worker_complete(struct worker_user *user, const char **error_r)
+{
+	int ret = worker_journal_get(user, FALSE, error_r);
+
+	if (ret != MS_OK)
+		return ret == MS_GONE ? MS_OK : ret;	/* no journal says that it is not */
+	if (worker_journal_lock(user, error_r) != MS_OK)
+		return MS_TEMP;
+	if (crdt_journal_set_complete(user->journal, error_r) < 0)
+		ret = MS_TEMP;
+	crdt_journal_unlock(user->journal);
+	return ret;
 }
 
 int worker_set_seen(struct worker_user *user, const struct worker_msg *req, const char **error_r)

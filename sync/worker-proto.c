@@ -178,8 +178,11 @@ static void put_fields(struct crdt_buf *b, const struct worker_msg *m)
 		break;
 	case WORKER_READ:
 	case WORKER_TRIM:
+		put_positions(b, m);
+		break;
 	case WORKER_JOURNALS:
 		put_positions(b, m);
+		crdt_buf_u8(b, m->flag ? 1 : 0);
 		break;
 	case WORKER_SET_SEEN:
 		crdt_vv_encode(b, &m->seen);
@@ -268,6 +271,7 @@ static void put_fields(struct crdt_buf *b, const struct worker_msg *m)
 		break;
 	case WORKER_SURVEY:
 	case WORKER_USERS:
+	case WORKER_COMPLETE:
 	case WORKER_ALIVE:
 		break;
 	case WORKER_CHECK:
@@ -608,8 +612,11 @@ static bool get_fields(struct crdt_reader *r, struct worker_msg *m)
 		m->gen = get_u32(r);
 		break;
 	case WORKER_READ:
+		get_positions(r, m, 0, MS_JOURNALS_MAX);
+		break;
 	case WORKER_JOURNALS:
 		get_positions(r, m, 0, MS_JOURNALS_MAX);
+		m->flag = get_bool(r);
 		break;
 	case WORKER_TRIM:
 		get_positions(r, m, 1, 1);
@@ -700,6 +707,7 @@ static bool get_fields(struct crdt_reader *r, struct worker_msg *m)
 		break;
 	case WORKER_SURVEY:
 	case WORKER_USERS:
+	case WORKER_COMPLETE:
 	case WORKER_ALIVE:
 		break;
 	case WORKER_CHECK:

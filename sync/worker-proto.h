@@ -15,7 +15,7 @@
  *                       (MS_GENERATION): the mail store is of that one
  *  READ                 for each record MAIL* RECORD; then JOURNALS RESULT.  A
  *                       batch: RESULT.more says that there are further records
- *  TRIM, SET_SEEN       RESULT
+ *  TRIM, SET_SEEN, COMPLETE   RESULT
  *  APPLY CMD*n          WANT_TEXT, answered by TEXT* (an empty one ends it) or
  *                       TEXT_FAIL, for each text needed; OUTCOME*n RESULT
  *  CREATE               MADE RESULT
@@ -33,7 +33,7 @@
 #include "mailstore.h"
 #include "../wire/frame.h"	/* CRDT_BODY_RIDE, CRDT_BODY_CHUNK */
 
-#define WORKER_PROTO_VERSION 2
+#define WORKER_PROTO_VERSION 3
 /* Bytes of one message after its length field: a journal record and some. */
 #define WORKER_MSG_MAX (CRDT_JOURNAL_RECORD_MAX + 64 * 1024)
 #define WORKER_USER_MAX 512
@@ -61,7 +61,7 @@ enum worker_msg_type {
 	WORKER_OUTCOME, WORKER_MADE, WORKER_FOUND, WORKER_ALIVE,
 	WORKER_SURVEY, WORKER_CHECK, WORKER_LOOK, WORKER_NOTE, WORKER_NOTE_SUBSCRIPTION,
 	WORKER_NAME, WORKER_CHECKED, WORKER_LOOKED, WORKER_LOST,
-	WORKER_USERS, WORKER_GENERATION,
+	WORKER_USERS, WORKER_GENERATION, WORKER_COMPLETE,
 };
 
 /* NOTE */
@@ -88,7 +88,8 @@ struct worker_msg {
 	uint32_t uidnext;			/* CREATE; RESULT of APPLY */
 	uint32_t n;				/* APPLY: commands; REVALIDATE: entries; WANT_TEXT, OUTCOME: index */
 	bool flag;				/* APPLY: verify; SUBSCRIBE: on; MADE: existed; RESULT: more;
-						 * NAME: a subscription; CHECKED: all */
+						 * NAME: a subscription; CHECKED: all; JOURNALS: the copy is
+						 * not complete */
 	struct ms_cmd cmd;			/* CMD but text, file and outcome; OUTCOME: outcome, error;
 						 * NOTE: kw_remove */
 	uint8_t text_source;			/* CMD of kind MS_SAVE */

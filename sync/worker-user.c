@@ -18,6 +18,7 @@
 #include "worker-service.h"
 #include "apply-txn.h"
 #include "../plugin/crdt-compat.h"
+#include "../plugin/crdt-copy.h"
 #include "../plugin/crdt-generation.h"
 #include "../plugin/crdt-private.h"
 #include "../plugin/crdt-settings.h"
@@ -74,6 +75,7 @@ static int user_open(struct worker_user *user, uint32_t *gen, const char **error
 	if (ret < 0 || (ret == 0 && *gen == wanted))
 		return MS_TEMP;
 	user->ident.user_gen = *gen;
+	user->ident.empty = !crdt_copy_is_here(user->ns);
 	if (*gen != wanted) {
 		*error_r = t_strdup_printf("the mail store is of generation %u of this user name", *gen);
 		return MS_GENERATION;

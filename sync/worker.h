@@ -160,6 +160,7 @@ int worker_list(struct worker_conn *conn, struct worker_user *user, const struct
 int worker_read(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
 		bool *more_r, const char **error_r);
 int worker_trim(struct worker_user *user, const struct ms_position *pos, const char **error_r);
+int worker_complete(struct worker_user *user, const char **error_r);
 int worker_set_seen(struct worker_user *user, const struct worker_msg *req, const char **error_r);
 /* Appends applier records, making the marker of the user first if need be. The
  * caller has the journal's lock. */

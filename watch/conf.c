@@ -35,8 +35,9 @@ static int check_worker(cfg_t *cfg, cfg_opt_t *opt)
 	const char *name = cfg_title(sec), *address = cfg_getstr(sec, "address");
 	struct in6_addr any;
 
-	if (name[0] == '\0' || strlen(name) > NAME_MAX_BYTES)
-		cfg_error(cfg, "worker '%s': a name is 1 to %d characters", name, NAME_MAX_BYTES);
+	/* it is a field of hosts_file */
+	if (name[0] == '\0' || strlen(name) > NAME_MAX_BYTES || strpbrk(name, " \t\r\n") != NULL)
+		cfg_error(cfg, "worker '%s': a name is 1 to %d characters, and no space", name, NAME_MAX_BYTES);
 	else if (address == NULL || (inet_pton(AF_INET, address, &any) != 1 && inet_pton(AF_INET6, address, &any) != 1))
 		cfg_error(cfg, "worker %s: needs address, an IP address as in director_mail_servers", name);
 	else if (!is_port(cfg_getint(sec, "imap_port")) || !is_port(cfg_getint(sec, "lmtp_port")) ||
@@ -49,6 +50,32 @@ static int check_worker(cfg_t *cfg, cfg_opt_t *opt)
 	return -1;
 }
 
+/* With a director it is the director who is told. */
+static int check_in_use(const char *path, const struct watch_conf *conf, char **error_r)
+{
+	bool any = false;
+
+	for (size_t i = 0; i < conf->n; i++) {
+		if (!conf->in_use[i] && conf->hosts_file[0] == '\0')
+			return conf_fail(error_r, "%s: worker %s: in_use is for hosts_file; a director is told with "
+					 "'doveadm director update %s 0'", path, conf->workers[i].name,
+					 conf->targets[i].address);
+		any = any || conf->in_use[i];
+	}
+	return any ? 0 : conf_fail(error_r, "%s: no worker is in_use", path);
+}
+
+/* As Dovecot writes it: the director and anvil tell addresses, which are compared as text. */
+static char *canonical(const char *address)
+{
+	char text[INET6_ADDRSTRLEN];
+	struct in6_addr v6;
+
+	if (inet_pton(AF_INET6, address, &v6) == 1 && inet_ntop(AF_INET6, &v6, text, sizeof(text)) != NULL)
+		return xstrdup(text);
+	return xstrdup(address);
+}
+
 static int take_workers(cfg_t *cfg, const char *path, struct watch_conf *conf, char **error_r)
 {
 	size_t n = cfg_size(cfg, "worker");
@@ -59,26 +86,28 @@ static int take_workers(cfg_t *cfg, const char *path, struct watch_conf *conf, c
 		cfg_t *sec = cfg_getnsec(cfg, "worker", (unsigned int)conf->n);
 		struct probe_target *t = &conf->targets[conf->n];
 
+		t->address = canonical(cfg_getstr(sec, "address"));
 		for (size_t j = 0; j < conf->n; j++) {
-			if (strcmp(conf->targets[j].address, cfg_getstr(sec, "address")) == 0)
+			if (strcmp(conf->targets[j].address, t->address) == 0)
 				return conf_fail(error_r, "%s: workers %s and %s have the same address", path,
 						 conf->workers[j].name, cfg_title(sec));
 		}
 		conf->workers[conf->n].name = xstrdup(cfg_title(sec));
-		t->address = xstrdup(cfg_getstr(sec, "address"));
 		t->imap_port = (uint16_t)cfg_getint(sec, "imap_port");
 		t->lmtp_port = (uint16_t)cfg_getint(sec, "lmtp_port");
 		t->pop3_port = (uint16_t)cfg_getint(sec, "pop3_port");
 		t->health_port = (uint16_t)cfg_getint(sec, "health_port");
 		conf->workers[conf->n].tells = t->health_port != 0;
+		conf->in_use[conf->n] = cfg_getbool(sec, "in_use");
 	}
-	return 0;
+	return check_in_use(path, conf, error_r);
 }
 
 static int take_all(cfg_t *cfg, const char *path, struct watch_conf *conf, char **error_r)
 {
 	conf_take_str(cfg, "director_socket", &conf->director_socket);
 	conf_take_str(cfg, "hosts_file", &conf->hosts_file);
+	conf_take_str(cfg, "anvil_socket", &conf->anvil_socket);
 	conf_take_str(cfg, "user", &conf->user);
 	conf->interval_msecs = cfg_getint(cfg, "interval");
 	conf->timeout_msecs = cfg_getint(cfg, "timeout");
@@ -89,6 +118,8 @@ static int take_all(cfg_t *cfg, const char *path, struct watch_conf *conf, char 
 	conf->log_level = conf_log_level(cfg_getstr(cfg, "log_level"));
 	if ((conf->director_socket[0] == '\0') == (conf->hosts_file[0] == '\0'))
 		return conf_fail(error_r, "%s: needs either director_socket (Dovecot 2.3) or hosts_file (2.4)", path);
+	if (conf->anvil_socket[0] != '\0' && conf->hosts_file[0] == '\0')
+		return conf_fail(error_r, "%s: anvil_socket is for hosts_file; a director moves sessions itself", path);
 	return take_workers(cfg, path, conf, error_r);
 }
 
@@ -100,11 +131,13 @@ int watch_conf_parse(const char *text, const char *path, struct watch_conf *conf
 		CFG_INT("lmtp_port", 24, CFGF_NONE),
 		CFG_INT("pop3_port", 0, CFGF_NONE),
 		CFG_INT("health_port", 0, CFGF_NONE),
+		CFG_BOOL("in_use", cfg_true, CFGF_NONE),
 		CFG_END()
 	};
 	cfg_opt_t opts[] = {
 		CFG_STR("director_socket", "", CFGF_NONE),
 		CFG_STR("hosts_file", "", CFGF_NONE),
+		CFG_STR("anvil_socket", "", CFGF_NONE),
 		CFG_STR("user", "", CFGF_NONE),
 		CFG_INT("interval", 1000, CFGF_NONE),
 		CFG_INT("timeout", 2000, CFGF_NONE),
@@ -118,6 +151,7 @@ int watch_conf_parse(const char *text, const char *path, struct watch_conf *conf
 	};
 	static const struct { const char *key; cfg_validate_callback_t check; } checks[] = {
 		{ "director_socket", conf_check_socket }, { "hosts_file", conf_check_socket },
+		{ "anvil_socket", conf_check_socket },
 		{ "interval", check_msecs }, { "timeout", check_msecs }, { "misses", check_rounds },
 		{ "rises", check_rounds }, { "hold", check_secs }, { "return_wait", check_secs },
 		{ "log_level", conf_check_log_level }, { "worker", check_worker },
@@ -158,6 +192,7 @@ void watch_conf_free(struct watch_conf *conf)
 	}
 	free(conf->director_socket);
 	free(conf->hosts_file);
+	free(conf->anvil_socket);
 	free(conf->user);
 	memset(conf, 0, sizeof(*conf));
 }

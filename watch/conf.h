@@ -13,6 +13,7 @@
 struct watch_conf {
 	char *director_socket;		/* one of these two is empty */
 	char *hosts_file;
+	char *anvil_socket;		/* empty: sessions stay where they are */
 	char *user;			/* empty: stay who we are */
 	int64_t interval_msecs, timeout_msecs;
 	struct watch_rules rules;
@@ -20,6 +21,7 @@ struct watch_conf {
 	size_t n;
 	struct watch_worker workers[WATCH_WORKERS_MAX];		/* names malloc'ed */
 	struct probe_target targets[WATCH_WORKERS_MAX];		/* the same ones; addresses malloc'ed */
+	bool in_use[WATCH_WORKERS_MAX];				/* false only with hosts_file */
 };
 /* 0; -1 with *error_r (malloc'ed). */
 int watch_conf_read(const char *path, struct watch_conf *conf_r, char **error_r);

@@ -3,7 +3,7 @@
  * use.  Wiring only: decide.h has the rules. */
 #include "conf.h"
 #include "director.h"
-#include "hosts.h"
+#include "proxy.h"
 #include "../storage-daemon/log.h"
 #include "../sync/xalloc.h"
 
@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 #define LIST_MSECS 1000			/* the director is asked what it has so often */
-#define FDS_MAX (WATCH_WORKERS_MAX * PROBE_CONNS + DIRECTOR_FDS_MAX + 1)
+#define FDS_MAX (WATCH_WORKERS_MAX * PROBE_CONNS + DIRECTOR_FDS_MAX + 1)	/* or that of the proxy */
 
 static const char usage_text[] =
 	"usage: crdt-watch [-c FILE] [--check-config]\n"
@@ -31,8 +31,8 @@ static const char usage_text[] =
 static struct watch_conf conf;
 static struct watch *watch;
 static struct probe *probe;
-static struct director *director;	/* NULL: hosts_file */
-static bool up[WATCH_WORKERS_MAX];	/* what hosts_file has */
+static struct director *director;	/* one of these two */
+static struct proxy *proxy;
 static int64_t round_due[WATCH_WORKERS_MAX];
 static int64_t list_due;
 static bool ordered[WATCH_WORKERS_MAX];	/* an order is not carried out yet: the list may be older */
@@ -70,28 +70,22 @@ static void move_users(int64_t now, size_t i)
 	director_move_users(director, now, i, conf.targets[i].address, moves, n);
 }
 
-static void hosts_tell(int64_t now)
+static void proxy_tell(int64_t now)
 {
 	for (size_t i = 0; i < conf.n; i++)
-		watch_has(watch, now, i, up[i] ? WATCH_UP : WATCH_DOWN, 0);
+		watch_has(watch, now, i, !conf.in_use[i] ? WATCH_UNUSED : proxy_is_up(proxy, i) ? WATCH_UP : WATCH_DOWN, 0);
 }
 
-static void hosts_order(int64_t now, const struct watch_action *a)
+static void order(int64_t now, size_t i, bool up)
 {
-	const char *addresses[WATCH_WORKERS_MAX];
-	char *error = NULL;
-
-	for (size_t i = 0; i < conf.n; i++)
-		addresses[i] = conf.targets[i].address;
-	up[a->worker] = a->act == WATCH_BRING_BACK;
-	if (hosts_write(conf.hosts_file, addresses, conf.n, up, &error) < 0) {
-		log_line(LOG_LEVEL_ERROR, "%s", error != NULL ? error : "out of memory");
-		free(error);
-		up[a->worker] = !up[a->worker];
-		watch_failed(watch, a->worker);
-		return;
+	if (director != NULL) {
+		ordered[i] = true;
+		director_order(director, now, i, conf.targets[i].address, up);
+	} else if (proxy_order(proxy, now, i, up) < 0) {
+		watch_failed(watch, i);
+	} else {
+		proxy_tell(now);
 	}
-	watch_has(watch, now, a->worker, up[a->worker] ? WATCH_UP : WATCH_DOWN, 0);
 }
 
 static void act(int64_t now)
@@ -99,15 +93,10 @@ static void act(int64_t now)
 	struct watch_action a;
 
 	while (watch_next(watch, now, &a)) {
-		if (a.act == WATCH_MOVE_USERS) {
+		if (a.act == WATCH_MOVE_USERS)
 			move_users(now, a.worker);
-		} else if (director == NULL) {
-			hosts_order(now, &a);
-		} else {
-			ordered[a.worker] = true;
-			director_order(director, now, a.worker, conf.targets[a.worker].address,
-				       a.act == WATCH_BRING_BACK);
-		}
+		else
+			order(now, a.worker, a.act == WATCH_BRING_BACK);
 	}
 }
 
@@ -169,7 +158,7 @@ static void start_rounds(int64_t now)
 	if (now < list_due)
 		return;
 	if (director == NULL)
-		hosts_tell(now);
+		proxy_tell(now);
 	else if (director_is_idle(director))	/* beside an order the answer might be older than that */
 		director_list(director, now);
 	else
@@ -196,8 +185,7 @@ static void turn(int signals)
 
 	start_rounds(now);
 	n = probe_fds(probe, fds, &due);
-	if (director != NULL)
-		n += director_fds(director, fds + n, &due);
+	n += director != NULL ? director_fds(director, fds + n, &due) : proxy_fds(proxy, fds + n, &due);
 	fds[n++] = (struct pollfd){ .fd = signals, .events = POLLIN };
 	due = next_due(due);
 	now = now_msecs();
@@ -207,6 +195,8 @@ static void turn(int signals)
 	if (director != NULL)
 		director_run(director, now);
 	act(now);
+	if (proxy != NULL)	/* at once after a change */
+		proxy_run(proxy, now);
 }
 
 /* ---- life ---- */
@@ -216,7 +206,7 @@ static int start(char **error_r)
 	static const struct director_callbacks callbacks = {
 		.host = director_host, .listed = director_listed, .ordered = director_ordered, .log = log_text,
 	};
-	const char *addresses[WATCH_WORKERS_MAX];
+	struct hosts_entry *entries;
 	int64_t now = now_msecs();
 
 	watch = watch_new(&conf.rules, conf.workers, conf.n, log_text, NULL);
@@ -231,17 +221,17 @@ static int start(char **error_r)
 		director = director_new(conf.director_socket, &callbacks);
 		return 0;
 	}
+	entries = xcalloc(conf.n, sizeof(*entries));
 	for (size_t i = 0; i < conf.n; i++)
-		addresses[i] = conf.targets[i].address;
-	if (hosts_read(conf.hosts_file, addresses, conf.n, up, error_r) < 0 ||
-	    hosts_write(conf.hosts_file, addresses, conf.n, up, error_r) < 0)
-		return -1;
-	return 0;
+		entries[i] = (struct hosts_entry){ conf.workers[i].name, conf.targets[i].address, conf.in_use[i] };
+	proxy = proxy_new(conf.hosts_file, conf.anvil_socket, entries, conf.n, now, log_text, NULL, error_r);
+	return proxy == NULL ? -1 : 0;
 }
 
 static void stop(void)
 {
 	director_free(&director);
+	proxy_free(&proxy);
 	probe_free(&probe);
 	watch_free(&watch);
 }

@@ -284,7 +284,7 @@ void watch_has(struct watch *w, int64_t now, size_t i, enum watch_place place, u
 	if (place == WATCH_ABSENT && note(k, now, NOTE_ABSENT))
 		say(w, LOG_LEVEL_WARNING, "%s: the director does not have it among its mail servers", k->name);
 	if (place == WATCH_UNUSED && changed)
-		say(w, LOG_LEVEL_INFO, "%s: an administrator took it out of use (vhosts 0), and has to put it back", k->name);
+		say(w, LOG_LEVEL_INFO, "%s: an administrator took it out of use, and has to put it back", k->name);
 }
 
 /* ---- what to do ---- */
@@ -319,6 +319,8 @@ static bool all_used_are_dead(const struct watch *w)
 
 static bool take_out(struct watch *w, int64_t now, struct worker *k, const struct count *c)
 {
+	char users[32] = "";
+
 	if (!is_dead(w, k))
 		return false;
 	if (c->alive == 0) {
@@ -338,7 +340,9 @@ static bool take_out(struct watch *w, int64_t now, struct worker *k, const struc
 	/* When a network comes back some are seen before others. */
 	if (k->misses - k->spared < w->rules.misses)
 		return false;
-	say(w, LOG_LEVEL_WARNING, "%s: taken out: %s; its %"PRIu64" users go to %u other%s", k->name, k->why, k->users,
+	if (k->users > 0)
+		snprintf(users, sizeof(users), "%"PRIu64" ", k->users);
+	say(w, LOG_LEVEL_WARNING, "%s: taken out: %s; its %susers go to %u other%s", k->name, k->why, users,
 	    c->alive, c->alive == 1 ? "" : "s");
 	if (k->back_at != 0 && now - k->back_at < WATCH_FLAP_MSECS)
 		k->flaps += k->flaps < 16;

@@ -3,9 +3,9 @@
 #define CRDT_WATCH_DECIDE_H
 /*
  * Which workers users are sent to: no sockets, files or clock.  Told what was seen of the
- * workers and what the distributor (Dovecot's director) has, it says what to do next, and
- * why.  It keeps nothing that the distributor could know better: a restart of either loses
- * nothing.
+ * workers and what the distributor has (Dovecot 2.3's director; for 2.4, proxy.h), it says
+ * what to do next, and why.  It keeps nothing that the distributor could know better: a
+ * restart of either loses nothing.
  *
  * - A worker that fails `misses` rounds in a row is taken out.
  * - Never if no other one in use answers: then it is no worse than the others.

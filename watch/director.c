@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "director.h"
-#include "probe.h"
-#include "../crdt/buf.h"
+#include "lines.h"
 #include "../storage-daemon/log.h"
 #include "../sync/xalloc.h"
 
@@ -10,13 +9,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <unistd.h>
 
 #define HANDSHAKE "VERSION\tdirector-doveadm\t1\t0\n"
 #define CALL_MSECS 5000			/* a short call; each request of another one */
 #define MOVE_MSECS 120000		/* moving all users */
-#define LINE_MAX_BYTES 65536
 
 enum what { LIST, ORDER, LOOKUP, MOVE, RESET };
 
@@ -29,13 +25,9 @@ struct call {
 	struct director_move *moves;
 	size_t moves_n, move;
 
-	int fd;				/* -1: not begun */
-	bool connected, handshaked;
+	struct lines lines;		/* no fd: not begun */
+	bool handshaked;
 	int64_t due;
-	struct crdt_buf out;
-	size_t written;
-	char *in;
-	size_t in_n, in_size;
 };
 
 struct director {
@@ -57,12 +49,9 @@ void director_moves_free(struct director_move *moves, size_t n)
 
 static void call_free(struct call *c)
 {
-	if (c->fd >= 0)
-		close(c->fd);
+	lines_free(&c->lines);
 	free(c->address);
 	director_moves_free(c->moves, c->moves_n);
-	crdt_buf_free(&c->out);
-	free(c->in);
 	free(c);
 }
 
@@ -105,7 +94,7 @@ static struct call *call_new(struct call **list, enum what what, size_t worker, 
 	c->what = what;
 	c->worker = worker;
 	c->address = xstrdup(address);
-	c->fd = -1;
+	lines_init(&c->lines);
 	for (p = list; *p != NULL; p = &(*p)->next)
 		;
 	*p = c;
@@ -156,11 +145,6 @@ static void log_of(struct director *d, int level, const char *what, const char *
 
 /* ---- requests ---- */
 
-static void put(struct crdt_buf *b, const char *s)
-{
-	crdt_buf_raw(b, s, strlen(s));
-}
-
 static void request(struct call *c, int64_t now, enum what what)
 {
 	const struct director_move *m = c->move < c->moves_n ? &c->moves[c->move] : NULL;
@@ -169,28 +153,28 @@ static void request(struct call *c, int64_t now, enum what what)
 	c->due = now + (what == RESET ? MOVE_MSECS : CALL_MSECS);
 	switch (what) {
 	case LIST:
-		put(&c->out, "HOST-LIST");
+		lines_put(&c->lines, "HOST-LIST");
 		break;
 	case ORDER:
-		put(&c->out, c->up ? "HOST-UP\t" : "HOST-DOWN\t");
-		put(&c->out, c->address);
+		lines_put(&c->lines, c->up ? "HOST-UP\t" : "HOST-DOWN\t");
+		lines_put(&c->lines, c->address);
 		break;
 	case LOOKUP:
-		put(&c->out, "USER-LOOKUP\t");
-		put(&c->out, m->user);
+		lines_put(&c->lines, "USER-LOOKUP\t");
+		lines_put(&c->lines, m->user);
 		break;
 	case MOVE:
-		put(&c->out, "USER-MOVE\t");
-		put(&c->out, m->user);
-		put(&c->out, "\t");
-		put(&c->out, m->to);
+		lines_put(&c->lines, "USER-MOVE\t");
+		lines_put(&c->lines, m->user);
+		lines_put(&c->lines, "\t");
+		lines_put(&c->lines, m->to);
 		break;
 	case RESET:
-		put(&c->out, "HOST-RESET-USERS\t");
-		put(&c->out, c->address);
+		lines_put(&c->lines, "HOST-RESET-USERS\t");
+		lines_put(&c->lines, c->address);
 		break;
 	}
-	put(&c->out, "\n");
+	lines_put(&c->lines, "\n");
 }
 
 /* The next of the users to move, then all others. */
@@ -202,26 +186,11 @@ static void next_move(struct call *c, int64_t now)
 
 /* ---- replies ---- */
 
-/* Splits at tabs, in place; at most n fields. */
-static size_t split(char *line, char **fields, size_t n)
-{
-	size_t i = 0;
-
-	while (i < n) {
-		fields[i++] = line;
-		line = strchr(line, '\t');
-		if (line == NULL)
-			break;
-		*line++ = '\0';
-	}
-	return i;
-}
-
 static void on_host(struct director *d, int64_t now, char *line)
 {
 	char *f[6];	/* address, vhosts, users, tag, U or D, since */
 
-	if (split(line, f, 6) < 5)
+	if (lines_split(line, f, 6) < 5)
 		return;
 	d->cb.host(d->cb.ctx, now, f[0], f[4][0] == 'D', strtoull(f[1], NULL, 10), strtoull(f[2], NULL, 10));
 }
@@ -232,7 +201,7 @@ static void on_lookup(struct director *d, struct call *c, int64_t now, char *lin
 	const struct director_move *m = &c->moves[c->move];
 	char *f[4], text[512];
 
-	if (split(line, f, 4) < 3 || (f[0][0] != '\0' && strcmp(f[0], c->address) != 0) || strcmp(f[2], m->from) != 0) {
+	if (lines_split(line, f, 4) < 3 || (f[0][0] != '\0' && strcmp(f[0], c->address) != 0) || strcmp(f[2], m->from) != 0) {
 		next_move(c, now);
 		return;
 	}
@@ -277,79 +246,28 @@ static bool on_line(struct director *d, struct call *c, int64_t now, char *line,
 	return true;
 }
 
-/* 1: the call has ended, *ok_r is set; 0: it goes on; -1: the connection failed (errno, or 0). */
-static int call_read(struct director *d, struct call *c, int64_t now, bool *ok_r)
-{
-	char *start, *end;
-	ssize_t n;
-
-	for (;;) {
-		if (c->in_n == c->in_size) {
-			errno = EMSGSIZE;
-			if (c->in_size >= LINE_MAX_BYTES)
-				return -1;
-			c->in_size = c->in_size == 0 ? 1024 : c->in_size * 4;
-			c->in = xrealloc(c->in, c->in_size);
-		}
-		n = recv(c->fd, c->in + c->in_n, c->in_size - c->in_n, MSG_DONTWAIT);
-		if (n < 0 && (errno == EAGAIN || errno == EINTR))
-			return 0;
-		if (n <= 0) {
-			errno = n == 0 ? 0 : errno;
-			return -1;
-		}
-		c->in_n += (size_t)n;
-		start = c->in;
-		while ((end = memchr(start, '\n', c->in_n - (size_t)(start - c->in))) != NULL) {
-			*end = '\0';
-			if (on_line(d, c, now, start, ok_r))
-				return 1;
-			start = end + 1;
-		}
-		c->in_n -= (size_t)(start - c->in);
-		memmove(c->in, start, c->in_n);
-	}
-}
-
-static int call_write(struct call *c)
-{
-	ssize_t n;
-
-	while (c->written < c->out.len) {
-		n = send(c->fd, c->out.data + c->written, c->out.len - c->written, MSG_DONTWAIT | MSG_NOSIGNAL);
-		if (n < 0)
-			return errno == EAGAIN || errno == EINTR ? 0 : -1;
-		c->written += (size_t)n;
-	}
-	crdt_buf_clear(&c->out);
-	c->written = 0;
-	return 0;
-}
-
 /* ---- calls ---- */
 
+/* 1: the call has ended, *ok_r is set; 0: it goes on; -1: the connection failed (errno, or 0). */
 static int call_step(struct director *d, struct call *c, int64_t now, bool *ok_r)
 {
+	char *line;
 	int ret;
 
-	if (c->fd < 0) {
-		c->fd = probe_connect_unix(d->path);
-		if (c->fd < 0)
+	if (c->lines.fd < 0) {
+		if (lines_connect(&c->lines, d->path) < 0)
 			return -1;
-		put(&c->out, HANDSHAKE);
+		lines_put(&c->lines, HANDSHAKE);
 		request(c, now, c->what);
 	}
-	if (!c->connected) {
-		ret = probe_connected(c->fd);
-		if (ret != 0)
-			return ret < 0 ? -1 : 0;
-		c->connected = true;
+	/* a line may make a request, which is sent with the next turn */
+	while ((ret = lines_run(&c->lines)) > 0) {
+		while ((line = lines_next(&c->lines)) != NULL) {
+			if (on_line(d, c, now, line, ok_r))
+				return 1;
+		}
 	}
-	if (call_write(c) < 0)
-		return -1;
-	ret = call_read(d, c, now, ok_r);
-	/* a reply may have made a request */
-	return ret == 0 && call_write(c) < 0 ? -1 : ret;
+	return ret;
 }
 
 static void call_report(struct director *d, const struct call *c, int64_t now, bool ok)
@@ -403,15 +321,13 @@ void director_run(struct director *d, int64_t now)
 
 static size_t call_fd(const struct call *c, struct pollfd *fd, int64_t *due)
 {
-	if (c->fd < 0) {
+	if (c->lines.fd < 0) {
 		*due = INT64_MIN;	/* begins at once */
 		return 0;
 	}
 	if (c->due < *due)
 		*due = c->due;
-	*fd = (struct pollfd){ .fd = c->fd, .events = POLLIN };
-	if (!c->connected || c->written < c->out.len)
-		fd->events |= POLLOUT;
+	lines_fd(&c->lines, fd);
 	return 1;
 }
 

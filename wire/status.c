@@ -198,6 +198,8 @@ void status_put_user(struct crdt_buf *b, const struct status_user *s)
 	status_uint(b, "buffered", s->buffered);
 	if (s->absent)
 		status_uint(b, "absent", 1);
+	if (s->incomplete)
+		status_uint(b, "incomplete", 1);
 	if (s->digest != NULL)
 		status_hex(b, "digest", s->digest, 32);
 	status_end(b);

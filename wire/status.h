@@ -48,7 +48,7 @@ struct status_user {
 	uint32_t gen;
 	const struct crdt_vv *vv;
 	uint64_t unsent, pending, held, buffered;
-	bool absent;
+	bool absent, incomplete;
 	const uint8_t *digest;		/* 32 bytes, or NULL */
 };
 void status_put_node(struct crdt_buf *b, const struct status_node *s);

@@ -94,7 +94,7 @@ def pytest_runtest_makereport(item, call):
     for cluster in _RUNNING.values():
         for node in cluster.description["nodes"]:
             _add_log(report, cluster, node["name"])
-            if node["kind"] == "director":
+            if node["kind"] in ("director", "proxy"):
                 _add_log(report, cluster, node["name"], "crdt-watch")
 
 

@@ -185,6 +185,33 @@ def test_files_of_another_program(cluster, user):
     both_show(cluster, user, {"INBOX": [r"a \Flagged", "dropped"]})
 
 
+@pytest.mark.allows_errors
+def test_mails_under_other_uids(cluster, user):
+    """Maildir's list of UIDs lost its entries, as a full disk or a repair may do, and
+    Dovecot numbers the mails anew: they are the same ones."""
+    subjects = [f"m{i}" for i in range(MANY)]
+    with login(cluster, "w1", user) as client:
+        client.do(*[f"append INBOX {subject}" for subject in subjects], r"store INBOX m1 +\Flagged")
+    seen = both_show(cluster, user, {"INBOX": sorted([*subjects[:1], r"m1 \Flagged", *subjects[2:]])})
+    cluster.kill("w1")
+    directory = os.path.join(cluster.home("w1", user), "Maildir")
+    if not os.path.exists(os.path.join(directory, "dovecot-uidlist")):
+        cluster.start("w1")
+        pytest.skip("this is about Maildir")
+    with open(os.path.join(directory, "dovecot-uidlist"), "r+", encoding="ascii") as file:
+        header = re.sub(r" N\d+", " N1000", file.readline())       # no UID is used again
+        file.seek(0)
+        file.write(header)
+        file.truncate()
+    for path in glob.glob(os.path.join(directory, "dovecot.index*")):
+        os.unlink(path)
+    cluster.start("w1")
+    with login(cluster, "w1", user) as client:
+        client.select("INBOX")
+    until(lambda: see(cluster, "w1", user).named_uids() != seen[0].named_uids())
+    both_show(cluster, user, seen[0].mails())
+
+
 def test_an_empty_directory_removes_nothing(cluster, user):
     names = [f"m{i:02}" for i in range(MANY)]
     with login(cluster, "w1", user) as client:

@@ -760,6 +760,7 @@ def test_one_of_many_sessions_takes_over(any_format, user):
     ("crdt_mode=maybe", "on, observe or off"),
     ("crdt_fsync=never", "optimized or always"),
     ("crdt_state_dir=relative", "absolute path"),
+    ("crdt_login_wait=1 mins", "from 0 to 45 seconds"),
 ])
 def test_wrong_settings_are_refused(dovecot, setting, text):
     result = dovecot.doveadm("mailbox", "list", "-u", "nobody-yet", check=False, plugin_settings=[setting])

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import struct
 
 import pytest
 
@@ -278,3 +279,29 @@ def retried(cache, cluster, node, user):
             return None
 
     return until(tried, timeout=120)[0]
+
+
+def file_seqs(cluster, worker, user):
+    """Of index files: the log that the index names, and those that there are, the older one first."""
+    path = os.path.join(cluster.home(worker, user), "Maildir", "dovecot.index")
+    if not os.path.exists(path):
+        path = os.path.join(cluster.home(worker, user), "sdbox", "mailboxes", "INBOX", "dbox-Mails", "dovecot.index")
+    seqs = []
+    for name, offset in ((path, 60), (path + ".log.2", 8), (path + ".log", 8)):
+        with open(name, "rb") as file:
+            seqs.append(struct.unpack_from("<I", file.read(64), offset)[0])
+    return seqs
+
+
+def test_index_is_not_behind_its_log(cluster, user):
+    """A process that reads the index while the log is rotated must find the file that the
+    index names: else it repairs the index without what came later."""
+    with Client.login(cluster, "w1", user) as client:
+        client.do("append INBOX m")
+    cluster.wait()
+    for worker in ("w2", "w1", "w2"):
+        with Client.login(cluster, worker, user) as client:
+            client.select("INBOX")
+        index, older, newer = file_seqs(cluster, worker, user)
+        assert index == newer == older + 1
+        cluster.wait()

@@ -26,7 +26,7 @@
 #define NEW_PATH "written after the damage"
 
 static char dir[256], path[512], keep[512];
-static const struct crdt_journal_ident ident = { 3, "w1", "alice@example.org", 0 };
+static const struct crdt_journal_ident ident = { 3, "w1", "alice@example.org", 0, false };
 static struct crdt_buf written[RECORDS + 1];	/* by seq */
 static crdt_origin origin;
 static uint8_t *whole;

@@ -25,7 +25,7 @@
 
 static char dir[256], journal_path[512];
 
-static const struct crdt_journal_ident ident_a = { 3, "w1", "alice@example.org", 0 };
+static const struct crdt_journal_ident ident_a = { 3, "w1", "alice@example.org", 0, false };
 
 static int setup(void **state)
 {
@@ -619,12 +619,73 @@ static void test_damage_at_the_end(void **state)
 	crdt_journal_close(&j);
 }
 
+static void peek_is(bool incomplete)
+{
+	struct crdt_journal_peek peek;
+
+	assert_int_equal(crdt_journal_peek_file(journal_path, &peek), 0);
+	assert_int_equal(peek.incomplete, incomplete);
+}
+
+/* A journal that begins where no mail is says that the copy is not complete, until it is
+ * told otherwise; so does the one that follows it. */
+static void test_incomplete(void **state)
+{
+	struct crdt_journal_ident ident = ident_a, next = ident_a;
+	struct crdt_journal_peek peek;
+	struct crdt_journal *j;
+	const char *error;
+	int fd;
+
+	(void)state;
+	assert_int_equal(crdt_journal_peek_file(journal_path, &peek), -1);
+	assert_int_equal(errno, ENOENT);
+	/* about to be made: nothing is known */
+	fd = open(journal_path, O_CREAT | O_WRONLY, 0600);
+	assert_true(fd >= 0);
+	close(fd);
+	peek_is(true);
+
+	ident.empty = true;
+	j = open_ok(&ident);
+	assert_true(crdt_journal_info(j)->incomplete);
+	append_names(j, "a", 2);
+	crdt_journal_close(&j);
+	peek_is(true);
+	/* mail is there now: that does not count */
+	next.slot = 4;
+	j = open_ok(&next);
+	assert_int_equal(crdt_journal_info(j)->next_seq, 1);
+	assert_true(crdt_journal_info(j)->incomplete);
+	lock_ok(j);
+	assert_int_equal(crdt_journal_set_complete(j, &error), 0);
+	assert_int_equal(crdt_journal_set_complete(j, &error), 0);
+	crdt_journal_unlock(j);
+	crdt_journal_close(&j);
+	peek_is(false);
+	j = open_ok(&ident);
+	assert_false(crdt_journal_info(j)->incomplete);
+	crdt_journal_close(&j);
+	/* another user's mail is not this one's: nothing is there, says who opens it */
+	ident.user_gen = 7;
+	j = open_ok(&ident);
+	assert_true(crdt_journal_info(j)->incomplete);
+	crdt_journal_close(&j);
+	/* mail from before there were journals */
+	ident.user_gen = 8;
+	ident.empty = false;
+	j = open_ok(&ident);
+	assert_false(crdt_journal_info(j)->incomplete);
+	crdt_journal_close(&j);
+	peek_is(false);
+}
+
 static void test_new_identity(void **state)
 {
 	static const struct crdt_journal_ident others[] = {
-		{ 4, "w1", "alice@example.org", 0 },
-		{ 4, "w2", "alice@example.org", 0 },
-		{ 4, "w2", "bob", 0 },
+		{ 4, "w1", "alice@example.org", 0, false },
+		{ 4, "w2", "alice@example.org", 0, false },
+		{ 4, "w2", "bob", 0, false },
 	};
 	struct crdt_journal *j = open_ok(&ident_a);
 	struct crdt_vv seen = { 0 };
@@ -663,7 +724,7 @@ static void test_new_identity(void **state)
  * that knows the old generation brings it back. */
 static void test_generation(void **state)
 {
-	static const struct crdt_journal_ident next = { 3, "w1", "alice@example.org", 7 };
+	static const struct crdt_journal_ident next = { 3, "w1", "alice@example.org", 7, false };
 	struct crdt_journal *j = open_ok(&ident_a), *stale;
 	const struct crdt_journal_info *info = crdt_journal_info(j);
 	struct crdt_vv seen = { 0 };
@@ -722,7 +783,7 @@ static void test_generation(void **state)
 	crdt_journal_close(&j);
 
 	/* A new origin of the same generation, begun by one that knows the old one. */
-	static const struct crdt_journal_ident moved = { 4, "w1", "alice@example.org", 0 };
+	static const struct crdt_journal_ident moved = { 4, "w1", "alice@example.org", 0, false };
 	j = open_ok(&moved);
 	assert_int_equal(crdt_journal_info(j)->user_gen, 7);
 	assert_int_equal(crdt_vv_get(&crdt_journal_info(j)->closed, origin), 3);
@@ -733,7 +794,7 @@ static void test_generation(void **state)
 static void test_many_origins(void **state)
 {
 	static const struct crdt_journal_ident others[] = {
-		{ 3, "w1", "alice@example.org", 0 }, { 4, "w1", "alice@example.org", 0 },
+		{ 3, "w1", "alice@example.org", 0, false }, { 4, "w1", "alice@example.org", 0, false },
 	};
 	crdt_origin kept[3] = { 0 };
 	struct crdt_journal *j;
@@ -765,7 +826,7 @@ static void test_many_origins(void **state)
 /* What cannot be replaced is not set aside, try after try. */
 static void test_new_identity_fails(void **state)
 {
-	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org", 0 };
+	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org", 0, false };
 	struct crdt_journal *j = open_ok(&ident_a);
 	const char *error;
 	char temp[1024];
@@ -787,7 +848,7 @@ static void test_new_identity_fails(void **state)
 /* No records: nothing to drain, nothing to keep. */
 static void test_new_identity_of_empty(void **state)
 {
-	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org", 0 };
+	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org", 0, false };
 	struct crdt_journal *j = open_ok(&ident_a);
 
 	(void)state;
@@ -941,7 +1002,7 @@ static void test_trim_killed(void **state)
 
 static void test_trim_set_aside(void **state)
 {
-	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org", 0 };
+	static const struct crdt_journal_ident other = { 4, "w1", "alice@example.org", 0, false };
 	struct crdt_journal *j = open_ok(&ident_a);
 	const char *error = "?";
 	char aside[1024];
@@ -966,7 +1027,7 @@ static void test_trim_set_aside(void **state)
 /* A handle does not begin an origin against a successor with another identity. */
 static void test_handle_follows(void **state)
 {
-	static const struct crdt_journal_ident other = { 4, "w2", "alice@example.org", 0 };
+	static const struct crdt_journal_ident other = { 4, "w2", "alice@example.org", 0, false };
 	struct crdt_journal *old = open_ok(&ident_a), *new;
 
 	(void)state;
@@ -1127,7 +1188,7 @@ static void test_parallel_writers(void **state)
 /* Two processes find an old journal at once: one new origin, one set aside. */
 static void test_parallel_new_origin(void **state)
 {
-	static const struct crdt_journal_ident other = { 4, "w2", "alice@example.org", 0 };
+	static const struct crdt_journal_ident other = { 4, "w2", "alice@example.org", 0, false };
 	struct crdt_journal *j;
 
 	(void)state;
@@ -1299,7 +1360,7 @@ int main(void)
 		T(test_open_and_append), T(test_read_stops), T(test_header_updates),
 		T(test_torn_tail), T(test_readonly), T(test_read_half_batch), T(test_damage_in_the_middle),
 		T(test_damage_at_the_end),
-		T(test_new_identity), T(test_generation), T(test_many_origins), T(test_new_identity_fails),
+		T(test_incomplete), T(test_new_identity), T(test_generation), T(test_many_origins), T(test_new_identity_fails),
 		T(test_new_identity_of_empty), T(test_other_boot_and_copies),
 		T(test_damaged_header), T(test_trim), T(test_trim_killed), T(test_trim_set_aside),
 		T(test_handle_follows), T(test_removed_while_open), T(test_disk_full),

@@ -624,12 +624,299 @@ static void dropped_user_is_fed(void **state)
 	assert_int_equal(x->nones, 1);
 }
 
+/* ---- sessions that begin ---- */
+
+static char answer[64];
+
+static void on_answer(void *ctx, const char *text, size_t len)
+{
+	struct node_question **q = ctx;
+
+	assert_true(len < sizeof(answer));
+	memcpy(answer, text, len);
+	answer[len] = '\0';
+	*q = NULL;
+}
+
+static void ready(struct fix *x, const char *user, enum node_copy here, int64_t msecs)
+{
+	static struct node_question *q;
+
+	answer[0] = '\0';
+	node_ready(x->n, x->now, user, here, msecs, on_answer, &q, &q);
+	run(x);
+}
+
+static void waits(struct fix *x)
+{
+	run(x);
+	assert_string_equal(answer, "");
+}
+
+static void answered(struct fix *x, const char *text)
+{
+	run(x);
+	assert_string_equal(answer, text);
+}
+
+/* The link comes up (again); the daemon's log ends there. */
+static void welcome(struct fix *x, uint64_t head)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_WELCOME, .daemon_id = 5, .gsn = head };
+
+	f.name.p = (const uint8_t *)"s1";
+	f.name.n = 2;
+	node_link_up(x->n, x->now, 0);
+	in(x, &f);
+	run(x);
+}
+
+static void fed_with(struct fix *x, const char *user, uint64_t gsn)
+{
+	const struct crdt_bytes op = { (const uint8_t *)"op", 2 };
+	struct crdt_frame f = { .type = CRDT_FRAME_FEED, .gsn = gsn, .gsn_prev = gsn - 1 };
+
+	f.user.p = (const uint8_t *)user;
+	f.user.n = (uint16_t)strlen(user);
+	f.ops = (struct crdt_bytes *)(uintptr_t)&op;
+	f.ops_n = 1;
+	in(x, &f);
+	run(x);
+}
+
+/* What a visit leaves: an op is merged, and a row says that something is left. */
+static void put_row_of(struct fix *x, unsigned slot, const char *user, const char *row, bool on)
+{
+	struct store_txn *t = store_begin(x->store);
+	struct store_rows rows;
+	struct crdt_buf b = CRDT_BUF_INIT;
+	struct crdt_vv vv;
+	char *error;
+
+	store_rows_init(&rows, t, store_user_id(t, user, 0, true));
+	crdt_vv_init(&vv);
+	assert_true(crdt_vv_raise(&vv, CRDT_ORIGIN(slot, 1), 1));
+	crdt_buf_u8(&b, 1);
+	crdt_vv_encode(&b, &vv);
+	crdt_buf_varint(&b, 0);
+	rows.rows.put(&rows.rows, "V", 1, b.data, b.len);
+	crdt_buf_free(&b);
+	if (on)
+		rows.rows.put(&rows.rows, row, strlen(row), "", 0);
+	else
+		rows.rows.del(&rows.rows, row, strlen(row));
+	assert_int_equal(store_commit(&t, false, &error), 0);
+}
+
+static void put_row(struct fix *x, const char *user, const char *row, bool on)
+{
+	put_row_of(x, 2, user, row, on);
+}
+
+/* The end of a visit that merged and applied. */
+static void applies(struct fix *x, struct visit *v, bool complete)
+{
+	struct visit_feed *feeds = v->feeds;
+
+	v->feeds = NULL;
+	node_merged(x->n, x->now, feeds);
+	v->mail_result = VISIT_MAIL_OK;
+	v->applied = true;
+	v->progress = REPLICA_DONE;
+	v->surveyed = v->survey;
+	v->incomplete = !complete;
+	v->complete = complete;
+	visited(x, v);
+}
+
+/* The usual one is answered without a visit; a late one when the feed has come and
+ * nothing of it is left. */
+static void session_waits(void **state)
+{
+	struct fix *x = *state;
+	struct visit *v;
+
+	run(x);		/* nobody is there who would be looked at after a start */
+	put_row(x, "u", "x", false);
+	ready(x, "u", NODE_COPY_COMPLETE, 1000);
+	answered(x, "ready\tok=1\n");
+	assert_null(x->visits);
+
+	node_link_down(x->n, x->now, 0);
+	ready(x, "u", NODE_COPY_COMPLETE, 1000);
+	waits(x);
+	welcome(x, 2);
+	waits(x);
+	fed_with(x, "u", 1);
+	v = take_visit(x);
+	fed_with(x, "u", 2);
+	waits(x);
+	put_row(x, "u", "d", true);
+	applies(x, v, false);
+	waits(x);
+	v = take_visit(x);
+	waits(x);
+	/* all is merged, and one mail is not shown */
+	applies(x, v, false);
+	waits(x);
+	put_row(x, "u", "d", false);
+	applies(x, take_visit(x), false);
+	answered(x, "ready\tok=1\n");
+}
+
+static void session_does_not_wait_for_ever(void **state)
+{
+	struct fix *x = *state;
+
+	run(x);		/* nobody is there who would be looked at after a start */
+	put_row(x, "u", "h", true);
+	ready(x, "u", NODE_COPY_COMPLETE, 1000);
+	x->now += 999;
+	waits(x);
+	x->now++;
+	answered(x, "ready\tok=0\n");
+	/* no time at all */
+	ready(x, "u", NODE_COPY_COMPLETE, 0);
+	answered(x, "ready\tok=0\n");
+	/* without a daemon the first one waits, and the next when another one may have come */
+	node_link_down(x->n, x->now, 0);
+	for (unsigned i = 0; i < 2; i++) {
+		ready(x, "u", NODE_COPY_COMPLETE, 1000);
+		waits(x);
+		x->now += 1000;
+		answered(x, "ready\tok=0\n");
+		ready(x, "u", NODE_COPY_COMPLETE, 1000);
+		answered(x, "ready\tok=0\n");
+		x->now += NODE_VAIN_MSECS;
+	}
+}
+
+/* A copy that is not complete: not before a visit says that it is, made after the daemon was
+ * heard to its end; without any mail, after one that looked through the mail store. */
+static void session_without_a_copy(void **state)
+{
+	static const enum node_copy here[] = { NODE_COPY_INCOMPLETE, NODE_COPY_NONE };
+	struct fix *x = *state;
+	struct visit *v;
+
+	run(x);		/* nobody is there who would be looked at after a start */
+	ready(x, "new", NODE_COPY_NONE, 1000);
+	answered(x, "ready\tok=1\n");
+	assert_null(x->visits);
+	put_row(x, "u", "x", false);
+	for (unsigned i = 0; i < 2; i++) {
+		ready(x, "u", here[i], 1000);
+		waits(x);
+		v = take_visit(x);
+		assert_true(v->apply && v->fed);
+		assert_int_equal(v->survey, here[i] == NODE_COPY_NONE);
+		applies(x, v, true);
+		answered(x, "ready\tok=1\n");
+
+		ready(x, "u", here[i], 1000);
+		v = take_visit(x);
+		applies(x, v, false);
+		waits(x);
+		x->now += 1000;
+		answered(x, "ready\tok=0\n");
+		while (x->visits != NULL)
+			applies(x, take_visit(x), false);	/* what is due after a second */
+	}
+	/* userdb did not know him; it does: there is a session */
+	node_changed(x->n, x->now, "u");
+	run(x);
+	v = take_visit(x);
+	v->mail_result = VISIT_MAIL_NO_USER;
+	v->own_origin = 1;
+	visited(x, v);
+	ready(x, "u", NODE_COPY_NONE, 1000);
+	applies(x, take_visit(x), true);
+	answered(x, "ready\tok=1\n");
+	/* a visit from before the end of the feed says nothing */
+	node_link_down(x->n, x->now, 0);
+	ready(x, "u", NODE_COPY_INCOMPLETE, 1000);
+	welcome(x, 1);
+	node_changed(x->n, x->now, "u");
+	run(x);
+	v = take_visit(x);
+	assert_false(v->fed);
+	fed_with(x, "v", 1);
+	applies(x, take_visit(x), false);
+	applies(x, v, false);
+	waits(x);
+	v = take_visit(x);
+	assert_true(v->fed && v->apply);
+	applies(x, v, true);
+	answered(x, "ready\tok=1\n");
+}
+
+/* Nobody can be asked: who is not known is new if everything was here once. */
+static void session_alone(void **state)
+{
+	struct fix *x = *state;
+
+	run(x);		/* nobody is there who would be looked at after a start */
+	node_link_down(x->n, x->now, 0);
+	ready(x, "new", NODE_COPY_NONE, 1000);
+	waits(x);
+	x->now += 1000;
+	answered(x, "ready\tok=1\talone=1\n");
+	put_row(x, "u", "d", true);
+	ready(x, "u", NODE_COPY_INCOMPLETE, 1000);
+	answered(x, "ready\tok=0\n");
+	put_row(x, "u", "d", false);
+	ready(x, "u", NODE_COPY_INCOMPLETE, 1000);
+	answered(x, "ready\tok=0\n");
+	/* all that there is was made here */
+	put_row_of(x, 1, "w", "x", false);
+	ready(x, "w", NODE_COPY_INCOMPLETE, 1000);
+	answered(x, "ready\tok=1\talone=1\n");
+	x->n->heard = false;
+	ready(x, "new", NODE_COPY_NONE, 1000);
+	answered(x, "ready\tok=0\n");
+}
+
+/* What does not come does not keep a user out for ever. */
+static void copy_is_stuck(void **state)
+{
+	struct fix *x = *state;
+	struct visit *v;
+
+	node_changed(x->n, x->now, "u");
+	run(x);
+	applies(x, take_visit(x), false);
+	assert_true(x->visits->survey);		/* the mail store may be another one than before */
+	for (unsigned i = 0; i < 3; i++) {
+		v = take_visit(x);
+		assert_false(v->anyway);
+		assert_int_equal(v->looked, i > 0);
+		v->left = 3 - i;		/* it goes on */
+		v->held = i == 2;
+		applies(x, v, false);
+		assert_null(x->visits);
+		x->now += NODE_STUCK_MSECS - 1000;
+		if (i < 2) {
+			node_changed(x->n, x->now, "u");
+			run(x);
+		}
+	}
+	run(x);
+	v = take_visit(x);
+	assert_true(v->anyway && v->apply);
+	applies(x, v, true);
+	x->now += NODE_STUCK_MSECS;
+	run(x);
+	assert_false(take_visit(x)->anyway);	/* there is an acknowledgement to be told */
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many), TEST(nobody_has), TEST(many_users),
 		TEST(name_used_again), TEST(generation_to_come), TEST(removed_user),
-		TEST(drop_user), TEST(dropped_user_is_fed) };
+		TEST(drop_user), TEST(dropped_user_is_fed),
+		TEST(session_waits), TEST(session_does_not_wait_for_ever), TEST(session_without_a_copy),
+		TEST(session_alone), TEST(copy_is_stuck) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

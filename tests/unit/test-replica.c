@@ -799,6 +799,88 @@ static void state_with_our_ops(void **state)
 	assert_int_equal(replica_last_seq(x->r), 0);
 }
 
+/* A mail store with these records. */
+static const struct ms_record *script;
+static size_t script_n;
+
+static int script_read(struct mailstore *ms, const struct ms_position *pos, size_t pos_n,
+		       bool (*cb)(void *ctx, const struct ms_record *rec), void *ctx,
+		       struct ms_position *ids_r, size_t *ids_n_r)
+{
+	uint64_t seq = 0;
+
+	(void)ms;
+	for (size_t i = 0; i < pos_n; i++)
+		seq = pos[i].journal == script[0].journal ? pos[i].seq : seq;
+	for (size_t i = 0; i < script_n; i++) {
+		if (script[i].rec->seq > seq && !cb(ctx, &script[i]))
+			break;
+	}
+	ids_r[0] = (struct ms_position){ script[0].journal, script_n == 0 ? seq : script[script_n - 1].rec->seq };
+	*ids_n_r = 1;
+	return MS_OK;
+}
+
+static int script_trim(struct mailstore *ms, const struct ms_position *pos)
+{
+	(void)ms;
+	(void)pos;
+	return MS_OK;
+}
+
+/* A DELETE whose RENAME beside it comes later.  sent: a daemon had the mail before.
+ * Whether the mail lives. */
+static bool lives_by_rename(struct fix *x, bool sent)
+{
+	static const char path[] = "a", guid[] = "g";
+	struct crdt_jrec_mail jm = { .uid = 64 };
+	struct crdt_jrec create = { .seq = 1, .kind = CRDT_JREC_CREATE, .uidvalidity = 64 };
+	struct crdt_jrec append = { .seq = 2, .kind = CRDT_JREC_APPEND, .uidvalidity = 64, .mails_n = 1, .mails = &jm };
+	struct crdt_jrec delete = { .seq = 3, .kind = CRDT_JREC_DELETE, .uidvalidity = 64 };
+	struct ms_mail mail = { .guid = { (const uint8_t *)guid, 1 }, .size = 1 };
+	const struct ms_record records[] = { { 9, &create, NULL }, { 9, &append, &mail }, { 9, &delete, NULL } };
+	struct crdt_op_folder f = { .counter = 2, .validity = 64, .path = { (const uint8_t *)"b", 1 } };
+	struct crdt_op op = { .kind = CRDT_OP_RENAME, .folders_n = 1, .folders = &f };
+	struct crdt_mail_key key = { .guid_len = 1, .guid = "g" };
+	struct replica_status st;
+	struct crdt_mail m;
+	char *error;
+	bool live;
+
+	create.path = append.path = delete.path = (struct crdt_str){ (const uint8_t *)path, 1 };
+	create.mailbox.b[0] = append.mailbox.b[0] = delete.mailbox.b[0] = 7;
+	script = records;
+	set_mailstore(x);
+	x->ms.read = script_read;
+	x->ms.trim = script_trim;
+	script_n = 2;
+	assert_true(replica_outbound(x->r, &error) >= 0);
+	replica_status(x->r, &st);
+	if (sent)
+		assert_int_equal(replica_acknowledged(x->r, st.last_seq, st.last_seq, &error), 0);
+	script_n = 3;
+	assert_true(replica_outbound(x->r, &error) >= 0);
+	key.folder = f.id = create.mailbox;
+	deliver(x, &op, 1);
+	(void)replica_txn_begin(x->r);
+	assert_true(crdt_mail_get(rrows(x->r), &key, NULL, &m));
+	live = m.live;
+	crdt_mail_free(&m);
+	store_abort(&x->r->txn);
+	return live;
+}
+
+static void renamed_beside_delete(void **state)
+{
+	assert_true(lives_by_rename(*state, true));
+}
+
+/* Nobody has the text: it went with the folder. */
+static void renamed_beside_delete_unsent(void **state)
+{
+	assert_false(lives_by_rename(*state, false));
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
@@ -806,7 +888,8 @@ int main(void)
 		TEST(folders_that_fail), TEST(many_subscriptions),
 		TEST(folder_that_fails_beside_mails), TEST(parents_first),
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
-		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_with_our_ops) };
+		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_with_our_ops),
+		TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

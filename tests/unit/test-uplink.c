@@ -332,6 +332,30 @@ static void away(void **state)
 	assert_int_equal(x->logs, 1);
 }
 
+/* Who waits has a connection tried at once, but for one that was just tried. */
+static void hurry(void **state)
+{
+	struct fix *x = *state;
+	int64_t now = 1000;
+
+	uplink_hurry(x->u, now);	/* nothing is known yet */
+	(void)uplink_tick(x->u, now);
+	assert_int_equal(x->reconnects, 0);
+	uplink_hurry(x->u, now + 1);
+	assert_int_equal(uplink_tick(x->u, now + 1), now + UPLINK_HURRY_MSECS);
+	now += UPLINK_HURRY_MSECS;
+	for (unsigned i = 1; i < 4; i++) {
+		assert_int_equal(uplink_tick(x->u, now), now + UPLINK_DOWN_MSECS);
+		assert_int_equal(x->reconnects, i);
+		now += UPLINK_HURRY_MSECS;
+		for (unsigned k = 0; k < 3; k++)
+			uplink_hurry(x->u, now);
+	}
+	up(x);
+	uplink_hurry(x->u, now);
+	assert_int_equal(uplink_tick(x->u, now), INT64_MAX);
+}
+
 static void ops_and_acks(void **state)
 {
 	struct fix *x = *state;
@@ -710,7 +734,7 @@ int main(void)
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 	const struct CMUnitTest tests[] = {
 		TEST(greeting), TEST(silence), TEST(refusal), TEST(away), TEST(ops_and_acks), TEST(ack_beyond), TEST(holes),
-		TEST(forgotten), TEST(windows), TEST(big_op), TEST(reconnection), TEST(new_origin), TEST(slow_socket),
+		TEST(forgotten), TEST(windows), TEST(big_op), TEST(hurry), TEST(reconnection), TEST(new_origin), TEST(slow_socket),
 		TEST(feed_order), TEST(fed), TEST(feed_flood), TEST(feed_again), TEST(feed_gap), TEST(feed_reset), TEST(garbage), TEST(riding),
 		TEST(other_frames),
 	};

@@ -228,6 +228,8 @@ static void test_back(void **state)
 	decisions(2, false, TWO DEAD0 "D0 @9 +0 @1 +0", "out0@3 back0@13");
 	/* what an administrator took out of use stays so */
 	decisions(2, true, TWO "V0 +0 t0: +0 t0: @99 +0", "");
+	/* and comes back like any other when he puts it back */
+	decisions(2, true, TWO "V0 +0 t0:a +0 @9 D0 +0 t0:a @1 +0 t0:a @1 +0 t0:", "back0@11");
 }
 
 static void test_back_all_the_same(void **state)
@@ -397,9 +399,17 @@ static void test_conf(void **state)
 		{ SOCKET "worker w0 { address = \"192.0.2.1\"\n lmtp_port = 70000 }\n", "worker w0: a port is 1 to 65535" },
 		{ SOCKET "worker w0 { address = \"192.0.2.1\"\n lmtp_port = 0\n imap_port = 0 }\n", "nothing is left to look at" },
 		{ SOCKET W0 "worker w1 { address = \"192.0.2.1\" }\n", "c: workers w0 and w1 have the same address" },
+		{ SOCKET "worker w0 { address = \"2001:db8::1\" }\nworker w1 { address = \"2001:DB8:0::1\" }\n",
+		  "c: workers w0 and w1 have the same address" },
 		{ SOCKET "misses = 0\n" W0, "c:2: misses must be from 1 to 100, not 0" },
 		{ SOCKET "timeout = 1\n" W0, "c:2: timeout must be from 100 to 60000, not 1" },
 		{ SOCKET "log_level = \"loud\"\n" W0, "c:2: log_level must be" },
+		{ SOCKET "anvil_socket = \"/a\"\n" W0, "c: anvil_socket is for hosts_file" },
+		{ "hosts_file = \"/h\"\nanvil_socket = \"a\"\n" W0, "c:2: anvil_socket must be an absolute path" },
+		{ SOCKET W0 "worker w1 { address = \"192.0.2.2\"\n in_use = false }\n",
+		  "c: worker w1: in_use is for hosts_file; a director is told with 'doveadm director update 192.0.2.2 0'" },
+		{ "hosts_file = \"/h\"\nworker w0 { address = \"192.0.2.1\"\n in_use = no }\n", "c: no worker is in_use" },
+		{ SOCKET "worker \"w 0\" { address = \"192.0.2.1\" }\n", "c:2: worker 'w 0': a name is 1 to 63 characters, and no space" },
 		{ SOCKET "interwal = 5\n" W0, "c:2: no such option 'interwal'" },
 	};
 	struct watch_conf conf;
@@ -413,7 +423,7 @@ static void test_conf(void **state)
 		free(error);
 		error = NULL;
 	}
-	assert_int_equal(watch_conf_parse(SOCKET W0 "worker w1 { address = \"2001:db8::1\"\n health_port = 4193 }\n",
+	assert_int_equal(watch_conf_parse(SOCKET W0 "worker w1 { address = \"2001:DB8:0::1\"\n health_port = 4193 }\n",
 					  "c", &conf, &error), 0);
 	assert_int_equal(conf.n, 2);
 	assert_false(conf.workers[0].tells);
@@ -421,6 +431,13 @@ static void test_conf(void **state)
 	assert_int_equal(conf.targets[0].imap_port, 143);
 	assert_int_equal(conf.rules.misses, 3);
 	assert_int_equal(conf.rules.return_msecs, 600000);
+	assert_true(conf.in_use[0] && conf.in_use[1]);
+	assert_string_equal(conf.targets[0].address, "192.0.2.1");
+	assert_string_equal(conf.targets[1].address, "2001:db8::1");
+	watch_conf_free(&conf);
+	assert_int_equal(watch_conf_parse("hosts_file = \"/h\"\n" W0 "worker w1 { address = \"2001:db8::1\"\n in_use = false }\n",
+					  "c", &conf, &error), 0);
+	assert_true(conf.in_use[0] && !conf.in_use[1] && conf.anvil_socket[0] == '\0');
 	watch_conf_free(&conf);
 }
 

@@ -109,7 +109,7 @@ static void test_each_type(void **state)
 	const char *error;
 
 	(void)state;
-	for (uint8_t type = WORKER_HELLO; type <= WORKER_GENERATION; type++) {
+	for (uint8_t type = WORKER_HELLO; type <= WORKER_COMPLETE; type++) {
 		sample(&m, type);
 		crdt_buf_clear(&once);
 		crdt_buf_clear(&twice);
@@ -176,7 +176,7 @@ static void break_user(struct worker_msg *m) { m->user = (struct crdt_str){ (con
 static void break_empty_user(struct worker_msg *m) { m->user.n = 0; }
 static void break_position(struct worker_msg *m) { m->pos_n = 2; }
 static void break_size(struct worker_msg *m) { m->mail.size = 5; }
-static void break_type(struct worker_msg *m) { m->type = WORKER_GENERATION + 1; }
+static void break_type(struct worker_msg *m) { m->type = WORKER_COMPLETE + 1; }
 static void break_what(struct worker_msg *m) { m->what = 4; }
 static void break_ranges(struct worker_msg *m) { m->ranges[1] = backwards; m->ranges_n[1] = 2; }
 static void break_look(struct worker_msg *m) { m->looks = bad_look; m->looks_n = 1; }

@@ -18,7 +18,7 @@ def create(cluster):
     _certificate(directory, "ca", f"crdt-{cluster.id} test CA", [
         "basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign,cRLSign",
         "subjectKeyIdentifier=hash"])
-    for node in cluster.workers() + cluster.directors():
+    for node in cluster.workers() + cluster.distributors():
         _certificate(directory, node.name, node.name, [
             "basicConstraints=critical,CA:FALSE", "authorityKeyIdentifier=keyid",
             f"subjectAltName=IP:{node.address},IP:{node.cluster_address},DNS:{node.name}"],

@@ -31,7 +31,7 @@ def up(directory, options):
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             files.create(cluster, options)
             netns.create(cluster)
-            _start_nodes(cluster, cluster.replicas() + cluster.directors())
+            _start_nodes(cluster, cluster.replicas() + cluster.distributors())
         except BaseException:
             with _undisturbed():
                 _destroy(cluster)
@@ -53,7 +53,7 @@ def _refuse_unsupported(options):
                       f" options: {', '.join(mailformat.OPTIONS)}")
     if not set(versions) <= {"2.3", "2.4"}:
         raise Refused(f"--dovecot takes 2.3, 2.4 or a list of these, not {options.dovecot}")
-    if "2.4" in versions:
+    if "2.4" in versions or options.proxies:
         chroot.root()
     if "2.3" not in versions and not options.director:
         return

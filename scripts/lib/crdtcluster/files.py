@@ -15,6 +15,7 @@ DOVECOT_USER = "dovecot"        # Debian's default_internal_user
 
 _TEMPLATES = os.path.join(os.path.dirname(__file__), "templates")
 _EXAMPLES = os.path.realpath(os.path.join(_TEMPLATES, "..", "..", "..", "..", "conf.d"))
+_PROXY_SCRIPT = os.path.realpath(os.path.join(_EXAMPLES, "..", "watch", "crdt-proxy.lua"))
 _INSTALLED = ("lib/dovecot/modules/lib90_crdt_plugin.so", "libexec/dovecot/crdt-sync",
               "lib/dovecot/modules/doveadm/lib10_doveadm_crdt_plugin.so",
               "libexec/dovecot/crdt-worker", "sbin/crdt-stored", "sbin/crdt-watch", "bin/crdt-keygen")
@@ -26,7 +27,7 @@ _PROGRAM_DIRS = ("lib/dovecot/modules", "libexec/dovecot", "sbin", "bin")
 # What crdt-watch asks.
 _HEALTH = """service crdt-sync {{
   inet_listener crdt-health {{
-    address = {}
+    {} = {}
     port = {}
   }}
 }}
@@ -53,9 +54,12 @@ def create(cluster, options):
     """Fills the cluster's directory. Nothing runs yet."""
     certs.create(cluster)
     _write_users(cluster)
-    if cluster.directors():
-        # A copy: workers with Dovecot 2.4 see the cluster's directory, not the tree.
+    if cluster.distributors():
+        # A copy: nodes with Dovecot 2.4 see the cluster's directory, not the tree.
         shutil.copytree(_EXAMPLES, _examples(cluster))
+    if cluster.proxies():
+        os.mkdir(f"{cluster.data_dir}/share")
+        shutil.copy(_PROXY_SCRIPT, f"{cluster.data_dir}/share")
     if cluster.plugin:
         _copy_programs(options.prefix, programs(cluster))
         if "2.3" in cluster.versions():
@@ -72,10 +76,12 @@ def create(cluster, options):
         _configure_worker(cluster, node)
     for node in cluster.directors():
         _configure_director(cluster, node)
+    for node in cluster.proxies():
+        _configure_proxy(cluster, node)
     if cluster.plugin:
         for node in cluster.storages():
             _configure_storage(cluster, node)
-        for node in cluster.directors():
+        for node in cluster.distributors():
             _configure_watch(cluster, node)
 
 
@@ -197,18 +203,20 @@ def _configure_worker(cluster, node):
         "imaps_port": node.imaps_port,
         "pop3_port": node.pop3_port,
         "lmtp_port": node.lmtp_port})
-    for director in cluster.directors():
-        _configure_behind_director(cluster, node, director)
+    if cluster.distributors():
+        _configure_behind(cluster, node)
     if cluster.plugin:
         _configure_plugin(cluster, node)
 
 
-def _configure_behind_director(cluster, node, director):
+def _configure_behind(cluster, node):
+    listen = "listen" if node.dovecot == "2.4" else "address"
     _render("behind-director.conf.in", f"{cluster.node_dir(node)}/behind-director.conf", {
-        "director": director.cluster_address,
+        "distributors": " ".join(each.cluster_address for each in cluster.distributors()),
+        "listen": listen,
         "cluster_address": node.cluster_address,
         "example": f"{_examples(cluster)}/behind-director.conf",
-        "health": _HEALTH.format(node.cluster_address, HEALTH_PORT) if cluster.plugin else "",
+        "health": _HEALTH.format(listen, node.cluster_address, HEALTH_PORT) if cluster.plugin else "",
         "password": _doveadm_password(cluster)})
 
 
@@ -240,6 +248,33 @@ def _configure_director(cluster, node):
         "lmtp_port": node.lmtp_port})
 
 
+def _configure_proxy(cluster, node):
+    node_dir = cluster.node_dir(node)
+    os.mkdir(f"{node_dir}/state", 0o755)
+    _render("proxy-2.4.conf.in", node.doveadm_config, {
+        "name": node.name,
+        "base_dir": cluster.node_runtime_dir(node),
+        "node_dir": node_dir,
+        "instance": node.netns,
+        "debug": "yes" if cluster.debug else "no",
+        "cert": certs.certificate_of(cluster, node),
+        "cert_key": certs.key_of(cluster, node),
+        "ca": cluster.ca_file,
+        "example": f"{_examples(cluster)}/proxy-2.4.conf",
+        "hosts_file": _hosts_file(cluster, node),
+        "watch_user": DOVECOT_USER,
+        "doveadm_port": DOVEADM_PORT,
+        "password": _doveadm_password(cluster),
+        "imap_port": node.imap_port,
+        "imaps_port": node.imaps_port,
+        "pop3_port": node.pop3_port,
+        "lmtp_port": node.lmtp_port})
+
+
+def _hosts_file(cluster, node):
+    return f"{cluster.node_dir(node)}/watch/hosts"
+
+
 def watch_config(cluster, node):
     return f"{cluster.node_dir(node)}/crdt-watch.conf"
 
@@ -250,8 +285,21 @@ def _configure_watch(cluster, node):
                f"  imap_port = {worker.imap_port}\n  lmtp_port = {worker.lmtp_port}\n"
                f"  pop3_port = {worker.pop3_port}\n  health_port = {HEALTH_PORT}\n}}\n"
                for worker in cluster.workers()]
-    _write(watch_config(cluster, node),
-           f"director_socket = \"{cluster.node_runtime_dir(node)}/director-admin\"\n" + "".join(workers))
+    runtime_dir = cluster.node_runtime_dir(node)
+    if node.kind == "director":
+        tells = f"director_socket = \"{runtime_dir}/director-admin\"\n"
+    else:
+        _make_watch_state(os.path.dirname(_hosts_file(cluster, node)))
+        tells = (f"hosts_file = \"{_hosts_file(cluster, node)}\"\n"
+                 f"anvil_socket = \"{runtime_dir}/anvil\"\nuser = \"{DOVECOT_USER}\"\n")
+    _write(watch_config(cluster, node), tells + "".join(workers))
+
+
+def _make_watch_state(directory):
+    """For a crdt-watch that is not root. (A user of its own would have to be made.)"""
+    account = _dovecot_account()
+    os.mkdir(directory, 0o755)
+    os.chown(directory, account.pw_uid, account.pw_gid)
 
 
 def _configure_plugin(cluster, node):

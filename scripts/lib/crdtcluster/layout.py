@@ -20,7 +20,8 @@ from .errors import ClusterError, Refused
 MAX_WORKERS = 63        # worker wN has slot N, slots end at 63
 MAX_STORAGES = 63
 STORAGE_PORT = 4590
-HEALTH_PORT = 4593       # of workers behind a director
+MAX_PROXIES = 20
+HEALTH_PORT = 4593       # of workers behind a director or proxies
 DOVEADM_PORT = 24245     # the same
 FIRST_MAIL_UID = 5000
 
@@ -100,6 +101,13 @@ class Cluster:
     def directors(self):
         """One, or none."""
         return [node for node in self.nodes if node.kind == "director"]
+
+    def proxies(self):
+        return [node for node in self.nodes if node.kind == "proxy"]
+
+    def distributors(self):
+        """Nodes in front of the workers."""
+        return self.directors() + self.proxies()
 
     def replicas(self):
         """Nodes that hold users' mail or what is known of it."""
@@ -219,7 +227,7 @@ def _plan(directory, cluster_id, options):
 def check_counts(options):
     """Refuses numbers of nodes and users that cannot be."""
     for what, low, high in (("workers", 1, MAX_WORKERS), ("storages", 0, MAX_STORAGES),
-                            ("users", 1, 10000)):
+                            ("proxies", 0, MAX_PROXIES), ("users", 1, 10000)):
         if not low <= getattr(options, what) <= high:
             raise Refused(f"--{what} must be {low} to {high}")
     if options.plugin == "on" and options.storages == 0:
@@ -277,6 +285,8 @@ def _describe(directory, cluster_id, data_dir, options):
         cluster.nodes.append(_storage(cluster, i, subnet))
     if options.director:
         cluster.nodes.append(_director(cluster, subnet))
+    for i in range(1, options.proxies + 1):
+        cluster.nodes.append(_proxy(cluster, i, subnet))
     return cluster
 
 
@@ -324,5 +334,17 @@ def _director(cluster, subnet):
         name="d1", kind="director", netns=f"crdt-{cluster.id}-d1",
         address=f"{subnet}.1.201", cluster_address=f"{subnet}.2.201",
         imap_port=143, imaps_port=993, lmtp_port=24, pop3_port=110, dovecot="2.3")
+    node.doveadm_config = f"{cluster.node_dir(node)}/dovecot.conf"
+    return node
+
+
+def _proxy(cluster, i, subnet):
+    node = Node(
+        name=f"p{i}", kind="proxy", netns=f"crdt-{cluster.id}-p{i}",
+        address=f"{subnet}.1.{210 + i}", cluster_address=f"{subnet}.2.{210 + i}",
+        imap_port=143, imaps_port=993, lmtp_port=24, pop3_port=110, dovecot="2.4",
+        # Where an installation has crdt-proxy.lua, and the example says it is.
+        inside=chroot.command(cluster.data_dir, _runtime_dir(cluster.id),
+                              f"{cluster.data_dir}/share:/usr/share/dovecot-crdt"))
     node.doveadm_config = f"{cluster.node_dir(node)}/dovecot.conf"
     return node

@@ -19,6 +19,7 @@ KINDS = {
     "worker": ("dovecot", "imap", "pop3", "lmtp", "crdt-sync", "crdt-worker"),
     "storage": ("crdt-stored",),
     "director": ("dovecot", "director", "imap-login", "pop3-login", "lmtp", "crdt-watch"),
+    "proxy": ("dovecot", "imap-login", "pop3-login", "lmtp", "auth", "crdt-watch"),
 }
 _REPORTED = ("dovecot", "crdt-sync", "crdt-worker", "crdt-stored", "crdt-watch")
 _GONE_TIMEOUT = 10
@@ -159,7 +160,7 @@ def start(cluster, node):
             _start_dovecot(cluster, node)
         elif cluster.plugin:
             _start_stored(cluster, node)
-    if node.kind == "director" and cluster.plugin and not find(node, "crdt-watch"):
+    if node.kind in ("director", "proxy") and cluster.plugin and not find(node, "crdt-watch"):
         _start_watch(cluster, node)
 
 

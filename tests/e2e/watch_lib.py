@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What tests of crdt-watch share: waiting, its log, a first login after a takeover."""
+
+import imaplib
+import time
+
+from imap_lib import Client
+
+
+def until(condition, timeout=60):
+    """Waits for a condition; what it gave."""
+    deadline = time.monotonic() + timeout
+    while True:
+        result = condition()
+        if result:
+            return result
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.05)
+
+
+class WatchLog:
+    """What crdt-watch of the node says from now on."""
+
+    def __init__(self, cluster, node="d1"):
+        self.cluster = cluster
+        self.node = node
+        self.start = len(cluster.log(node, "crdt-watch"))
+
+    def text(self):
+        return self.cluster.log(self.node, "crdt-watch")[self.start:]
+
+    def until(self, *texts):
+        until(lambda: all(text in self.text() for text in texts))
+
+
+def first_login(cluster, user, node="d1"):
+    """Seconds until the user can log in through the node, and works there."""
+    start = time.monotonic()
+
+    def attempt():
+        try:
+            with Client(cluster.imap(node, user)) as client:
+                client.do("append INBOX after-takeover")
+            return True
+        except (imaplib.IMAP4.error, OSError):
+            return False
+
+    until(attempt)
+    return time.monotonic() - start
+
+
+def mail_of_all(cluster, node, users):
+    """{user: mails in INBOX, sorted}, by a session of each through the node."""
+    seen = {}
+    for user in users:
+        with Client(cluster.imap(node, user)) as client:
+            seen[user] = sorted(client.look().mails()["INBOX"])
+    return seen

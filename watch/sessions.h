@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef CRDT_WATCH_SESSIONS_H
+#define CRDT_WATCH_SESSIONS_H
+/*
+ * What `doveadm proxy list` and `doveadm proxy kick` do, through the same socket: anvil of
+ * Dovecot 2.4 (protocol anvil-client, 2.0), without waiting.  One thread; the caller polls.
+ *
+ * A kick is of a user, not of a session: anvil ends all that he has in a login process,
+ * whichever of them was named.
+ */
+#include <poll.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define SESSIONS_MOVE_MAX 100		/* users that are moved at a time */
+#define SESSION_ID_MAX 32
+
+enum session_place {
+	SESSION_RIGHT,
+	SESSION_WRONG,			/* it works, but he belongs to another worker */
+	SESSION_DEAD,			/* of a worker that is out */
+};
+
+struct sessions_result {
+	bool ok;
+	size_t moved, ended;		/* users: whose sessions were WRONG, DEAD */
+	bool more;			/* there are more of them than SESSIONS_MOVE_MAX */
+	size_t stuck;			/* sessions that were ended by an earlier pass, and are still there */
+};
+struct sessions_callbacks {
+	enum session_place (*place)(void *ctx, const char *user, const char *address);
+	void (*done)(void *ctx, int64_t now, const struct sessions_result *r);
+	void (*log)(void *ctx, int level, const char *text);
+	void *ctx;
+};
+
+struct sessions;
+struct sessions *sessions_new(const char *socket_path, const struct sessions_callbacks *cb);
+void sessions_free(struct sessions **s);
+bool sessions_busy(const struct sessions *s);	/* a pass is under way */
+/* Looks at all sessions once and ends those that are not RIGHT, but for those that earlier
+ * passes ended; anew: of these nothing is known. */
+void sessions_start(struct sessions *s, int64_t now, bool anew);
+size_t sessions_fds(const struct sessions *s, struct pollfd *fd, int64_t *due);	/* at most one */
+void sessions_run(struct sessions *s, int64_t now);
+
+/* A line of anvil's list.  false: it is none of a proxied session, or of a user whose name is
+ * odd.  The strings are in the line. */
+bool sessions_parse(char *line, const char **user_r, const char **id_r, const char **address_r);
+#endif

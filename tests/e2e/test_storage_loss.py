@@ -219,10 +219,12 @@ def test_new_worker(own_cluster):
         elif os.path.exists(path):
             os.unlink(path)
     cluster.start("w3")
-    with Client.login(cluster, "w3", "u1") as client:
-        client.do("append INBOX own", "create mine")
+    cluster.deliver("w3", "u1", message("own"))     # sessions have to wait
     cluster.start("s1")
     wait_log(cluster, "w3", "the states of its users are here")
+    cluster.wait(120)
+    with Client.login(cluster, "w3", "u1") as client:
+        client.do("create mine")
     mails = {"INBOX": ["b", "c", "d", r"e \Flagged", "own", "two"], "f": ["later", "m"], "h": ["n"], "mine": []}
     equal(cluster, "u1", mails)
     equal(cluster, "u2", {"INBOX": ["one"]})

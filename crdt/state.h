@@ -285,6 +285,22 @@ struct crdt_shown {
 /* text: with content, size and date. */
 void crdt_shown_bytes(struct crdt_buf *b, const struct crdt_shown *s, bool text);
 
+/*
+ * A snapshot of the state (snapshot.c), given to somebody who has none.  Its rows come in
+ * the order of their keys; after: behind this one (alen 0: from the start).  What it is
+ * worth if the rows change meanwhile is for the caller to know.
+ */
+typedef bool crdt_row_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen);
+void crdt_snapshot_scan(struct crdt_rows *rows, const void *after, size_t alen, crdt_row_cb *cb, void *ctx);
+/* The other side, with rows that have nothing of the core in them: false, and nothing
+ * written, if the row has not the form of one.  body() is told what a message names. */
+#define CRDT_SNAPSHOT_KEY_MAX (1 + 4096 + 1 + 16)
+typedef void crdt_snapshot_body(void *ctx, const struct crdt_content *c, uint64_t size);
+bool crdt_snapshot_put(struct crdt_rows *rows, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen,
+		       crdt_snapshot_body *body, void *ctx);
+/* All rows are there: what was merged.  Then crdt_check() tells whether it is one. */
+void crdt_snapshot_end(struct crdt_rows *rows, const struct crdt_vv *merged);
+
 /* Walks all rows and tests what must hold of any state (indexes agree, counts
  * agree, ...).  Returns NULL, or a malloc'ed text naming the first fault. */
 char *crdt_check(struct crdt_rows *rows);

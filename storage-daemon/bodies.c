@@ -184,7 +184,15 @@ static bool missing_forget(struct hub *h, const struct body_key *key)
 	return found;
 }
 
-struct missing_ctx { struct hub_conn *c; size_t n; };
+void bodies_missing(struct hub *h, uint64_t user, const struct crdt_content *content, uint64_t size)
+{
+	struct body_key key = body_key(user, content);
+
+	if (size <= CRDT_BODY_SIZE_MAX)
+		mark_size(h, META_MISSING, &key, size);
+}
+
+struct missing_ctx { struct hub_conn *c; size_t n; struct crdt_buf last; };
 
 static bool missing_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
 {
@@ -198,16 +206,42 @@ static bool missing_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t
 		text.content = body.content;
 		bodies_request(s->c, &user, &text);
 	}
+	crdt_buf_clear(&s->last);
+	crdt_buf_raw(&s->last, key, klen);
 	return ++s->n < HUB_MISSING_MAX;
+}
+
+/* Some of them: the others when those came, or did not. */
+static void missing_request(struct hub_conn *c)
+{
+	struct missing_ctx s = { .c = c, .last = CRDT_BUF_INIT };
+	struct crdt_buf *from = &c->missing_from;
+	uint8_t first = META_MISSING;
+
+	store_scan(hub_txn(c->h), STORE_META, &first, 1, from->data, from->len, false, missing_cb, &s);
+	c->missing_more = s.n == HUB_MISSING_MAX;
+	crdt_buf_u8(&s.last, 0);	/* behind it */
+	if (s.last.failed)
+		abort();
+	crdt_buf_free(from);
+	*from = s.last;
+}
+
+static uint64_t worker_bit(const struct hub_conn *c)
+{
+	return UINT64_C(1) << (c->peer->conf.slot & 63);
 }
 
 void bodies_hello(struct hub_conn *c)
 {
-	struct missing_ctx s = { .c = c };
-	uint8_t first = META_MISSING;
+	struct body_in *in;
 
+	/* it may have got it, or back */
+	for (in = c->h->ins; in != NULL; in = in->next)
+		in->refused &= ~worker_bit(c);
+	crdt_buf_free(&c->missing_from);
 	if (c->peer->conf.role == HUB_WORKER)
-		store_scan(hub_txn(c->h), STORE_META, &first, 1, NULL, 0, false, missing_cb, &s);
+		missing_request(c);
 }
 
 /* ---- orphans ---- */
@@ -562,6 +596,8 @@ void bodies_pump_in(struct hub_conn *c)
 	struct body_queue *q;
 	struct body_want *w;
 
+	if (c->missing_more && c->queues == NULL)
+		missing_request(c);
 	while (c->ready && (q = queue_next(c)) != NULL) {
 		w = q->wants;
 		q->wants = w->next;
@@ -584,6 +620,27 @@ static bool in_ask_others(struct hub *h, const struct hub_user *user, const stru
 			request(c, user, &text, true);
 			return true;
 		}
+	}
+	return false;
+}
+
+/* Lost by this daemon, so that nobody sends its op again: each worker may be the one that has it. */
+static bool missing_ask_others(struct hub *h, const struct hub_user *user, struct body_in *in)
+{
+	struct body_text text = { in->key.content, in->size };
+	struct crdt_buf val = CRDT_BUF_INIT;
+	struct hub_conn *other;
+	struct key k;
+	bool missing;
+
+	key_init(&k, META_MISSING, &in->key);
+	missing = store_get(hub_txn(h), STORE_META, k.b, k.n, &val);
+	crdt_buf_free(&val);
+	for (other = h->conns; missing && other != NULL; other = other->next) {
+		if (!other->ready || other->peer->conf.role != HUB_WORKER || (in->refused & worker_bit(other)) != 0)
+			continue;
+		request(other, user, &text, true);
+		return true;
 	}
 	return false;
 }
@@ -813,7 +870,8 @@ void bodies_on_none(struct hub_conn *c, const struct crdt_frame *f)
 		return;
 	in_release(in);
 	ingest_body_none(c, &key);
-	if (!in_ask_others(c->h, &user, &key, c))
+	in->refused |= worker_bit(c);
+	if (!in_ask_others(c->h, &user, &key, c) && !missing_ask_others(c->h, &user, in))
 		in_discard(c->h, in);
 	in_ended(c);
 }
@@ -1121,10 +1179,13 @@ void bodies_conn_drop(struct hub_conn *c)
 	struct body_out *out;
 	struct body_in *in;
 
+	crdt_buf_free(&c->missing_from);
+	c->missing_more = false;
 	for (in = c->h->ins; in != NULL; in = in->next) {
 		if (in->from == c) {
 			in_release(in);
-			(void)in_ask_others(c->h, &in->user, &in->key, c);
+			if (!in_ask_others(c->h, &in->user, &in->key, c))
+				(void)missing_ask_others(c->h, &in->user, in);
 		}
 	}
 	queues_drop(c);

@@ -70,6 +70,10 @@ int hub_drop_user(struct hub *h, const char *name, uint32_t gen, char **error_r)
 	uint64_t user;
 	size_t i;
 
+	if (h->rebuild != NULL) {
+		*error_r = strdup("users cannot be dropped before the rebuild is done");
+		return -1;
+	}
 	/* what is under way ends, acknowledgements too */
 	if (hub_commit(h, error_r) < 0)
 		return -1;

@@ -5,7 +5,8 @@
 #include <stdlib.h>
 
 #define META_DROPPED 'Y'
-#define LOG_OWN_OPS 'o'			/* crdt-sync's (sync/replica.c) */
+/* crdt-sync's (sync/kept.h) */
+static const char log_rows[] = { 'o', 't', 's', 'n' };
 #define ERASING 0
 #define ERASED 1
 
@@ -61,9 +62,12 @@ int dropped_erase(struct store *s, uint64_t id, char **error_r)
 {
 	struct store_txn *t;
 
-	if (erase(s, STORE_STATE, 0, id, error_r) < 0 || erase(s, STORE_BODY, 0, id, error_r) < 0 ||
-	    erase(s, STORE_LOG, LOG_OWN_OPS, id, error_r) < 0)
+	if (erase(s, STORE_STATE, 0, id, error_r) < 0 || erase(s, STORE_BODY, 0, id, error_r) < 0)
 		return -1;
+	for (size_t i = 0; i < sizeof(log_rows); i++) {
+		if (erase(s, STORE_LOG, (uint8_t)log_rows[i], id, error_r) < 0)
+			return -1;
+	}
 	t = store_begin(s);
 	put(t, id, ERASED);
 	return store_commit(&t, false, error_r);

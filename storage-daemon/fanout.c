@@ -113,11 +113,14 @@ static void cursor_key(struct cursor_key *k, const struct hub_peer *p)
 
 void fanout_peer_init(struct hub *h, struct hub_peer *p)
 {
+	struct crdt_buf val = CRDT_BUF_INIT;
 	struct store_txn *t = store_begin(h->s);
 	struct cursor_key k;
 
 	cursor_key(&k, p);
+	p->known = store_get(t, STORE_META, k.b, k.n, &val);
 	p->cursor = meta_varint(t, k.b, k.n);
+	crdt_buf_free(&val);
 	store_abort(&t);
 }
 
@@ -147,26 +150,37 @@ static void set_cursor(struct hub_peer *p, uint64_t gsn)
 bool fanout_hello(struct hub_conn *c, const struct crdt_frame *f)
 {
 	struct hub *h = c->h;
-	uint64_t start = f->daemon_id == h->daemon_id ? f->gsn : 0;
+	uint64_t start = f->daemon_id == h->daemon_id ? f->gsn : 0, sent = start;
 
+	/* its count begins at 0; what comes before the log it has */
+	if (f->daemon_id == h->daemon_id && c->peer->based && start < HUB_BASE_GSN)
+		start = HUB_BASE_GSN;
 	if (start > h->head) {
 		hub_conn_fail(c, CRDT_ERR_RESET, "has seen op %"PRIu64" of this daemon's log, which ends at %"PRIu64": "
 			      "the database is older than what the peer knows (restored from a backup?)",
 			      start, h->head);
 		return false;
 	}
-	if (start < h->trimmed) {
+	if (start < h->trimmed && c->snapshots) {
+		/* the log stays from here on, until it has acknowledged it */
+		rebuild_unbase(h, c->peer);
+		c->taking = true;
+		start = sent = h->head;
+	} else if (start < h->trimmed) {
 		hub_conn_fail(c, CRDT_ERR_RESET, "needs the log from op %"PRIu64" on, but it begins behind %"PRIu64": "
 			      "the peer is new or lost its database, and needs a snapshot of all users",
 			      start + 1, h->trimmed);
 		return false;
 	}
-	c->feed_pos = c->feed_sent = start;
-	c->own_upto = f->own ? h->head : 0;
-	c->goal = h->head;
+	c->feed_pos = start;
+	c->feed_sent = sent;
+	c->own_upto = f->own && !c->taking ? h->head : 0;
+	c->goal = h->head > HUB_BASE_GSN || sent == start ? h->head : 0;	/* 0: there is no op */
 	c->ride_gsn = 0;
 	c->ride_next = 0;
 	set_cursor(c->peer, start);
+	c->peer->cursor_dirty = c->peer->cursor_dirty || !c->peer->known;
+	c->peer->known = true;
 	return true;
 }
 
@@ -179,6 +193,8 @@ void fanout_on_ack(struct hub_conn *c, const struct crdt_frame *f)
 			      "%"PRIu64, f->gsn, c->feed_sent);
 		return;
 	}
+	if (c->taking && f->gsn == c->goal)
+		hub_taken(c);
 	if (f->gsn <= c->peer->cursor)
 		return;
 	set_cursor(c->peer, f->gsn);

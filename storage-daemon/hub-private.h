@@ -5,13 +5,15 @@
  * The parts of the hub.  hub.c: peers, connections, frames, commit, status;
  * ingest.c: OPS to merged ops; bodies.c: texts in and out; fanout.c: the feed;
  * stable.c: what every member has applied, and collection; asks.c: an administrator's
- * questions; retire.c: workers that are gone for good; drop.c: users who are.
+ * questions; retire.c: workers that are gone for good; drop.c: users who are;
+ * rebuild.c: lost data that workers have.
  *
  * State is in the store; what is kept in memory belongs to a connection, is
  * bounded by a limit here or in wire/frame.h, and may be lost at any time.
  * Running out of memory ends the process: what was acknowledged is in the store.
  */
 #include "hub.h"
+#include "snapshot.h"
 #include "../crdt/state.h"
 
 #include <stdlib.h>
@@ -29,6 +31,9 @@
 #define META_MISSING 'M'	/* user id(be64) content -> varint size: a merged op names it, it never came */
 #define META_RETIRED 'X'	/* peer name: that worker is not waited for any more */
 #define META_UNKNOWN 'K'	/* user id(be64): ops of an unknown kind wait */
+#define META_REBUILD 'B'	/* -> u8: the data is taken from the workers; peer name: it said which users it has */
+#define META_REBUILD_USER 'L'	/* user id(be64) -> vv, vv: not done; what nobody keeps, what is in the log */
+#define META_BASE 'H'		/* peer name: took part in that, so it lacks nothing that is not in the log */
 #define META_ORPHAN 'O'		/* user id(be64) content: a text that no merged op names yet */
 
 /* First byte of a LOG row: some text came with this op and may ride with it. */
@@ -52,6 +57,7 @@
 #define HUB_COLLECT_ROWS 200
 #define HUB_STABLE_USERS 16
 #define HUB_LOG_KEEP_DEFAULT 1000000
+#define HUB_BASE_GSN 1			/* stands for all that is not in the log of a database that was rebuilt */
 #define HUB_ASKS_MAX 4			/* questions of one connection that take their time */
 #define HUB_ASK_ROWS 4096		/* looked at in one slice for one */
 #define HUB_ASK_TRIES 5			/* the user changed meanwhile */
@@ -65,6 +71,9 @@ struct hub_peer {
 	uint64_t cursor;		/* fed and acknowledged */
 	bool cursor_dirty;		/* not in META yet */
 	bool retired;			/* no member, until it begins anew */
+	bool known;			/* it was welcomed by this database */
+	bool based;			/* see META_BASE */
+	bool empty;			/* it began anew itself, while the rebuild goes on */
 };
 
 /* As an op names it. */
@@ -110,6 +119,7 @@ struct body_in {			/* a text that arrives */
 	struct hub_conn *from;		/* NULL: interrupted */
 	uint64_t size, received, granted;	/* size: as the op says for which it is asked */
 	unsigned int overtaken;		/* transfers that ended since a piece of this one came */
+	uint64_t refused;		/* workers that do not have it, a bit for the slot of each */
 	uint64_t giver;			/* connection that sent its beginning */
 	bool mixed;			/* the rest, or a part, is of others */
 	bool faulty;			/* a piece of a text of another size came */
@@ -136,6 +146,7 @@ struct feed_flight { uint64_t gsn; size_t bytes; };
 struct hub_queued { struct hub_queued *next; size_t n; uint8_t p[]; };
 
 struct hub_ask;
+struct rebuild;
 
 struct hub_conn {
 	struct hub_conn *next;
@@ -143,6 +154,9 @@ struct hub_conn {
 	uint64_t id;
 	struct hub_peer *peer;
 	bool ready;			/* HELLO accepted */
+	bool own;			/* HELLO's */
+	bool snapshots;			/* HELLO's: it can take them */
+	bool taking;			/* it takes the users' states: nothing is fed yet */
 	bool told;			/* got an ERROR since */
 	bool resend;			/* to be cut off, so that it sends refused ops again */
 
@@ -158,6 +172,8 @@ struct hub_conn {
 
 	struct body_queue *queues;	/* in turn */
 	size_t in_active;
+	struct crdt_buf missing_from;	/* META_MISSING rows from here on were not asked for */
+	bool missing_more;		/* there are some */
 	struct body_out *outs, *outs_tail;
 	size_t outs_n;
 
@@ -214,6 +230,8 @@ struct hub {
 	struct hub_id_set changed;	/* users whose stable vector may advance */
 	struct hub_id_set collecting;
 	struct hub_id_set dropped;	/* users */
+	struct rebuild *rebuild;	/* NULL: all is here */
+	struct snapshot_view *views;	/* states that workers are given */
 };
 
 /* ---- hub.c ---- */
@@ -236,6 +254,9 @@ void hub_id_add(struct hub_id_set *s, uint64_t id);
 void hub_id_del(struct hub_id_set *s, uint64_t id);
 bool hub_id_has(const struct hub_id_set *s, uint64_t id);
 const char *hub_content_hex(const struct crdt_content *c);	/* static buffer */
+
+void hub_welcome_again(struct hub_conn *c);	/* the rebuild is done */
+void hub_taken(struct hub_conn *c);		/* it has taken all states */
 
 /* ---- ingest.c ---- */
 void ingest_init(struct hub *h);
@@ -269,6 +290,8 @@ void bodies_on_want(struct hub_conn *c, const struct crdt_frame *f);
 /* An op that names it was merged as number gsn.  Returns whether it was the first
  * of a text that is here; one that is not is remembered as missing. */
 bool bodies_claimed(struct hub *h, uint64_t user, const struct body_text *text, uint64_t gsn);
+/* A merged op, or a state, names a text that is not here. */
+void bodies_missing(struct hub *h, uint64_t user, const struct crdt_content *content, uint64_t size);
 /* A worker connected: it may have what is missing. */
 void bodies_hello(struct hub_conn *c);
 /* Size of a text that came with op gsn and may ride with it; 0: none such. */
@@ -311,6 +334,16 @@ bool stable_pump(struct hub_conn *c, bool *more_r);	/* after the feed; false: a 
 bool stable_background(struct hub *h);
 void stable_all_changed(struct hub *h, struct store_txn *t);	/* the members changed */
 void stable_drop_user(struct hub *h, uint64_t user);	/* the row that is not under his number */
+
+/* ---- rebuild.c: while h->rebuild is set, nothing else is done ---- */
+void rebuild_init(struct hub *h);
+void rebuild_free(struct hub *h);
+void rebuild_peer_init(struct hub *h, struct hub_peer *p);
+void rebuild_hello(struct hub_conn *c);
+void rebuild_on_snap(struct hub_conn *c, const struct crdt_frame *f);
+void rebuild_step(struct hub *h);
+void rebuild_conn_drop(struct hub_conn *c);
+void rebuild_unbase(struct hub *h, struct hub_peer *p);	/* it begins anew */
 
 /* ---- drop.c ---- */
 int drop_init(struct hub *h, char **error_r);

@@ -164,6 +164,7 @@ static void conn_reset(struct hub_conn *c)
 	bodies_conn_drop(c);
 	fanout_conn_drop(c);
 	asks_conn_drop(c);
+	rebuild_conn_drop(c);
 	while ((q = c->queue) != NULL) {
 		c->queue = q->next;
 		free(q);
@@ -172,6 +173,8 @@ static void conn_reset(struct hub_conn *c)
 	c->queued = 0;
 	c->resend = false;
 	c->feed_broken = false;
+	c->taking = false;
+	snapshot_views_free(&c->h->views, c->id, false);
 }
 
 static void conn_free(struct hub_conn *c)
@@ -350,6 +353,7 @@ void hub_set_peers(struct hub *h, const struct hub_peer_conf *peers, size_t n)
 			p->conf = peers[i];
 			fanout_peer_init(h, p);
 			retire_peer_init(h, p);
+			rebuild_peer_init(h, p);
 		} else if (!conf_equal(&p->conf, &peers[i])) {
 			peer_cut_off(h, p);
 			p->conf = peers[i];
@@ -372,6 +376,7 @@ void hub_set_peers(struct hub *h, const struct hub_peer_conf *peers, size_t n)
 	t = store_begin(h->s);
 	stable_all_changed(h, t);
 	store_abort(&t);
+	rebuild_step(h);
 }
 
 /* ---- start and end ---- */
@@ -414,6 +419,7 @@ struct hub *hub_new(struct store *s, const char *name, const struct hub_callback
 		hub_free(&h);
 		return NULL;
 	}
+	rebuild_init(h);
 	ingest_init(h);
 	fanout_init(h);
 	stable_init(h);
@@ -440,6 +446,8 @@ void hub_free(struct hub **_h)
 		free(h->peers[i]);
 	free(h->peers);
 	bodies_deinit(h);
+	rebuild_free(h);
+	snapshot_views_free(&h->views, 0, true);
 	store_abort(&h->txn);
 	crdt_buf_free(&h->sink_bytes);
 	free(h->applied);
@@ -458,10 +466,49 @@ void hub_set_log_keep(struct hub *h, uint64_t ops)
 
 /* ---- frames ---- */
 
+static void welcome(struct hub_conn *c)
+{
+	struct hub *h = c->h;
+	struct crdt_frame f = { .type = CRDT_FRAME_WELCOME, .daemon_id = h->daemon_id };
+
+	f.name.p = (const uint8_t *)h->name;
+	f.name.n = (uint16_t)strlen(h->name);
+	if (h->rebuild != NULL) {
+		f.flags = CRDT_WELCOME_REBUILD;
+	} else {
+		f.flags = c->taking ? CRDT_WELCOME_SNAPSHOT : 0;
+		f.own = c->own;
+		f.gsn = c->goal;
+	}
+	hub_conn_send(c, &f);
+}
+
+/*
+ * Whether this database can be filled by what the worker sends by itself.  If not, and it
+ * is new to the worker, it is an empty directory in place of the data, or has to be told
+ * that it is a new daemon: nothing of what is here would be a user's mail.
+ */
+static bool history_hello(struct hub_conn *c, const struct crdt_frame *f)
+{
+	if (c->peer->conf.role != HUB_WORKER)
+		return true;
+	if (c->h->rebuild != NULL) {
+		if ((f->flags & CRDT_HELLO_SNAPSHOTS) != 0)
+			return true;
+		hub_conn_fail(c, CRDT_ERR_VERSION, "is too old to give back what this daemon lost: upgrade it");
+		return false;
+	}
+	if ((f->flags & CRDT_HELLO_ACKED) == 0 || f->daemon_id == c->h->daemon_id || c->peer->known)
+		return true;
+	hub_conn_fail(c, CRDT_ERR_IDENTITY, "does not know this database, and has changes that it does not send again: "
+		      "is the data directory not mounted? If the data is lost, or this daemon is new: stop it, and run "
+		      "crdt-stored --rebuild; see LOST DATABASE in crdt-stored(8)");
+	return false;
+}
+
 static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
 {
 	const struct hub_peer_conf *conf = &c->peer->conf;
-	struct crdt_frame welcome = { .type = CRDT_FRAME_WELCOME };
 
 	conn_reset(c);
 	c->told = false;
@@ -476,26 +523,75 @@ static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
 			      conf->role == HUB_WORKER ? "a worker" : "a storage daemon", conf->slot);
 		return;
 	}
-	if (!retire_hello(c, f))
+	if (!retire_hello(c, f) || !history_hello(c, f))
 		return;
 	/* One connection of a peer counts: the newest.  Usually the other one is dead
 	 * and does not know it; but two nodes may have got one key. */
 	if (c->peer->conn != NULL)
 		conn_supersede(c->peer->conn);
-	if (!fanout_hello(c, f))
+	c->own = f->own;
+	c->snapshots = conf->role == HUB_WORKER && (f->flags & CRDT_HELLO_SNAPSHOTS) != 0;
+	if (c->h->rebuild == NULL && !fanout_hello(c, f))
 		return;
 	retire_returned(c);
 	c->ready = true;
 	c->peer->conn = c;
 	c->stable_pos = 0;
-	bodies_hello(c);
-	welcome.name.p = (const uint8_t *)c->h->name;
-	welcome.name.n = (uint16_t)strlen(c->h->name);
-	welcome.daemon_id = c->h->daemon_id;
-	welcome.own = f->own;
-	welcome.gsn = c->goal;
-	hub_conn_send(c, &welcome);
+	if (c->h->rebuild == NULL && !c->taking)
+		bodies_hello(c);
+	welcome(c);
 	hub_log(c->h, 2, "peer %s: connected", conf->name);
+	if (c->h->rebuild != NULL)
+		rebuild_hello(c);
+}
+
+void hub_welcome_again(struct hub_conn *c)
+{
+	struct crdt_frame hello = { .daemon_id = c->own ? 0 : c->h->daemon_id, .own = c->own };
+
+	if (!fanout_hello(c, &hello))
+		return;
+	if (!c->taking)
+		bodies_hello(c);
+	welcome(c);
+}
+
+void hub_taken(struct hub_conn *c)
+{
+	c->taking = false;
+	bodies_hello(c);
+	hub_log(c->h, 2, "peer %s: has taken the states of all users", c->peer->conf.name);
+}
+
+/* What is fed from the number on that WELCOME named is not in the log only: it is committed. */
+static void on_snap_want(struct hub_conn *c, const struct crdt_frame *f)
+{
+	struct hub *h = c->h;
+	struct snapshot_answer *a;
+	struct hub_user user;
+	char *error;
+
+	if (!c->taking || f->code == CRDT_SNAP_OPS) {
+		hub_conn_fail(c, CRDT_ERR_MALFORMED, "asks for a state that it was not told to take");
+		return;
+	}
+	if (hub_commit(h, &error) < 0) {
+		free(error);	/* it sticks */
+		return;
+	}
+	user.id = 0;
+	user.name[0] = '\0';
+	if (f->code == CRDT_SNAP_ROWS && !hub_user(h, f, false, &user))
+		user.id = 0;
+	a = snapshot_answer_new(f, user.name);
+	if (f->code == CRDT_SNAP_USERS)
+		snapshot_users(h->s, a, f->id, NULL);
+	else if (user.id != 0)
+		snapshot_rows(h->s, &h->views, a, c->id, user.id, &f->data);
+	else
+		a->f.last = true;
+	hub_conn_send(c, snapshot_answer_frame(a));
+	snapshot_answer_free(a);
 }
 
 static void on_frame(struct hub_conn *c, const struct crdt_frame *f)
@@ -506,6 +602,9 @@ static void on_frame(struct hub_conn *c, const struct crdt_frame *f)
 		hub_conn_fail(c, CRDT_ERR_MALFORMED, "sent something before HELLO");
 		return;
 	}
+	if (c->h->rebuild != NULL && f->type != CRDT_FRAME_HELLO && f->type != CRDT_FRAME_SNAP &&
+	    f->type != CRDT_FRAME_ERROR)
+		return;
 	switch ((enum crdt_frame_type)f->type) {
 	case CRDT_FRAME_HELLO:
 		on_hello(c, f);
@@ -530,6 +629,15 @@ static void on_frame(struct hub_conn *c, const struct crdt_frame *f)
 		break;
 	case CRDT_FRAME_ASK:
 		asks_on_ask(c, f);
+		break;
+	case CRDT_FRAME_SNAP_WANT:
+		on_snap_want(c, f);
+		break;
+	case CRDT_FRAME_SNAP:
+		if (c->peer->conf.role != HUB_WORKER)
+			hub_conn_fail(c, CRDT_ERR_ROLE, "is no worker and sends what only workers send");
+		else if (c->h->rebuild != NULL)
+			rebuild_on_snap(c, f);
 		break;
 	case CRDT_FRAME_ERROR:
 		hub_log(c->h, 1, "peer %s: reports error %u: %.*s", c->peer->conf.name, f->code,
@@ -630,7 +738,7 @@ static bool conn_pump(struct hub_conn *c, bool *more_r)
 			hub_conn_fail(c, CRDT_ERR_LIMIT, "asks for much and takes nothing");
 		return false;
 	}
-	if (!c->ready)
+	if (!c->ready || c->h->rebuild != NULL || c->taking)
 		return true;
 	bodies_pump_in(c);
 	return fanout_pump(c, &budget, more_r) && stable_pump(c, more_r) && bodies_pump_out(c, &budget, more_r);
@@ -654,6 +762,10 @@ bool hub_background(struct hub *h)
 	char *error;
 	bool more, theirs = h->txn_sync;
 
+	if (h->rebuild != NULL) {
+		rebuild_step(h);
+		return false;
+	}
 	more = stable_background(h);
 	more = ingest_background(h) || more;
 	more = fanout_trim(h) || more;
@@ -728,6 +840,7 @@ void hub_status(struct hub *h, bool digest, struct crdt_buf *out)
 	struct status_peer peer = { .head = h->head, .fed = -1, .acked_ago = -1 };
 	size_t i;
 
+	node.rebuilding = hub_rebuilding(h, &node.rebuilt);
 	status_put_node(out, &node);
 	for (i = 0; i < h->peers_n; i++) {
 		peer.name = h->peers[i]->conf.name;
@@ -736,7 +849,8 @@ void hub_status(struct hub *h, bool digest, struct crdt_buf *out)
 		peer.retired = h->peers[i]->retired;
 		status_put_peer(out, &peer);
 	}
-	store_scan_users(s.t, status_user_cb, &s);
+	if (!node.rebuilding)	/* what is here of them is not all */
+		store_scan_users(s.t, status_user_cb, &s);
 	status_put_end(out);
 	store_abort(&s.t);
 }

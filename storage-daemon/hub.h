@@ -39,6 +39,13 @@ int hub_admit(struct hub *h, const char *name, char **error_r);
 /* Ops that stay in the log after every listed worker has them, so that one that
  * lost its database, or joins, is served from it.  Default: a million. */
 void hub_set_log_keep(struct hub *h, uint64_t ops);
+/*
+ * Before hub_new(): the data was lost, or this daemon is new in a cluster that is not.  It
+ * takes it from the workers before it does anything else (rebuild.c), also after a restart.
+ * 0, durable (also if it is so already); -1 with *error_r (malloc'ed): the store is not empty.
+ */
+int hub_rebuild(struct store *s, char **error_r);
+bool hub_rebuilding(const struct hub *h, uint64_t *done_r);	/* users */
 /* peer_name is authenticated.  Malformed or forbidden frames are answered with
  * ERROR and logged; the connection's state is dropped. */
 void hub_frame(struct hub *h, uint64_t conn, const char *peer_name, const void *p, size_t n);

@@ -15,10 +15,11 @@
 #include <unistd.h>
 
 static const char usage_text[] =
-	"usage: crdt-stored [-c FILE] [--check-config | --status | --digest |\n"
+	"usage: crdt-stored [-c FILE] [--check-config | --rebuild | --status | --digest |\n"
 	"                   --retire NAME | --admit NAME | --drop-user NAME --generation N]\n"
 	"  -c, --config FILE   configuration (" CONF_FILE_DEFAULT ")\n"
 	"      --check-config  read configuration, list of peers and key, and exit\n"
+	"      --rebuild       make an empty database that takes all from the workers, and exit\n"
 	"      --status        ask the running daemon for its state\n"
 	"      --digest        the same, with a digest of each user's state\n"
 	"      --retire NAME   a worker that will not come back is not waited for any more\n"
@@ -27,7 +28,7 @@ static const char usage_text[] =
 	"                      forgets a user who is gone, for good\n"
 	"  -h, --help\n";
 
-enum mode { MODE_RUN, MODE_CHECK, MODE_STATUS, MODE_DIGEST, MODE_RETIRE, MODE_ADMIT, MODE_DROP, OPTION_GENERATION };
+enum mode { MODE_RUN, MODE_CHECK, MODE_REBUILD, MODE_STATUS, MODE_DIGEST, MODE_RETIRE, MODE_ADMIT, MODE_DROP, OPTION_GENERATION };
 
 static int failed(char *error)
 {
@@ -112,6 +113,23 @@ static int run(const struct stored_conf *conf, char **error_r)
 	return ret;
 }
 
+/* The daemon does the rest when it is started: also if it is stopped meanwhile. */
+static int rebuild(const struct stored_conf *conf, char **error_r)
+{
+	struct store_options opts = { .create = true };
+	struct store *store = store_open(conf->data_dir, &opts, error_r);
+	int ret;
+
+	if (store == NULL)
+		return -1;
+	ret = hub_rebuild(store, error_r);
+	store_close(&store);
+	if (ret == 0)
+		printf("%s: once it is started, the daemon takes from the workers what it lacks. --status tells how far it is\n",
+		       conf->data_dir);
+	return ret;
+}
+
 static int print_status(const struct stored_conf *conf, enum mode mode, const char *name, const char *generation,
 			char **error_r)
 {
@@ -142,6 +160,7 @@ int main(int argc, char *argv[])
 	static const struct option options[] = {
 		{ "config", required_argument, NULL, 'c' },
 		{ "check-config", no_argument, NULL, MODE_CHECK },
+		{ "rebuild", no_argument, NULL, MODE_REBUILD },
 		{ "status", no_argument, NULL, MODE_STATUS },
 		{ "digest", no_argument, NULL, MODE_DIGEST },
 		{ "retire", required_argument, NULL, MODE_RETIRE },
@@ -188,7 +207,8 @@ int main(int argc, char *argv[])
 	else if (become(conf.user, &error) < 0)
 		ret = -1;
 	else
-		ret = mode == MODE_CHECK ? check(&conf, &error) : run(&conf, &error);
+		ret = mode == MODE_CHECK ? check(&conf, &error) :
+			mode == MODE_REBUILD ? rebuild(&conf, &error) : run(&conf, &error);
 	conf_free(&conf);
 	return ret < 0 ? failed(error) : EXIT_SUCCESS;
 }

@@ -81,6 +81,7 @@ int hub_retire(struct hub *h, const char *name, char **error_r)
 	}
 	hub_log(h, 1, "peer %s: is retired: it is waited for no longer", name);
 	members_changed(h);
+	rebuild_step(h);
 	return 0;
 }
 

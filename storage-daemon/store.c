@@ -82,6 +82,8 @@ struct store {
 struct store_txn {
 	struct store *s;
 	rocksdb_writebatch_wi_t *batch;
+	rocksdb_readoptions_t *read;
+	const rocksdb_snapshot_t *snapshot;	/* NULL: reads what is committed now */
 	bool failed;
 };
 
@@ -549,6 +551,19 @@ struct store_txn *store_begin(struct store *s)
 	t->s = s;
 	/* overwrite_key: one index entry per key, so that iterators show the newest */
 	t->batch = rocksdb_writebatch_wi_create(0, 1);
+	t->read = s->read;
+	return t;
+}
+
+struct store_txn *store_begin_snapshot(struct store *s)
+{
+	struct store_txn *t = store_begin(s);
+
+	t->snapshot = rocksdb_create_snapshot(s->db);
+	t->read = rocksdb_readoptions_create();
+	rocksdb_readoptions_set_snapshot(t->read, t->snapshot);
+	/* what is read once does not push out what is read often */
+	rocksdb_readoptions_set_fill_cache(t->read, 0);
 	return t;
 }
 
@@ -559,6 +574,10 @@ void store_abort(struct store_txn **_t)
 	if (t == NULL)
 		return;
 	*_t = NULL;
+	if (t->snapshot != NULL) {
+		rocksdb_readoptions_destroy(t->read);
+		rocksdb_release_snapshot(t->s->db, t->snapshot);
+	}
 	rocksdb_writebatch_wi_destroy(t->batch);
 	free(t);
 }
@@ -686,7 +705,7 @@ bool store_get(struct store_txn *t, enum store_space sp, const void *key, size_t
 	if (t->failed)
 		return false;
 	db_key_init(&k, t->s, key, klen);
-	data = rocksdb_writebatch_wi_get_from_batch_and_db_cf(t->batch, t->s->db, t->s->read,
+	data = rocksdb_writebatch_wi_get_from_batch_and_db_cf(t->batch, t->s->db, t->read,
 							      t->s->cf[sp], k.p, k.n, &len, &err);
 	if (err != NULL) {
 		txn_read_failed(t, err);
@@ -771,7 +790,7 @@ void store_scan(struct store_txn *t, enum store_space sp, const void *prefix, si
 		from = NULL;
 	}
 	db_key_init(&pk, t->s, prefix, plen);
-	it = rocksdb_create_iterator_cf(t->s->db, t->s->read, t->s->cf[sp]);
+	it = rocksdb_create_iterator_cf(t->s->db, t->read, t->s->cf[sp]);
 	it = rocksdb_writebatch_wi_create_iterator_with_base_cf(t->batch, it, t->s->cf[sp]);
 	if (from != NULL) {
 		db_key_init(&fk, t->s, from, flen);

@@ -36,6 +36,9 @@ void store_close(struct store **s);
 const char *store_failed(struct store *s);
 
 struct store_txn *store_begin(struct store *s);
+/* One that reads what is committed now as long as it lasts; nothing is to be written in
+ * it.  While it is open, the database keeps what is overwritten. */
+struct store_txn *store_begin_snapshot(struct store *s);
 /* Applies all writes at once.  sync: on disk (fdatasync of the log) when it
  * returns; otherwise it survives the end of the process but not of power until
  * store_sync() or a later synced commit.  0; -1 with *error_r (malloc'ed).

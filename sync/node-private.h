@@ -5,12 +5,14 @@
  * Inside of the node.  node.c: users, visits, syncs.  node-bodies.c: texts that
  * are fetched and texts that are asked of us.  node-report.c: the walk over all
  * users, for the status and after a start.  node-ask.c: questions about one user,
- * and to the daemons.  node-ready.c: whether a session may begin.  node-drop.c: users who go.
+ * and to the daemons.  node-ready.c: whether a session may begin.  node-drop.c: users who go.  node-snapshot.c: what a daemon
+ * that lost its data is given, and what a new worker takes from one.
  */
 #include "node.h"
 #include "scheduler.h"
 #include "xalloc.h"
 
+struct snapshot_view;
 struct report_entry;
 struct fetch;
 struct serve;
@@ -32,6 +34,7 @@ struct user {
 	unsigned ops_wanted;		/* bit per storage that has room */
 	int64_t trim_due, applied_due;	/* 0: no reason to */
 	struct crdt_vv *stable;
+	struct crdt_vv *snapshot;	/* a state is staged, with this merged */
 	struct report_entry *entries;
 	struct node_question *questions;	/* of which he is the subject */
 	bool repair;			/* all his mail is to be compared, or that of */
@@ -67,6 +70,21 @@ struct user {
 	bool wanting;			/* waits for texts */
 	bool starved;			/* of them some that there was no room to ask for */
 	unsigned serves;
+};
+
+/* States that are taken from a daemon (node-snapshot.c). */
+struct take {
+	bool active, all;		/* all: users behind these there are none */
+	uint64_t behind;
+	struct crdt_buf users;		/* bytes name, bytes value; from `at` on not done */
+	size_t at;
+	/* the one whose turn it is */
+	char name[CRDT_USER_MAX + 1]; uint32_t gen;
+	uint64_t id;
+	struct crdt_buf last;		/* key of the row that came last */
+	struct crdt_vv merged;
+	bool visiting;			/* all rows are here */
+	int64_t due;			/* ask for his state again; 0: no */
 };
 
 /* What one daemon answers. */
@@ -108,6 +126,7 @@ struct storage {
 	uint64_t written_id, written_gsn;	/* cursor row */
 	uint64_t syncing_id, syncing_gsn;	/* what the running sync makes durable; gsn 0: nothing */
 	unsigned serves;
+	struct take take;
 };
 
 /* Of which generation of a name the mail store here is, where it is not 0.  One for each
@@ -157,6 +176,8 @@ struct node {
 	struct node_report *reports;
 	struct node_question *questions;
 	uint64_t question_id;
+	struct snapshot_view *views;
+	bool old;			/* the database is older than the keeping of ops */
 };
 
 /* node.c */
@@ -171,6 +192,8 @@ bool node_user_is_absent(const struct user *u);
 void node_user_forget(struct user *u);		/* not while a visit is open */
 void node_wake(struct user *u, enum sched_urgency urgency);
 void node_wake_at(struct user *u, int64_t due);
+/* The row that says how far the daemon that answers now has fed; durable. */
+int node_cursor_begin(struct node *n, struct storage *st, uint64_t gsn, char **error_r);
 /* There is a reason to try his mail store again soon, or at once. */
 void node_mail_hurry(struct user *u, bool at_once);
 void node_log(struct node *n, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
@@ -202,6 +225,14 @@ void node_told(struct node *n, unsigned storage, uint64_t id, const uint8_t *p, 
 int64_t node_questions_run(struct node *n);
 void node_questions_free(struct node *n);
 
+/* node-snapshot.c */
+void node_snap_want(struct node *n, unsigned storage, const struct crdt_frame *f, const char *user);
+
+/* f NULL: it begins; else an answer. */
+void node_snap(struct node *n, unsigned storage, const struct crdt_frame *f, const char *user);
+void node_snap_visited(struct user *u, const struct visit *v);
+int64_t node_snap_run(struct node *n);		/* returns when it is due again */
+void node_take_end(struct storage *st);
 /* node-ready.c */
 void node_ready_visited(struct node_question *q, const struct visit *v);
 int64_t node_ready_run(struct node_question *q);	/* as node_questions_run() */

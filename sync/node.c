@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* Users, visits, syncs. */
+#include "kept.h"
 #include "node-private.h"
+#include "../storage-daemon/snapshot.h"
 
 #include <inttypes.h>
 #include <search.h>
@@ -8,6 +10,7 @@
 #include <stdio.h>
 
 #define META_CURSOR 'c'
+#define META_KEPT 'k'		/* u8: merged ops are kept (kept.h); 1: only since it was upgraded */
 #define META_REBUILD 'r'	/* u8: 1 the daemons send what was lost, 2 they have */
 #define MAIL_CHANGED_RETRY_MSECS 1000	/* times failures: a wake-up shortens the wait after trouble to this */
 #define MAIL_FAILURES_LOGGED 4		/* in a row: then it is no hiccup */
@@ -142,6 +145,7 @@ static void user_free(struct user *u)
 	free(u->repair_path);
 	free(u->trouble);
 	free(u->stable);
+	free(u->snapshot);
 	free(u->applied);
 	free(u->name);
 	free(u);
@@ -195,7 +199,7 @@ static bool user_forgettable(const struct user *u, int64_t now)
 	const struct node *n = u->n;
 
 	if (u->item.state != SCHED_IDLE || u->item.timer != 0 || now - u->touched < NODE_IDLE_MSECS ||
-	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->survey || u->repair || u->check || u->stable != NULL ||
+	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->survey || u->repair || u->check || u->stable != NULL || u->snapshot != NULL ||
 	    u->entries != NULL || u->questions != NULL || u->drops != NULL || u->ops_waiting > 0 || u->fetches != NULL || u->wanting || u->no_user ||
 	    u->serves > 0 || u->incomplete)
 		return false;
@@ -249,6 +253,11 @@ static void on_up(void *ctx, uint64_t daemon_id, bool changed)
 	struct storage *st = ctx;
 
 	(void)daemon_id;
+	/* also of those who are not in memory it wants to hear what is applied */
+	if (changed) {
+		st->n->check.ended = false;
+		st->n->check.next_id = 1;
+	}
 	for (struct user *u = st->n->users; u != NULL; u = u->next) {
 		if (changed && u->applied != NULL)
 			u->applied_unsent |= 1u << st->i;
@@ -379,13 +388,51 @@ static void cursor_read(struct node *n, struct storage *st)
 	store_abort(&t);
 }
 
+int node_cursor_begin(struct node *n, struct storage *st, uint64_t gsn, char **error_r)
+{
+	struct store_txn *t = store_begin(n->cfg.store);
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	st->written_id = uplink_daemon_id(st->uplink);
+	st->written_gsn = gsn;
+	cursor_key(&k, st->endpoint);
+	crdt_buf_u64(&v, st->written_id);
+	crdt_buf_u64(&v, gsn);
+	store_put(t, STORE_META, k.data, k.len, v.data, v.len);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return store_commit(&t, true, error_r);
+}
+
+/* The new daemon's number is on disk before it gets anything: from what it begins with then,
+ * this worker lacks nothing that comes before its log. */
+static void on_snap_want(void *ctx, const struct crdt_frame *f, const char *user)
+{
+	struct storage *st = ctx;
+	struct node *n = st->n;
+	char *error = NULL;
+
+	if (st->written_id != uplink_daemon_id(st->uplink) && node_cursor_begin(n, st, 0, &error) < 0) {
+		free(error);	/* it sticks: the next commit tells */
+		return;
+	}
+	node_snap_want(n, st->i, f, user);
+}
+
+static void on_snap(void *ctx, const struct crdt_frame *f, const char *user)
+{
+	struct storage *st = ctx;
+
+	node_snap(st->n, st->i, f, user);
+}
+
 static void storage_init(struct node *n, unsigned i)
 {
 	static const struct uplink_callbacks callbacks = {
 		.send = on_send, .reconnect = on_reconnect, .log = on_log, .up = on_up,
 		.want_ops = on_want_ops, .acked = on_acked, .feed = on_feed, .body = on_body,
 		.body_want = on_body_want, .body_none = on_body_none, .stable = on_stable, .ride = on_ride,
-		.told = on_told,
+		.told = on_told, .snap_want = on_snap_want, .snap = on_snap,
 	};
 	struct storage *st = &n->storages[i];
 	struct uplink_callbacks cb = callbacks;
@@ -454,15 +501,41 @@ static int refill(struct node *n, char **error_r)
 	return 0;
 }
 
+/* A database of a version that forgot own ops when they were acknowledged did not note that. */
+static int kept_begin(struct store *s, bool *old_r, char **error_r)
+{
+	struct store_txn *t = store_begin(s);
+	struct crdt_buf v = CRDT_BUF_INIT;
+	const char key = META_KEPT;
+	uint8_t old;
+	uint32_t gen;
+
+	if (!store_get(t, STORE_META, &key, 1, &v)) {
+		old = store_user_name(t, 1, &v, &gen) ? 1 : 0;
+		if (old)
+			kept_note_acked(t);
+		store_put(t, STORE_META, &key, 1, &old, 1);
+	} else {
+		old = v.len > 0 ? v.data[0] : 0;
+	}
+	*old_r = old;
+	crdt_buf_free(&v);
+	return store_commit(&t, false, error_r);
+}
+
 struct node *node_new(const struct node_config *cfg, const struct node_callbacks *cb, char **error_r)
 {
 	struct node *n;
+	bool old;
 
 	if (cfg->storages_n > NODE_STORAGES_MAX) {
 		*error_r = xstrdup("too many storage daemons");
 		return NULL;
 	}
+	if (kept_begin(cfg->store, &old, error_r) < 0)
+		return NULL;
 	n = xcalloc(1, sizeof(*n));
+	n->old = old;
 	n->cfg = *cfg;
 	n->cb = *cb;
 	n->name = xstrdup(cfg->name);
@@ -495,6 +568,7 @@ void node_free(struct node **_n)
 	node_reports_free(n);
 	node_questions_free(n);
 	node_bodies_free(n);
+	snapshot_views_free(&n->views, 0, true);
 	while (n->users != NULL) {
 		if (n->users->item.state == SCHED_RUNNING)
 			sched_done(n->sched, &n->users->item);
@@ -502,6 +576,7 @@ void node_free(struct node **_n)
 	}
 	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
 		uplink_free(&n->storages[i].uplink);
+		node_take_end(&n->storages[i]);
 		free(n->storages[i].endpoint);
 	}
 	while (n->local_gens != NULL)
@@ -519,11 +594,17 @@ static void link_is_down(struct node *n, unsigned storage)
 {
 	node_bodies_link_down(n, storage);
 	node_questions_link_down(n, storage);
+	snapshot_views_free(&n->views, storage, false);
+	node_take_end(&n->storages[storage]);
 }
 
 void node_link_up(struct node *n, int64_t now, unsigned storage)
 {
+	struct store_txn *t = store_begin(n->cfg.store);
+
 	n->now = now;
+	uplink_set_acked(n->storages[storage].uplink, kept_some_acked(t));
+	store_abort(&t);
 	uplink_connected(n->storages[storage].uplink, now);
 }
 
@@ -541,14 +622,19 @@ void node_link_refused(struct node *n, int64_t now, unsigned storage)
 	link_is_down(n, storage);
 }
 
+static bool is_connected(const struct uplink *u)
+{
+	return uplink_is_up(u) || uplink_gives(u) || uplink_takes(u);
+}
+
 void node_frame(struct node *n, int64_t now, unsigned storage, const void *p, size_t len)
 {
 	struct uplink *u = n->storages[storage].uplink;
-	bool was_up = uplink_is_up(u);
+	bool was = is_connected(u);
 
 	n->now = now;
 	uplink_frame(u, now, p, len);
-	if (was_up && !uplink_is_up(u))
+	if (was && !is_connected(u))
 		link_is_down(n, storage);
 }
 
@@ -697,6 +783,8 @@ static struct visit *order(struct user *u)
 		v->drop = v->mail = true;
 		return v;
 	}
+	v->snapshot = u->snapshot;
+	u->snapshot = NULL;
 	v->feeds = take_feeds(u);
 	u->merging = v->feeds != NULL;
 	if (v->feeds != NULL)
@@ -742,7 +830,7 @@ static struct visit *order(struct user *u)
 		v->stable = u->stable;
 		u->stable = NULL;
 	}
-	if (v->mail || v->feeds != NULL || v->acknowledge || u->ops_wanted != 0 || v->status || v->stable != NULL || v->tell_applied) {
+	if (v->mail || v->feeds != NULL || v->snapshot != NULL || v->acknowledge || u->ops_wanted != 0 || v->status || v->stable != NULL || v->tell_applied) {
 		order_ops(u, v);
 		return v;
 	}
@@ -1026,6 +1114,8 @@ int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
 		visited_dropped(u, v);
 		return 0;
 	}
+	if (v->snapshot != NULL)
+		node_snap_visited(u, v);
 	visited_mail(u, v);
 	visited_applied(u, v);
 	visited_engine(u, v);
@@ -1182,6 +1272,7 @@ int64_t node_run(struct node *n, int64_t now, char **error_r)
 	due = earlier(due, node_bodies_run(n));
 	due = earlier(due, node_reports_run(n));
 	due = earlier(due, node_questions_run(n));
+	due = earlier(due, node_snap_run(n));
 	if (n->age_due <= now) {
 		forget_settled(n);
 		n->full_logged = false;

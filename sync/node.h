@@ -24,6 +24,7 @@
  */
 #include "visit.h"
 
+#define NODE_TAKE_MSECS 5000		/* then a state is asked for again that lacked something */
 #define NODE_STORAGES_MAX VISIT_STORAGES_MAX
 #define NODE_USERS_MAX 200000		/* in memory; more changed ones wait for the next look at the markers */
 #define NODE_FEED_SYNC_MSECS 20		/* feed is acknowledged so late at most, or */

@@ -4,6 +4,7 @@
 #include <openssl/sha.h>
 #include <stdlib.h>
 #include <string.h>
+#include "kept.h"
 #include "replica-private.h"
 #include "../wire/status.h"
 
@@ -81,10 +82,10 @@ void replica_backlog(struct replica *r, uint64_t after, struct replica_backlog *
 	if (after >= r->last_seq)
 		return;
 	(void)replica_txn_begin(r);
-	replica_log_key(r, &k, LOG_OP, after + 1);
-	store_scan(r->txn, STORE_LOG, k.data, 17, k.data, k.len, false, backlog_row, b_r);
-	k.data[0] = LOG_TIME;
-	store_scan(r->txn, STORE_LOG, k.data, 17, k.data, k.len, true, oldest_row, &oldest);
+	kept_key(&k, KEPT_OP, r->id, (struct crdt_dot){ r->origin, after + 1 });
+	store_scan(r->txn, STORE_LOG, k.data, k.len - 8, k.data, k.len, false, backlog_row, b_r);
+	k.data[0] = KEPT_TIME;
+	store_scan(r->txn, STORE_LOG, k.data, k.len - 8, k.data, k.len, true, oldest_row, &oldest);
 	store_abort(&r->txn);
 	now = r->cfg->time == NULL ? 0 : r->cfg->time(r->cfg->ctx);
 	if (oldest != 0 && now > oldest)	/* clocks go back */

@@ -40,10 +40,6 @@
 #define ROW_ASIDE 'a'		/* the mail store refused it: tried again in the next session */
 extern const char replica_mail_states[4];	/* the last four */
 
-/* In STORE_LOG: own ops, and times at which some of them were made. */
-#define LOG_OP 'o'
-#define LOG_TIME 't'
-
 struct box {
 	struct crdt_id guid;
 	uint8_t *path; size_t path_len;	/* owned, NUL-terminated */
@@ -111,7 +107,6 @@ struct replica {
 static inline struct crdt_rows *rrows(struct replica *r) { return &r->rows.rows; }
 
 /* replica.c */
-void replica_log_key(struct replica *r, struct crdt_buf *k, char first, uint64_t seq);	/* of an own op */
 uint64_t replica_rows_count(struct replica *r, char first);
 int replica_txn_begin(struct replica *r);
 int replica_txn_commit(struct replica *r, bool sync, char **error_r);
@@ -136,6 +131,12 @@ void replica_mark_mail(struct replica *r, const struct crdt_mail_key *key);
 void replica_mark_folder(struct replica *r, const struct crdt_id *folder);
 void replica_mark_folder_mails(struct replica *r, const struct crdt_id *folder);
 void replica_mark_subscription(struct replica *r, struct crdt_str name);
+/* All that is merged is to be compared with the mail store; of each thing these dots
+ * count as not applied. */
+void replica_mark_all(struct replica *r, const struct crdt_vv *dots);
+/* An op that was merged before its state was replaced. */
+void replica_merge_again(struct replica *r, const uint8_t *op, size_t n);
+void replica_new_origin(struct replica *r);
 /* How far the current journal was read. */
 struct ms_position replica_known(const struct replica *r);
 /* Notes how far the journal may be trimmed once all own ops are acknowledged. */

@@ -119,6 +119,10 @@ int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t 
 
 	if (r->ms == NULL)
 		return MS_GONE;
+	(void)replica_txn_begin(r);
+	if (rebuild_is_on(r))
+		worst = MS_TEMP;	/* what is here is not all known yet */
+	store_abort(&r->txn);
 	do {
 		(void)replica_txn_begin(r);
 		n = text_places(r, c, places, TEXT_PLACES_TRIED);

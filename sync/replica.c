@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "kept.h"
 #include "replica-private.h"
 
 void replica_log(struct replica *r, int level, const char *fmt, ...)
@@ -401,9 +402,8 @@ static void note_applied(struct crdt_sink *sink, const struct crdt_op *op, const
 {
 	struct merge_sink *s = (struct merge_sink *)sink;
 
-	(void)bytes;
-	(void)n;
 	s->applied++;
+	kept_put(s->r->txn, s->r->id, op->dot, bytes, n);
 	if (op->dot.origin != s->r->origin)
 		dots_note(&s->dots, op->dot);
 }
@@ -567,6 +567,84 @@ static void refused_retry(struct replica *r)
 		;
 }
 
+void replica_new_origin(struct replica *r)
+{
+	r->origin = CRDT_ORIGIN(r->cfg->slot, r->cfg->random(r->cfg->ctx));
+	r->last_seq = r->acked_seq = 0;
+	own_put(r);
+}
+
+void replica_merge_again(struct replica *r, const uint8_t *p, size_t n)
+{
+	struct crdt_op op;
+	const char *why = NULL;
+
+	if (crdt_op_decode(p, n, &op, &why) < 0)
+		rrows(r)->failed = true;	/* it was decoded before */
+	else
+		(void)merge(r, &op, p, n, &why);
+	crdt_op_free(&op);
+}
+
+/* ---- a state from elsewhere ---- */
+
+struct all { struct replica *r; struct crdt_id *ids; size_t n, cap; };
+
+static bool note_folder(void *ctx, const struct crdt_folder *f)
+{
+	struct all *a = ctx;
+
+	if (a->n == a->cap) {
+		a->cap = a->cap == 0 ? 64 : a->cap * 2;
+		a->ids = realloc(a->ids, a->cap * sizeof(*a->ids));
+		if (a->ids == NULL)
+			abort();
+	}
+	a->ids[a->n++] = f->id;
+	return true;
+}
+
+/* Rows with this first byte, of the core or of the shadow: their subjects. */
+static void mark_rows(struct replica *r, char first, const struct crdt_vv *dots)
+{
+	enum { SLICE = 256 };
+	struct row_key keys[SLICE];
+	struct crdt_buf from = CRDT_BUF_INIT;
+	struct crdt_mail_key mail;
+	size_t n;
+
+	do {
+		n = row_keys(r, &first, 1, from.data, from.len, keys, SLICE);
+		for (size_t i = 0; i < n; i++) {
+			if (first == 'S' || first == ROW_SUBSCRIBED)
+				mark_subscription(r, (struct crdt_str){ keys[i].p + 1, (uint16_t)(keys[i].n - 1) }, dots);
+			else if (crdt_mail_key_decode(keys[i].p + 1, keys[i].n - 1, &mail))
+				mark_mail(r, &mail, dots);
+		}
+		if (n > 0) {
+			crdt_buf_clear(&from);
+			crdt_buf_raw(&from, keys[n - 1].p, keys[n - 1].n);
+			crdt_buf_u8(&from, 0);	/* behind it */
+		}
+		row_keys_free(keys, n);
+	} while (n == SLICE);
+	crdt_buf_free(&from);
+}
+
+void replica_mark_all(struct replica *r, const struct crdt_vv *dots)
+{
+	struct all a = { r, NULL, 0, 0 };
+
+	crdt_scan_folders(rrows(r), note_folder, &a);
+	for (size_t i = 0; i < a.n; i++)
+		mark_folder(r, &a.ids[i], dots);
+	free(a.ids);
+	mark_rows(r, 'M', dots);
+	mark_rows(r, ROW_MAIL, dots);
+	mark_rows(r, 'S', dots);
+	mark_rows(r, ROW_SUBSCRIBED, dots);
+}
+
 int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, char **error_r)
 {
 	bool merged = false;
@@ -584,9 +662,7 @@ int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, c
 			 * what we sent.  Going on would use its number twice. */
 			replica_log(r, 1, "the storage has op %llu of ours, we know %llu: a new origin begins",
 				    (unsigned long long)op.dot.seq, (unsigned long long)r->last_seq);
-			r->origin = CRDT_ORIGIN(r->cfg->slot, r->cfg->random(r->cfg->ctx));
-			r->last_seq = r->acked_seq = 0;
-			own_put(r);
+			replica_new_origin(r);
 			res = merge(r, &op, ops[i].p, ops[i].n, &why);
 		} else {
 			res = merge(r, &op, ops[i].p, ops[i].n, &why);
@@ -607,14 +683,6 @@ int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, c
 
 /* ---- own ops ---- */
 
-void replica_log_key(struct replica *r, struct crdt_buf *k, char first, uint64_t seq)
-{
-	crdt_buf_u8(k, (uint8_t)first);
-	crdt_buf_be64(k, r->id);
-	crdt_buf_be64(k, r->origin);
-	crdt_buf_be64(k, seq);
-}
-
 /* When this op, and those that follow it without a time of theirs, was made: for
  * people to look at. */
 static void time_put(struct replica *r, uint64_t seq)
@@ -624,7 +692,7 @@ static void time_put(struct replica *r, uint64_t seq)
 	if (r->timed || r->cfg->time == NULL)
 		return;
 	r->timed = true;
-	replica_log_key(r, &k, LOG_TIME, seq);
+	kept_key(&k, KEPT_TIME, r->id, (struct crdt_dot){ r->origin, seq });
 	crdt_buf_u64(&v, r->cfg->time(r->cfg->ctx));
 	store_put(r->txn, STORE_LOG, k.data, k.len, v.data, v.len);
 	crdt_buf_free(&k);
@@ -633,7 +701,7 @@ static void time_put(struct replica *r, uint64_t seq)
 
 int replica_own_op(struct replica *r, struct crdt_op *op, const struct crdt_vv *ctx)
 {
-	struct crdt_buf b = CRDT_BUF_INIT, k = CRDT_BUF_INIT;
+	struct crdt_buf b = CRDT_BUF_INIT;
 	const char *why = NULL;
 	enum crdt_merge_result res;
 
@@ -652,35 +720,20 @@ int replica_own_op(struct replica *r, struct crdt_op *op, const struct crdt_vv *
 		return -1;
 	}
 	r->last_seq++;
-	replica_log_key(r, &k, LOG_OP, op->dot.seq);
-	store_put(r->txn, STORE_LOG, k.data, k.len, b.data, b.len);
 	time_put(r, op->dot.seq);
 	own_put(r);
-	crdt_buf_free(&k);
 	crdt_buf_free(&b);
 	return 0;
-}
-
-struct unsent_ctx { bool (*cb)(void *ctx, uint64_t seq, const uint8_t *op, size_t n); void *ctx; };
-
-static bool unsent_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
-{
-	struct unsent_ctx *c = vctx;
-	struct crdt_reader rd = crdt_reader(key + klen - 8, 8);
-
-	return c->cb(c->ctx, crdt_get_be64(&rd), val, vlen);
 }
 
 void replica_unsent(struct replica *r, uint64_t after,
 		    bool (*cb)(void *ctx, uint64_t seq, const uint8_t *op, size_t n), void *ctx)
 {
-	struct unsent_ctx c = { cb, ctx };
-	struct crdt_buf k = CRDT_BUF_INIT;
-
+	/* what every daemon has is kept for others */
+	if (after < r->acked_seq)
+		after = r->acked_seq;
 	(void)replica_txn_begin(r);
-	replica_log_key(r, &k, LOG_OP, after + 1);
-	store_scan(r->txn, STORE_LOG, k.data, 17, k.data, k.len, false, unsent_row, &c);
-	crdt_buf_free(&k);
+	kept_scan(r->txn, r->id, r->origin, after, cb, ctx);
 	store_abort(&r->txn);
 }
 
@@ -721,32 +774,29 @@ static void forget_times(struct replica *r, uint64_t seq)
 	do {
 		t.n = 0;
 		crdt_buf_clear(&k);
-		replica_log_key(r, &k, LOG_TIME, 0);
-		store_scan(r->txn, STORE_LOG, k.data, 17, NULL, 0, false, time_row, &t);
+		kept_key(&k, KEPT_TIME, r->id, (struct crdt_dot){ r->origin, 0 });
+		store_scan(r->txn, STORE_LOG, k.data, k.len - 8, NULL, 0, false, time_row, &t);
 		go = t.n > 0 && seq < r->last_seq ? t.n - 1 : t.n;
 		for (unsigned i = 0; i < go; i++) {
 			crdt_buf_clear(&k);
-			replica_log_key(r, &k, LOG_TIME, t.seqs[i]);
+			kept_key(&k, KEPT_TIME, r->id, (struct crdt_dot){ r->origin, t.seqs[i] });
 			store_del(r->txn, STORE_LOG, k.data, k.len);
 		}
 	} while (t.n == N_TIMES);
 	crdt_buf_free(&k);
 }
 
-static int forget_ops(struct replica *r, uint64_t seq, char **error_r)
-{
-	struct crdt_buf k = CRDT_BUF_INIT;
+enum { FORGET_SLICE = 2000 };	/* kept ops dropped in one transaction */
 
+/* They stay until every member has applied them (kept.h), and are not sent again. */
+static int acked_put(struct replica *r, uint64_t seq, char **error_r)
+{
 	(void)replica_txn_begin(r);
-	for (uint64_t s = r->acked_seq + 1; s <= seq; s++) {
-		crdt_buf_clear(&k);
-		replica_log_key(r, &k, LOG_OP, s);
-		store_del(r->txn, STORE_LOG, k.data, k.len);
-	}
 	forget_times(r, seq);
 	r->acked_seq = seq;
 	own_put(r);
-	crdt_buf_free(&k);
+	kept_note_acked(r->txn);
+	(void)kept_forget(r->txn, r->id, r->origin, seq, FORGET_SLICE);	/* the rest with the next ones */
 	return replica_txn_commit(r, false, error_r);
 }
 
@@ -781,7 +831,7 @@ int replica_forget_ops(struct replica *r, uint64_t all, char **error_r)
 {
 	if (all > r->last_seq)
 		all = r->last_seq;
-	return all > r->acked_seq ? forget_ops(r, all, error_r) : 0;
+	return all > r->acked_seq ? acked_put(r, all, error_r) : 0;
 }
 
 int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **error_r)
@@ -1055,6 +1105,8 @@ bool replica_collect(struct replica *r, const struct crdt_vv *stable)
 	more = crdt_collect(rrows(r), stable, 1000, &s.sink);
 	sink_flush(&s);
 	refused_retry(r);
+	kept_stable(r->txn, r->id, stable);
+	more = kept_forget(r->txn, r->id, r->origin, r->acked_seq, FORGET_SLICE) || more;
 	char *error = NULL;
 	if (replica_txn_commit(r, false, &error) < 0) {
 		replica_log(r, 0, "collection: %s", error);

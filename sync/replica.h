@@ -55,6 +55,15 @@ void replica_set_mailstore(struct replica *r, struct mailstore *ms);
  * the state has no room now (CRDT_MERGE_REFUSED) are put by and tried again.  0 or -1. */
 int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, char **error_r);
 
+/* Takes a state that a storage daemon sent, which has these ops merged; its rows are staged
+ * (replica-snapshot.c).  0 or -1. */
+enum replica_snapshot {
+	REPLICA_SNAPSHOT_TAKEN,		/* or nothing of it is new */
+	REPLICA_SNAPSHOT_LATER,		/* it lacks what is here and not kept: a later one will not */
+	REPLICA_SNAPSHOT_BAD,		/* it is none; that was logged */
+};
+int replica_snapshot(struct replica *r, const struct crdt_vv *merged, enum replica_snapshot *result_r, char **error_r);
+
 /* [3] Reads the journal to its end; ops appear in replica_unsent().  Returns
  * the number of records read, or one of these. */
 enum { REPLICA_OUTBOUND_FAILED = -1 /* database */, REPLICA_OUTBOUND_LATER = -2 /* mail store */ };
@@ -94,7 +103,7 @@ void replica_unsent(struct replica *r, uint64_t after,
 		    bool (*cb)(void *ctx, uint64_t seq, const uint8_t *op, size_t n), void *ctx);
 uint64_t replica_last_seq(struct replica *r);	/* of own ops; 0 none */
 crdt_origin replica_own_origin(struct replica *r);
-/* Every storage has own ops up to `all` durably: forget them.  Some storage has
+/* Every storage has own ops up to `all` durably: do not send them again.  Some storage has
  * those up to `any`: trim the journal that they were made of. */
 int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **error_r);
 /* Only the first: no mail store is at hand, or it is not this user's. */
@@ -107,7 +116,8 @@ int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t 
 /* What of the merged ops has been applied to the mail store, with own entries
  * as of when the journal was last read to its end (for stability). */
 void replica_applied_vv(struct replica *r, struct crdt_vv *vv_r);
-/* Every member has applied these: drop leftovers, a slice; true: more is left. */
+/* Every member has applied these: drop leftovers and the ops that are kept for members
+ * that lack them (kept.h), a slice; true: more is left. */
 bool replica_collect(struct replica *r, const struct crdt_vv *stable);
 
 /* A look without an engine, at what is in the database.  known: there was an op of him.  behind: something of what came
@@ -133,7 +143,7 @@ struct replica_status {
 	uint64_t looks;			/* in pending: mailboxes to be compared */
 	bool survey_due;		/* the mail store is to be looked through */
 	uint64_t last_seq;
-	uint64_t acked_seq;		/* own ops that every daemon has, and that are forgotten here */
+	uint64_t acked_seq;		/* own ops that every daemon has: not sent again */
 };
 void replica_status(struct replica *r, struct replica_status *st_r);
 void replica_digest(struct replica *r, uint8_t digest_r[32]);

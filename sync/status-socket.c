@@ -114,7 +114,7 @@ static void client_report_done(void *ctx, const char *text, size_t len)
 static void client_head(struct status_client *client, unsigned int dirty)
 {
 	const struct sync_settings *set = client->src->set;
-	const struct status_node head = { set->replica, (int)set->slot, dirty };
+	const struct status_node head = { .name = set->replica, .slot = (int)set->slot, .dirty = dirty };
 	struct crdt_buf b = CRDT_BUF_INIT;
 
 	status_put_node(&b, &head);

@@ -11,6 +11,8 @@ enum state {
 	DOWN,		/* no connection; the socket makes one by itself, or anew at `due` */
 	HELLO,		/* HELLO sent, waits for WELCOME until `due` */
 	UP,
+	GIVING,		/* as UP, but the daemon lost its data: until another WELCOME it only asks for ours */
+	TAKING,		/* as UP, but its log does not reach back: states are taken first */
 	WAIT,		/* after a refusal or error: reconnect at `due` */
 };
 
@@ -60,6 +62,8 @@ struct uplink {
 	size_t in_flight;		/* bytes in all flights */
 	size_t asked;			/* streams with an open want_ops() */
 
+	bool acked;			/* own ops that every daemon has are not sent any more */
+	bool renewed;			/* `changed` of up() is not told yet */
 	bool own;			/* own slot's ops are wanted too; */
 	uint64_t own_until;		/* they come up to here; UINT64_MAX: not heard yet */
 	uint64_t daemon_id;
@@ -279,6 +283,21 @@ bool uplink_is_up(const struct uplink *u)
 	return u->state == UP;
 }
 
+bool uplink_gives(const struct uplink *u)
+{
+	return u->state == GIVING;
+}
+
+bool uplink_takes(const struct uplink *u)
+{
+	return u->state == TAKING;
+}
+
+void uplink_set_acked(struct uplink *u, bool acked)
+{
+	u->acked = acked;
+}
+
 bool uplink_congested(const struct uplink *u)
 {
 	return u->queue != NULL;
@@ -370,6 +389,7 @@ void uplink_connected(struct uplink *u, int64_t now)
 	f.daemon_id = u->daemon_id;
 	f.gsn = u->durable;
 	f.own = u->own;
+	f.flags = (u->cb.snap != NULL ? CRDT_HELLO_SNAPSHOTS : 0) | (u->acked ? CRDT_HELLO_ACKED : 0);
 	u->state = HELLO;
 	u->due = now + UPLINK_WELCOME_MSECS;
 	emit(u, &f);
@@ -377,7 +397,7 @@ void uplink_connected(struct uplink *u, int64_t now)
 
 void uplink_disconnected(struct uplink *u)
 {
-	if (u->state == UP)
+	if (u->state == UP || u->state == GIVING || u->state == TAKING)
 		log_text(u, 2, "connection lost");
 	lost(u);
 	if (u->state != WAIT) {
@@ -431,6 +451,8 @@ int64_t uplink_tick(struct uplink *u, int64_t now)
 			"and of a version that fits?");
 		break;
 	case UP:
+	case GIVING:
+	case TAKING:
 		u->due = INT64_MAX;
 		break;
 	case WAIT:
@@ -447,7 +469,7 @@ void uplink_pump(struct uplink *u)
 {
 	struct stream *s;
 
-	if (u->state != UP || !flush(u))
+	if ((u->state != UP && u->state != GIVING && u->state != TAKING) || !flush(u) || u->state != UP)
 		return;
 	while ((s = u->ready) != NULL && u->in_flight + u->asked * UPLINK_ASK < UPLINK_WINDOW) {
 		stream_unready(u, s);
@@ -691,16 +713,24 @@ static void feed_push(struct uplink *u, uint64_t gsn, size_t bytes)
 
 /* ---- frames in ---- */
 
+static void is_up(struct uplink *u)
+{
+	bool changed = u->renewed;
+
+	u->state = UP;
+	u->renewed = false;
+	for (struct stream *s = u->all; s != NULL; s = s->next)
+		stream_ready(u, s);
+	u->cb.up(u->cb.ctx, u->daemon_id, changed);
+}
+
 static void on_welcome(struct uplink *u, const struct crdt_frame *f)
 {
 	bool changed = u->daemon_id != 0 && u->daemon_id != f->daemon_id;
+	bool other = u->daemon_id != f->daemon_id || u->renewed;
 
-	if (u->state != HELLO)
+	if (u->state != HELLO && u->state != GIVING)
 		return;
-	if (u->own && f->own && (u->own_until == UINT64_MAX || u->daemon_id != f->daemon_id))
-		u->own_until = f->gsn;
-	else if (u->own && !f->own)
-		log_text(u, 0, "it is too old to send this worker what it lost: upgrade it");
 	if (u->daemon_id != f->daemon_id) {
 		feed_restart(u);
 		u->daemon_id = f->daemon_id;
@@ -710,15 +740,54 @@ static void on_welcome(struct uplink *u, const struct crdt_frame *f)
 	}
 	if (changed)
 		log_text(u, 1, "another daemon, or one with a new database, answers there: all is exchanged again");
-	log_text(u, 2, "connected to %.*s", (int)f->name.n, (const char *)f->name.p);
-	u->state = UP;
-	u->goal = f->gsn;
+	u->renewed = u->renewed || changed;
 	u->due = INT64_MAX;
 	u->failures = 0;
 	u->logged = 0;
-	for (struct stream *s = u->all; s != NULL; s = s->next)
-		stream_ready(u, s);
-	u->cb.up(u->cb.ctx, u->daemon_id, changed);
+	if ((f->flags & CRDT_WELCOME_REBUILD) != 0) {
+		log_text(u, 1, "it lost its data, and is given it by the workers: what is changed meanwhile is sent then");
+		u->state = GIVING;
+		return;
+	}
+	u->goal = f->gsn;
+	if ((f->flags & CRDT_WELCOME_SNAPSHOT) != 0) {
+		log_text(u, 2, "its log does not reach back to what this worker lacks: it takes the state of each user");
+		if (u->own)
+			u->own_until = f->gsn;
+		feed_restart(u);
+		u->state = TAKING;
+		u->cb.snap(u->cb.ctx, NULL, NULL);
+		return;
+	}
+	if (u->own && f->own && (u->own_until == UINT64_MAX || other))
+		u->own_until = f->gsn;
+	else if (u->own && !f->own)
+		log_text(u, 0, "it is too old to send this worker what it lost: upgrade it");
+	log_text(u, 2, "connected to %.*s", (int)f->name.n, (const char *)f->name.p);
+	is_up(u);
+}
+
+uint64_t uplink_goal(const struct uplink *u)
+{
+	return u->goal;
+}
+
+void uplink_taken(struct uplink *u)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_FEED_ACK, .gsn = u->goal };
+
+	if (u->state != TAKING)
+		return;
+	u->received = u->merged = u->durable = u->goal;
+	emit(u, &f);
+	log_text(u, 2, "the states of its users are here");
+	is_up(u);
+}
+
+void uplink_snap_failed(struct uplink *u, int64_t now, const char *why)
+{
+	if (u->state == TAKING)
+		trouble(u, now, LOGGED_PROTOCOL, 0, why);
 }
 
 static void on_ack(struct uplink *u, const char *user, const struct crdt_frame *f)
@@ -793,6 +862,10 @@ static void on_frame(struct uplink *u, int64_t now, const struct crdt_frame *f, 
 	default:
 		break;
 	}
+	if (u->state == TAKING && f->type == CRDT_FRAME_SNAP)
+		u->cb.snap(u->cb.ctx, f, user);
+	if (u->state == GIVING && f->type == CRDT_FRAME_SNAP_WANT && u->cb.snap_want != NULL)
+		u->cb.snap_want(u->cb.ctx, f, user);
 	if (u->state != UP)
 		return;		/* of the connection before */
 	switch ((enum crdt_frame_type)f->type) {
@@ -829,7 +902,7 @@ void uplink_frame(struct uplink *u, int64_t now, const void *p, size_t n)
 	struct crdt_frame f;
 	const char *error;
 
-	if (u->state != UP && u->state != HELLO)
+	if (u->state == DOWN || u->state == WAIT)
 		return;
 	if (crdt_frame_decode(p, n, &f, &error) < 0) {
 		snprintf(u->error, sizeof(u->error), "it sent a frame that cannot be read: %s", error);
@@ -839,6 +912,13 @@ void uplink_frame(struct uplink *u, int64_t now, const void *p, size_t n)
 	}
 	crdt_frame_free(&f);
 	uplink_pump(u);
+}
+
+/* Each answers a question; how many are open is limited there. */
+void uplink_snap(struct uplink *u, const struct crdt_frame *f)
+{
+	if (u->state == GIVING || u->state == TAKING)
+		emit(u, f);
 }
 
 /* ---- bodies, stability ---- */

@@ -57,6 +57,13 @@ struct uplink_callbacks {
 	void (*ride)(void *ctx, const char *user, uint32_t gen, const struct crdt_content *c, uint64_t size);
 	/* A piece of the answer to uplink_ask(); lines of the status protocol. */
 	void (*told)(void *ctx, uint64_t id, const uint8_t *p, size_t n, bool last);
+	/* The daemon lost its data and asks for a piece of a snapshot: answer with
+	 * uplink_snap().  May be NULL. */
+	void (*snap_want)(void *ctx, const struct crdt_frame *f, const char *user);
+	/* The daemon's log does not reach back: its users' states are to be taken, then
+	 * uplink_taken().  It begins (f NULL), or an answer to uplink_snap() came.  NULL: it is
+	 * not used. */
+	void (*snap)(void *ctx, const struct crdt_frame *f, const char *user);
 	void *ctx;
 };
 
@@ -83,7 +90,10 @@ void uplink_frame(struct uplink *u, int64_t now, const void *p, size_t n);
 void uplink_pump(struct uplink *u);
 /* Time-outs; returns when to be called again, or INT64_MAX. */
 int64_t uplink_tick(struct uplink *u, int64_t now);
-bool uplink_is_up(const struct uplink *u);		/* after WELCOME */
+bool uplink_is_up(const struct uplink *u);		/* after WELCOME, unless the daemon has to be filled first */
+bool uplink_gives(const struct uplink *u);		/* it is being filled: it takes nothing but uplink_snap() */
+/* Before uplink_connected(): there are own ops that are not sent again. */
+void uplink_set_acked(struct uplink *u, bool acked);
 /* Somebody waits: a connection is tried anew, if the last try was not just now. */
 void uplink_hurry(struct uplink *u, int64_t now);
 /* All is merged that the daemon had when the connection began (if it said what; older ones do not). */
@@ -123,6 +133,13 @@ bool uplink_refilled(const struct uplink *u);
 void uplink_own_done(struct uplink *u);		/* own ops are not wanted any more */
 size_t uplink_unacked_feed(const struct uplink *u);	/* bytes merged and not acknowledged */
 void uplink_feed_durable(struct uplink *u, uint64_t daemon_id, uint64_t gsn);
+
+bool uplink_takes(const struct uplink *u);	/* cb.snap() is at work */
+void uplink_snap(struct uplink *u, const struct crdt_frame *f);
+/* What was asked of the daemon cannot be used: later, by another connection. */
+void uplink_snap_failed(struct uplink *u, int64_t now, const char *why);
+uint64_t uplink_goal(const struct uplink *u);	/* gsn that the states are of */
+void uplink_taken(struct uplink *u);		/* they are durable, and the number */
 
 /* Bodies and stability.  Nothing is sent (false) while the link is not up. */
 bool uplink_body(struct uplink *u, const char *user, uint32_t gen, const struct crdt_content *c,

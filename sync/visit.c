@@ -78,6 +78,7 @@ void visit_free(struct visit *v)
 	}
 	free(v->user);
 	free(v->stable);
+	free(v->snapshot);
 	free(v->error);
 	free(v->applied_vv);
 	free(v->wants);
@@ -378,6 +379,7 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 	struct run run = { .v = v, .r = r, .spool = spool, .hooks = hooks, .handed_over = v->ops_after };
 	crdt_origin known = v->origin;
 	struct visit_read *read;
+	char *error = NULL;
 
 	v->mail_result = mail;
 	if (r == NULL) {
@@ -389,6 +391,10 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 			v->feeds = NULL;
 			hooks->merged(hooks->ctx, v, feeds);
 		}
+		return;
+	}
+	if (v->snapshot != NULL && replica_snapshot(r, v->snapshot, &v->taken, &error) < 0) {
+		failed(v, error);
 		return;
 	}
 	merge(&run);

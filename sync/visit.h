@@ -92,6 +92,7 @@ struct visit {
 	bool want_ops;			/* hand over own ops with seq > ops_after */
 	bool ops_asked;			/* also when there is no new one */
 	uint64_t ops_after;
+	struct crdt_vv *snapshot;	/* owned; take the state that is staged, and nothing else of these */
 	struct crdt_vv *stable;		/* owned; drop leftovers, a slice */
 	bool gone;			/* userdb has not known him for long */
 	bool fed;			/* a daemon has been heard to its end: the copy may be called complete, */
@@ -126,6 +127,7 @@ struct visit {
 	struct visit_want *wants; size_t wants_n;	/* owned */
 	bool wants_all;			/* there are no other wants */
 	bool collect_more;
+	enum replica_snapshot taken;	/* with snapshot */
 	struct replica_status *st;	/* owned; with status */
 	uint8_t digest_r[32];
 	struct replica_backlog backlogs[VISIT_STORAGES_MAX];

@@ -29,6 +29,51 @@ static void put_ops(struct crdt_buf *b, const struct crdt_frame *f)
 		crdt_buf_bytes(b, f->ops[i].p, f->ops[i].n);
 }
 
+static void put_rows(struct crdt_buf *b, const struct crdt_frame *f)
+{
+	size_t i;
+
+	assert(f->rows_n <= CRDT_SNAP_ROWS_MAX);
+	crdt_buf_varint(b, f->rows_n);
+	for (i = 0; i < f->rows_n; i++) {
+		crdt_buf_bytes(b, f->rows[i].key.p, f->rows[i].key.n);
+		crdt_buf_bytes(b, f->rows[i].val.p, f->rows[i].val.n);
+	}
+}
+
+static void put_snap_want(struct crdt_buf *b, const struct crdt_frame *f)
+{
+	crdt_buf_u8(b, f->code);
+	if (f->code == CRDT_SNAP_USERS) {
+		crdt_buf_varint(b, f->id);
+		return;
+	}
+	put_user(b, f);
+	if (f->code == CRDT_SNAP_ROWS)
+		crdt_buf_bytes(b, f->data.p, f->data.n);
+	else
+		crdt_vv_encode(b, &f->vv);
+}
+
+static void put_snap(struct crdt_buf *b, const struct crdt_frame *f)
+{
+	crdt_buf_u8(b, f->code);
+	crdt_buf_u8(b, f->last ? 1 : 0);
+	if (f->code == CRDT_SNAP_USERS) {
+		crdt_buf_varint(b, f->id);
+		put_rows(b, f);
+		return;
+	}
+	put_user(b, f);
+	crdt_vv_encode(b, &f->vv);
+	if (f->code == CRDT_SNAP_ROWS) {
+		put_rows(b, f);
+	} else {
+		crdt_vv_encode(b, &f->gone);
+		put_ops(b, f);
+	}
+}
+
 void crdt_frame_encode(struct crdt_buf *b, const struct crdt_frame *f)
 {
 	crdt_buf_u8(b, CRDT_WIRE_VERSION);
@@ -40,16 +85,20 @@ void crdt_frame_encode(struct crdt_buf *b, const struct crdt_frame *f)
 		crdt_buf_bytes(b, f->name.p, f->name.n);
 		crdt_buf_u64(b, f->daemon_id);
 		crdt_buf_varint(b, f->gsn);
-		if (f->own)
-			crdt_buf_u8(b, 1);
+		if (f->own || f->flags != 0)
+			crdt_buf_u8(b, f->own ? 1 : 0);
+		if (f->flags != 0)
+			crdt_buf_u8(b, f->flags);
 		break;
 	case CRDT_FRAME_WELCOME:
 		crdt_buf_bytes(b, f->name.p, f->name.n);
 		crdt_buf_u64(b, f->daemon_id);
-		if (f->own || f->gsn > 0) {
+		if (f->own || f->gsn > 0 || f->flags != 0) {
 			crdt_buf_u8(b, f->own ? 1 : 0);
 			crdt_buf_varint(b, f->gsn);
 		}
+		if (f->flags != 0)
+			crdt_buf_u8(b, f->flags);
 		break;
 	case CRDT_FRAME_OPS:
 		put_user(b, f);
@@ -101,6 +150,12 @@ void crdt_frame_encode(struct crdt_buf *b, const struct crdt_frame *f)
 		crdt_buf_varint(b, f->id);
 		crdt_buf_u8(b, f->last ? 1 : 0);
 		crdt_buf_bytes(b, f->data.p, f->data.n);
+		break;
+	case CRDT_FRAME_SNAP_WANT:
+		put_snap_want(b, f);
+		break;
+	case CRDT_FRAME_SNAP:
+		put_snap(b, f);
 		break;
 	}
 }
@@ -206,6 +261,82 @@ static void get_body(struct crdt_reader *r, struct crdt_frame *f)
 		r->bad = true;
 }
 
+static void get_rows(struct crdt_reader *r, struct crdt_frame *f)
+{
+	size_t i, n = crdt_get_varint_max(r, CRDT_SNAP_ROWS_MAX);
+
+	/* each row has two length bytes and at least one of its key */
+	if (r->bad || n > crdt_reader_left(r) / 3) {
+		r->bad = true;
+		return;
+	}
+	if (n == 0)
+		return;
+	f->rows = calloc(n, sizeof(*f->rows));
+	if (f->rows == NULL) {
+		r->bad = true;
+		return;
+	}
+	f->rows_n = n;
+	for (i = 0; i < n && !r->bad; i++) {
+		struct crdt_snap_row *row = &f->rows[i];
+
+		row->key.p = crdt_get_bytes(r, CRDT_SNAP_KEY_MAX, &row->key.n);
+		row->val.p = crdt_get_bytes(r, CRDT_FRAME_MAX, &row->val.n);
+		if (row->key.n == 0)
+			r->bad = true;
+		if (!r->bad && f->code == CRDT_SNAP_USERS &&
+		    (row->key.n > CRDT_USER_MAX || !text_valid(row->key.p, row->key.n)))
+			r->bad = true;
+	}
+}
+
+static void get_vv(struct crdt_reader *r, struct crdt_vv *vv)
+{
+	if (!r->bad)
+		(void)crdt_vv_decode(r, vv);
+}
+
+static void get_snap_code(struct crdt_reader *r, struct crdt_frame *f)
+{
+	f->code = crdt_get_u8(r);
+	if (f->code < CRDT_SNAP_USERS || f->code > CRDT_SNAP_OPS)
+		r->bad = true;
+}
+
+static void get_snap_want(struct crdt_reader *r, struct crdt_frame *f)
+{
+	get_snap_code(r, f);
+	if (f->code == CRDT_SNAP_USERS) {
+		f->id = crdt_get_varint(r);
+		return;
+	}
+	get_user(r, f);
+	if (f->code == CRDT_SNAP_ROWS)
+		f->data.p = crdt_get_bytes(r, CRDT_SNAP_KEY_MAX, &f->data.n);
+	else
+		get_vv(r, &f->vv);
+}
+
+static void get_snap(struct crdt_reader *r, struct crdt_frame *f)
+{
+	get_snap_code(r, f);
+	f->last = crdt_get_u8(r) == 1;
+	if (f->code == CRDT_SNAP_USERS) {
+		f->id = crdt_get_varint(r);
+		get_rows(r, f);
+		return;
+	}
+	get_user(r, f);
+	get_vv(r, &f->vv);
+	if (f->code == CRDT_SNAP_ROWS) {
+		get_rows(r, f);
+	} else {
+		get_vv(r, &f->gone);
+		get_ops(r, f);
+	}
+}
+
 static void get_fields(struct crdt_reader *r, struct crdt_frame *f)
 {
 	uint8_t own;
@@ -218,6 +349,7 @@ static void get_fields(struct crdt_reader *r, struct crdt_frame *f)
 		f->daemon_id = crdt_get_u64(r);
 		f->gsn = crdt_get_varint(r);
 		f->own = crdt_reader_left(r) > 0 && crdt_get_u8(r) == 1;
+		f->flags = crdt_reader_left(r) > 0 ? crdt_get_u8(r) : 0;
 		break;
 	case CRDT_FRAME_WELCOME:
 		get_node_name(r, &f->name);
@@ -226,6 +358,8 @@ static void get_fields(struct crdt_reader *r, struct crdt_frame *f)
 		f->own = own == 1;
 		if (own <= 1)
 			f->gsn = crdt_get_varint(r);
+		if (own <= 1 && crdt_reader_left(r) > 0)
+			f->flags = crdt_get_u8(r);
 		break;
 	case CRDT_FRAME_OPS:
 		get_user(r, f);
@@ -283,6 +417,12 @@ static void get_fields(struct crdt_reader *r, struct crdt_frame *f)
 		if (!r->bad && !lines_valid(f->data.p, f->data.n))
 			r->bad = true;
 		break;
+	case CRDT_FRAME_SNAP_WANT:
+		get_snap_want(r, f);
+		break;
+	case CRDT_FRAME_SNAP:
+		get_snap(r, f);
+		break;
 	}
 }
 
@@ -306,7 +446,7 @@ int crdt_frame_decode(const void *p, size_t n, struct crdt_frame *f_r, const cha
 		*error_r = "frame is of another protocol version";
 		return -1;
 	}
-	if (f_r->type < CRDT_FRAME_HELLO || f_r->type > CRDT_FRAME_TOLD) {
+	if (f_r->type < CRDT_FRAME_HELLO || f_r->type > CRDT_FRAME_SNAP) {
 		*error_r = "frame is of an unknown type";
 		return -1;
 	}
@@ -322,6 +462,8 @@ int crdt_frame_decode(const void *p, size_t n, struct crdt_frame *f_r, const cha
 void crdt_frame_free(struct crdt_frame *f)
 {
 	free(f->ops);
+	free(f->rows);
 	f->ops = NULL;
-	f->ops_n = 0;
+	f->rows = NULL;
+	f->ops_n = f->rows_n = 0;
 }

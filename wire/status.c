@@ -163,6 +163,10 @@ void status_put_node(struct crdt_buf *b, const struct status_node *s)
 	status_str(b, "name", s->name);
 	status_int(b, "slot", s->slot);
 	status_uint(b, "dirty", s->dirty);
+	if (s->rebuilding) {
+		status_uint(b, "rebuilding", 1);
+		status_uint(b, "rebuilt", s->rebuilt);
+	}
 	status_end(b);
 }
 

@@ -34,7 +34,8 @@ bool status_decode(char *value);
 /* Cuts a request into its words, decoded, in place; how many, 0: not a request. */
 unsigned status_words(char *line, char *words[STATUS_WORDS_MAX]);
 
-struct status_node { const char *name; int slot; uint64_t dirty; };	/* slot -1: none */
+/* slot -1: none.  rebuilding: a daemon that takes its data from the workers; users that are done. */
+struct status_node { const char *name; int slot; uint64_t dirty; bool rebuilding; uint64_t rebuilt; };
 struct status_peer {
 	const char *name;
 	bool connected, retired;

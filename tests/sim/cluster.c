@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "../../sync/kept.h"
 #include "../../sync/node.h"
 #include "../../storage-daemon/hub.h"
 #include "vmail.h"
@@ -74,8 +75,9 @@ static struct sim {
 	unsigned workers_n, daemons_n;
 	struct worker workers[WORKERS_MAX];
 	struct daemon daemons[DAEMONS_MAX];
-	uint64_t commands, kills, cuts, frames, rides, odd, lost;
+	uint64_t commands, kills, cuts, frames, rides, odd, lost, rebuilt;
 	bool lost_one;			/* in this schedule */
+	bool joined;			/* the last worker is a member */
 	uint32_t gens[USERS];		/* the highest on some worker */
 	uint64_t replaced;
 	/* Texts that no daemon had when asked: they may be gone for good, when the
@@ -202,6 +204,21 @@ static void daemon_turn(struct daemon *d)
 	(void)hub_pump(d->hub);
 }
 
+/* What a frame is, for --verbose: of texts, also which. */
+static void trace_frame(const char *from, unsigned i, const char *to, unsigned k, const void *p, size_t n)
+{
+	struct crdt_frame f;
+	const char *error;
+
+	if (!sim.verbose || crdt_frame_decode(p, n, &f, &error) < 0)
+		return;
+	fprintf(stderr, "%8lld %s%u > %s%u: frame %u, %zu bytes", (long long)sim.now, from, i + 1, to, k + 1, f.type, n);
+	if (f.type >= CRDT_FRAME_BODY && f.type <= CRDT_FRAME_BODY_NONE)
+		fprintf(stderr, " of text %02x%02x%02x%02x", f.content.b[0], f.content.b[1], f.content.b[2], f.content.b[3]);
+	fprintf(stderr, "\n");
+	crdt_frame_free(&f);
+}
+
 static void deliver_to_daemon(struct worker *w, unsigned d)
 {
 	struct link *l = &w->links[d];
@@ -221,9 +238,7 @@ static void deliver_to_worker(struct worker *w, unsigned d)
 	struct frame *f;
 
 	for (unsigned n = 1 + (unsigned)rnd(6); n > 0 && (f = pipe_get(&l->to_worker)) != NULL; n--) {
-		if (sim.verbose && f->n > 1)
-			fprintf(stderr, "%8lld s%u > w%u: frame %u, %zu bytes\n", (long long)sim.now, d + 1, w->i + 1,
-				f->p[1], f->n);
+		trace_frame("s", d, "w", w->i, f->p, f->n);
 		if (f->n > 1 && f->p[1] == CRDT_FRAME_BODY)
 			sim.rides++;
 		node_frame(w->node, sim.now, d, f->p, f->n);
@@ -237,9 +252,7 @@ static bool worker_send(void *ctx, unsigned d, const void *p, size_t n)
 {
 	struct worker *w = ctx;
 
-	if (sim.verbose && n > 1)
-		fprintf(stderr, "%8lld w%u > s%u: frame %u, %zu bytes\n", (long long)sim.now, w->i + 1, d + 1,
-			((const uint8_t *)p)[1], n);
+	trace_frame("w", w->i, "s", d, p, n);
 	return w->links[d].connected && pipe_put(&w->links[d].to_daemon, p, n);
 }
 
@@ -629,7 +642,10 @@ static void daemon_start(struct daemon *d)
 		peers[i].role = HUB_WORKER;
 		peers[i].slot = (uint8_t)i;
 	}
-	hub_set_peers(d->hub, peers, sim.workers_n);
+	hub_set_peers(d->hub, peers, sim.workers_n - (sim.joined ? 0 : 1));
+	/* in some schedules it does not reach back for long */
+	if (sim.seed % 5 < 2)
+		hub_set_log_keep(d->hub, rnd(10));
 }
 
 static void daemon_kill(struct daemon *d)
@@ -642,10 +658,25 @@ static void daemon_kill(struct daemon *d)
 		link_cut(&sim.workers[i], d->i);
 }
 
+/* The last worker comes to a cluster that has gone on without it for a while; its users have
+ * had mail there. */
+static void join(void)
+{
+	sim.joined = true;
+	for (unsigned d = 0; d < sim.daemons_n; d++) {
+		if (sim.daemons[d].hub == NULL)
+			continue;
+		daemon_kill(&sim.daemons[d]);
+		daemon_start(&sim.daemons[d]);
+	}
+}
+
 static void move_worker(struct worker *w)
 {
 	unsigned d = (unsigned)rnd(sim.daemons_n);
 
+	if (!sim.joined && w->i == sim.workers_n - 1)
+		return;
 	if (w->node == NULL) {
 		worker_start(w);
 		return;
@@ -681,12 +712,29 @@ static void worker_lose(struct worker *w)
 	sim.lost++;
 }
 
+/* Its data, that is, and it is given it by the workers, whatever they are at. */
+static void daemon_lose(struct daemon *d)
+{
+	struct store_options opts = { .create = true, .in_memory = true };
+	char *error = NULL;
+
+	if (sim.verbose)
+		fprintf(stderr, "%8lld %s loses its database\n", (long long)sim.now, d->name);
+	if (d->hub != NULL)
+		daemon_kill(d);
+	store_close(&d->store);
+	d->store = store_open("mem", &opts, &error);
+	if (d->store == NULL || hub_rebuild(d->store, &error) < 0)
+		fail("%s", error);
+	sim.rebuilt++;
+}
+
 static void trouble(void)
 {
 	struct worker *w = &sim.workers[rnd(sim.workers_n)];
 	unsigned d = (unsigned)rnd(sim.daemons_n);
 
-	switch (rnd(14)) {
+	switch (rnd(15)) {
 	case 0:
 		if (w->node != NULL) {
 			worker_kill(w);
@@ -710,8 +758,11 @@ static void trouble(void)
 		w->links[d].slow = true;
 		break;
 	case 5:
-		if (sim.daemons_n == 1 && !sim.lost_one)
+		if (sim.daemons_n == 1 && !sim.lost_one && w->node != NULL)
 			worker_lose(w);
+		break;
+	case 6:
+		daemon_lose(&sim.daemons[d]);
 		break;
 	default:
 		link_cut(w, d);
@@ -754,7 +805,7 @@ static bool settle_round(void)
 	for (unsigned i = 0; i < sim.workers_n; i++) {
 		struct worker *w = &sim.workers[i];
 
-		for (unsigned d = 0; d < sim.daemons_n; d++) {
+		for (unsigned d = 0; d < sim.daemons_n && w->node != NULL; d++) {
 			w->links[d].slow = false;
 			link_up(w, d);
 			while (w->links[d].to_daemon.n > 0) {
@@ -766,6 +817,8 @@ static bool settle_round(void)
 				busy = true;
 			}
 		}
+		if (w->node == NULL)
+			continue;
 		while (w->visits != NULL) {
 			carry_out(w);
 			busy = true;
@@ -791,7 +844,7 @@ static void settle(void)
 			daemon_start(&sim.daemons[d]);
 	}
 	for (unsigned i = 0; i < sim.workers_n; i++) {
-		if (sim.workers[i].node == NULL)
+		if (sim.workers[i].node == NULL && (sim.joined || i < sim.workers_n - 1))
 			worker_start(&sim.workers[i]);
 		for (unsigned u = 0; u < USERS; u++) {
 			if (sim.workers[i].engines[u].gen < sim.gens[u])
@@ -807,6 +860,8 @@ static void settle(void)
 				fail("%s", "it does not come to rest");
 		}
 		for (unsigned i = 0; i < sim.workers_n; i++) {
+			if (sim.workers[i].node == NULL)
+				continue;
 			if (sim.workers[i].due < next)
 				next = sim.workers[i].due;
 			if (sim.now - looked >= 10000)
@@ -886,6 +941,55 @@ static bool only_missing(const char *line)
 	return found;
 }
 
+/* What a daemon has of each user is what a worker (whose lines these are) has. */
+static void compare_daemon(struct daemon *d, const char *lines)
+{
+	struct crdt_buf out = CRDT_BUF_INIT;
+	uint64_t done;
+
+	if (hub_rebuilding(d->hub, &done))
+		fail("%s is still being filled", d->name);
+	hub_status(d->hub, true, &out);
+	crdt_buf_u8(&out, 0);
+	for (char *line = (char *)out.data; line != NULL && *line != '\0'; line = strchr(line, '\n'), line += line != NULL) {
+		char *digest, *nothing;
+
+		if (strncmp(line, "user\t", 5) != 0)
+			continue;
+		digest = strstr(line, "\tdigest=");
+		nothing = strstr(line, "\tvv=\t");
+		if (digest == NULL || (nothing != NULL && nothing < digest))
+			continue;
+		digest = strndup(digest, 8 + 64);
+		if (strstr(lines, digest) == NULL) {
+			printf("%s", lines);
+			fail("a daemon's state differs (I1):\n%s", (char *)out.data);
+		}
+		free(digest);
+	}
+	crdt_buf_free(&out);
+}
+
+static bool count_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)key; (void)klen; (void)val; (void)vlen;
+	++*(unsigned *)ctx;
+	return true;
+}
+
+/* Everybody has everything, and that is known: no op is kept for anybody. */
+static void check_nothing_kept(struct worker *w)
+{
+	struct store_txn *t = store_begin(w->store);
+	const char first = KEPT_OP;
+	unsigned n = 0;
+
+	store_scan(t, STORE_LOG, &first, 1, NULL, 0, false, count_row, &n);
+	store_abort(&t);
+	if (n > 0)
+		fail("%s keeps ops that all have", w->name);
+}
+
 static void compare(void)
 {
 	char why[300], *first = NULL;
@@ -927,7 +1031,11 @@ static void compare(void)
 		}
 		if (sim.missing_n == 0 && !node_is_settled(w->node))
 			fail("%s is not at rest", w->name);
+		if (sim.missing_n == 0 && sim.seed % 3 != 2)	/* of users of before ACKs may be unread */
+			check_nothing_kept(w);
 	}
+	for (unsigned d = 0; d < sim.daemons_n; d++)
+		compare_daemon(&sim.daemons[d], first);
 	free(first);
 }
 
@@ -936,7 +1044,7 @@ static void run(uint64_t seed, unsigned steps)
 	struct store_options opts = { .create = true, .in_memory = true };
 	char *error = NULL;
 	bool verbose = sim.verbose;
-	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost, sim.replaced };
+	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost, sim.replaced, sim.rebuilt };
 
 	memset(&sim, 0, sizeof(sim));
 	sim.verbose = verbose;
@@ -948,11 +1056,13 @@ static void run(uint64_t seed, unsigned steps)
 	sim.odd = totals[5];
 	sim.lost = totals[6];
 	sim.replaced = totals[7];
+	sim.rebuilt = totals[8];
 	sim.seed = seed;
 	sim.rng = seed * 7919 + 17;
 	sim.now = 1000;
 	sim.workers_n = 2 + (unsigned)(seed % 2);
 	sim.daemons_n = 1 + (unsigned)(seed / 2 % 2);
+	sim.joined = sim.workers_n == 2 || seed / 4 % 2 == 0;
 	for (unsigned i = 0; i < sim.workers_n; i++) {
 		struct worker *w = &sim.workers[i];
 
@@ -968,7 +1078,8 @@ static void run(uint64_t seed, unsigned steps)
 			mail_new(w, &w->engines[u]);
 			w->engines[u].gen = 0;
 		}
-		worker_start(w);
+		if (sim.joined || i < sim.workers_n - 1)
+			worker_start(w);
 	}
 	for (unsigned d = 0; d < sim.daemons_n; d++) {
 		sim.daemons[d].i = d;
@@ -978,8 +1089,18 @@ static void run(uint64_t seed, unsigned steps)
 			fail("%s", error);
 		daemon_start(&sim.daemons[d]);
 	}
-	for (unsigned s = 0; s < steps; s++)
+	for (unsigned s = 0; s < steps; s++) {
+		if (!sim.joined && s == steps * 2 / 3)
+			join();
+		/* In one schedule of four a daemon is lost when all had come to rest, so that
+		 * workers have forgotten what everybody has. */
+		if (seed % 4 == 1 && s == steps / 2) {
+			settle();
+			sim.calm = false;
+			daemon_lose(&sim.daemons[rnd(sim.daemons_n)]);
+		}
 		step();
+	}
 	settle();
 	compare();
 	for (unsigned d = 0; d < sim.daemons_n; d++) {
@@ -1024,9 +1145,9 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	for (uint64_t i = 0; i < runs; i++)
 		run(seed + i, steps > 0 ? steps : schedule_length(seed + i));
-	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost, %llu names used again: all converged\n",
+	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost, %llu of daemons, %llu names used again: all converged\n",
 	       (unsigned long long)runs, (unsigned long long)sim.commands, (unsigned long long)sim.frames,
 	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts, (unsigned long long)sim.odd, (unsigned long long)sim.lost,
-	       (unsigned long long)sim.replaced);
+	       (unsigned long long)sim.rebuilt, (unsigned long long)sim.replaced);
 	return 0;
 }

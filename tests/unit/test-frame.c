@@ -32,26 +32,34 @@ static size_t unhex(const char *hex, uint8_t *out)
 
 /* One of each type.  The bytes were written by hand from doc/FORMATS.md. */
 #define CONTENT "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
-static const struct { const char *hex; size_t older; /* version of it ends here */ } golden[] = {
-	{ "01 01 01 05 02 7731 efcdab8967452301 ac02", 0 },
-	{ "01 02 02 7331 efcdab8967452301", 0 },
-	{ "01 03 05 616c696365 00 02 02 aabb 01 cc", 0 },
-	{ "01 04 05 616c696365 07 01 3333330000000001 09", 0 },
-	{ "01 05 05 616c696365 00 ac02 ab02 01 02 aabb", 0 },
-	{ "01 05 05 616c696365 00 ac02 ab02 00", 0 },
-	{ "01 06 ac02", 0 },
-	{ "01 07 05 616c696365 00 " CONTENT " 05 02 03 616263", 0 },
-	{ "01 07 05 616c696365 00 " CONTENT " 00 00 00", 0 },
-	{ "01 08 05 616c696365 00 " CONTENT " 05 808004", 0 },
-	{ "01 09 05 616c696365 00 " CONTENT, 0 },
-	{ "01 0a 05 616c696365 00 00", 0 },
-	{ "01 0b 05 616c696365 00 01 3333330000000001 09", 0 },
-	{ "01 0c 03 04 6f6f7073", 0 },
-	{ "01 02 02 7331 efcdab8967452301 00 ac02", 13 },
-	{ "01 02 02 7331 efcdab8967452301 01 ac02", 13 },
-	{ "01 0d ac02 01", 0 },
-	{ "01 0d 07 02 05 616c696365 00", 0 },
-	{ "01 0e 07 01 04 656e640a", 0 },
+static const struct { const char *hex; size_t older, oldest; /* versions of it end here */ } golden[] = {
+	{ "01 01 01 05 02 7731 efcdab8967452301 ac02", 0, 0 },
+	{ "01 02 02 7331 efcdab8967452301", 0, 0 },
+	{ "01 03 05 616c696365 00 02 02 aabb 01 cc", 0, 0 },
+	{ "01 04 05 616c696365 07 01 3333330000000001 09", 0, 0 },
+	{ "01 05 05 616c696365 00 ac02 ab02 01 02 aabb", 0, 0 },
+	{ "01 05 05 616c696365 00 ac02 ab02 00", 0, 0 },
+	{ "01 06 ac02", 0, 0 },
+	{ "01 07 05 616c696365 00 " CONTENT " 05 02 03 616263", 0, 0 },
+	{ "01 07 05 616c696365 00 " CONTENT " 00 00 00", 0, 0 },
+	{ "01 08 05 616c696365 00 " CONTENT " 05 808004", 0, 0 },
+	{ "01 09 05 616c696365 00 " CONTENT, 0, 0 },
+	{ "01 0a 05 616c696365 00 00", 0, 0 },
+	{ "01 0b 05 616c696365 00 01 3333330000000001 09", 0, 0 },
+	{ "01 0c 03 04 6f6f7073", 0, 0 },
+	{ "01 02 02 7331 efcdab8967452301 00 ac02", 13, 0 },
+	{ "01 02 02 7331 efcdab8967452301 01 ac02", 13, 0 },
+	{ "01 0d ac02 01", 0, 0 },
+	{ "01 0d 07 02 05 616c696365 00", 0, 0 },
+	{ "01 0e 07 01 04 656e640a", 0, 0 },
+	{ "01 01 01 05 02 7731 efcdab8967452301 ac02 00 03", 18, 17 },
+	{ "01 02 02 7331 efcdab8967452301 00 00 01", 15, 13 },
+	{ "01 0f 01 07", 0, 0 },
+	{ "01 0f 02 05 616c696365 00 02 5361", 0, 0 },
+	{ "01 0f 03 05 616c696365 00 01 3333330000000001 09", 0, 0 },
+	{ "01 10 01 00 07 01 05 616c696365 03 000000", 0, 0 },
+	{ "01 10 02 01 05 616c696365 00 01 3333330000000001 09 02 02 5361 01 aa 01 55 00", 0, 0 },
+	{ "01 10 03 01 05 616c696365 00 01 3333330000000001 09 00 01 02 aabb", 0, 0 },
 };
 
 static void test_golden(void **state)
@@ -73,13 +81,14 @@ static void test_golden(void **state)
 		assert_memory_equal(b.data, bytes, n);
 		crdt_frame_free(&f);
 		for (cut = 0; cut < n; cut++) {
-			if (cut > 0 && cut == golden[i].older)
+			if (cut > 0 && (cut == golden[i].older || cut == golden[i].oldest))
 				continue;
 			uint8_t *copy = malloc(cut > 0 ? cut : 1);	/* so that a read past the end shows */
 
 			memcpy(copy, bytes, cut);
 			assert_int_equal(crdt_frame_decode(copy, cut, &f, &error), -1);
 			assert_null(f.ops);
+			assert_null(f.rows);
 			free(copy);
 		}
 		/* what a newer version adds at the end is passed over */
@@ -121,6 +130,17 @@ static void test_fields(void **state)
 	assert_memory_equal(f.data.p, "abc", 3);
 	assert_int_equal(crdt_frame_decode(bytes, unhex(golden[9].hex, bytes), &f, &error), 0);
 	assert_int_equal(f.credit, 65536);
+	assert_int_equal(crdt_frame_decode(bytes, unhex(golden[19].hex, bytes), &f, &error), 0);
+	assert_int_equal(f.flags, CRDT_HELLO_SNAPSHOTS | CRDT_HELLO_ACKED);
+	assert_int_equal(crdt_frame_decode(bytes, unhex(golden[20].hex, bytes), &f, &error), 0);
+	assert_int_equal(f.flags, CRDT_WELCOME_REBUILD);
+	assert_int_equal(crdt_frame_decode(bytes, unhex(golden[25].hex, bytes), &f, &error), 0);
+	assert_int_equal(f.rows_n, 2);
+	assert_true(f.last);
+	assert_memory_equal(f.rows[0].key.p, "Sa", 2);
+	assert_int_equal(f.rows[0].val.n, 1);
+	assert_int_equal(f.rows[1].val.n, 0);
+	crdt_frame_free(&f);
 }
 
 static void refused(const char *hex)
@@ -136,6 +156,15 @@ static void refused(const char *hex)
 static void test_refused(void **state)
 {
 	(void)state;
+	/* no such kind of a piece; a user without a name; a row without a key; more rows than bytes */
+	refused("01 0f 00 07");
+	refused("01 10 04 01 00 00");
+	refused("01 10 01 00 07 01 00 03 000000");
+	refused("01 10 01 00 07 01 02 610a 03 000000");
+	refused("01 10 02 01 05 616c696365 00 00 01 00 01 aa");
+	refused("01 10 02 01 05 616c696365 00 00 7f 02 5361 00");
+	/* a vector out of order */
+	refused("01 0f 03 05 616c696365 00 02 3333330000000001 09 3333330000000001 0a");
 	refused("");
 	refused("01");
 	refused("02 06 01");			/* another version */

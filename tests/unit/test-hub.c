@@ -1045,6 +1045,7 @@ static void test_missing_text(void **state)
 	struct world *w = *state;
 	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
 	static const char text[] = "found again";
+	unsigned int asked = 0;
 	struct crdt_content c;
 	struct crdt_vv vv;
 
@@ -1077,6 +1078,17 @@ static void test_missing_text(void **state)
 	send_op(w, 1, "u", op_add(ORIGIN1, 3, "g2", "gone", 4));
 	commit(w);
 	send_none(w, 1, "u", &c);
+	commit(w);
+	/* at once by another one, if there is one; nobody is asked twice */
+	missing_asked(w, &r2, 2, true);
+	send_none(w, 2, "u", &c);
+	settle(w);
+	while (next(w, CONN1, &r1.f, &r1.hold))
+		assert_true(r1.f.type != CRDT_FRAME_BODY_WANT || asked++ == 0);
+	send_none(w, 1, "u", &c);
+	settle(w);
+	expect_none(&r2);
+	expect_none(&r1);
 	send_op(w, 1, "u", op_expunge(ORIGIN1, 4, "g2", NULL));
 	commit(w);
 	missing_asked(w, &r1, 1, true);

@@ -651,6 +651,90 @@ static void note_row(void *ctx, const struct memrow *row)
 }
 
 /* Each row, taken away or cut, is a fault (or nothing that the checker can know). */
+/* ---- snapshots ---- */
+
+struct taken { struct memrows *m; struct crdt_buf last; unsigned rows, bodies; };
+
+static void note_body(void *ctx, const struct crdt_content *c, uint64_t size)
+{
+	(void)c; (void)size;
+	((struct taken *)ctx)->bodies++;
+}
+
+/* One row a time, so that each key is one to go on behind. */
+static bool take_one(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct taken *t = ctx;
+
+	assert_true(crdt_snapshot_put(&t->m->rows, key, klen, val, vlen, note_body, t));
+	crdt_buf_clear(&t->last);
+	crdt_buf_raw(&t->last, key, klen);
+	t->rows++;
+	return false;
+}
+
+static void snapshot(void **state)
+{
+	struct world *w = *state;
+	struct kit_op *store, *gap;
+	struct crdt_vv vv;
+	struct memrows m;
+	struct taken t = { .m = &m };
+	unsigned before;
+
+	kit_create_id(&w->a, kit_id(1), "f", 65);
+	kit_create_id(&w->a, kit_id(2), "g/h", 66);
+	kit_add_id(&w->a, kit_id(1), "m", CRDT_FLAG_SEEN, "k", 65);
+	kit_add_id(&w->a, kit_id(1), "n", 0, NULL, 66);
+	kit_expunge_id(&w->a, kit_id(1), "n");
+	kit_delete_id(&w->a, kit_id(2));
+	kit_catch_up(&w->b);
+	store = kit_flags_id(&w->b, kit_id(1), "m", CRDT_FLAG_FLAGGED, 0, NULL, NULL);
+	gap = kit_flags_id(&w->b, kit_id(1), "m", CRDT_FLAG_ANSWERED, 0, NULL, NULL);
+	/* an op that waits is no part of it */
+	assert_int_equal(deliver(&w->a, gap), CRDT_MERGE_BUFFERED);
+
+	memrows_init(&m);
+	do {
+		before = t.rows;
+		crdt_snapshot_scan(&w->a.m.rows, t.last.data, t.last.len, take_one, &t);
+	} while (t.rows > before);
+	merged_vv(&w->a, &vv);
+	crdt_snapshot_end(&m.rows, &vv);
+	assert_null(crdt_check(&m.rows));
+	assert_true(t.bodies >= 2);
+	/* with the op that was missing both are the same again */
+	assert_int_equal(deliver(&w->a, store), CRDT_MERGED);
+	assert_int_equal(kit_deliver(&m, store, &w->b.effects), CRDT_MERGED);
+	assert_int_equal(kit_deliver(&m, gap, &w->b.effects), CRDT_MERGED);
+	assert_true(memrows_equal(&m, &w->a.m));
+	crdt_buf_free(&t.last);
+	memrows_free(&m);
+}
+
+static void snapshot_refuses(void **state)
+{
+	static const struct { const char *key; size_t klen; const char *val; size_t vlen; } bad[] = {
+		{ "V", 1, "\1\0\0", 3 }, { "B0123456789abcdef", 17, "x", 1 }, { "K", 1, "\1\0\0", 3 },
+		{ "o", 1, "", 0 }, { "", 0, "", 0 }, { "U", 1, "", 0 }, { "U", 1, "\0", 1 }, { "Ux", 2, "\1", 1 },
+		{ "Fshort", 6, "\0", 1 }, { "F0123456789abcdef", 17, "\377", 1 }, { "Mxyz", 4, "", 0 },
+		{ "Sname", 5, "\0", 1 }, { "S", 1, "\0", 1 }, { "Gxyz", 4, "", 0 }, { "Pa", 2, "", 0 },
+		{ "C0123", 5, "\1", 1 },
+	};
+	struct taken t = { 0 };
+	struct memrows m;
+
+	(void)state;
+	memrows_init(&m);
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		if (crdt_snapshot_put(&m.rows, (const uint8_t *)bad[i].key, bad[i].klen, (const uint8_t *)bad[i].val,
+				      bad[i].vlen, note_body, &t))
+			fail_msg("row %zu was taken", i);
+	}
+	assert_int_equal(memrows_count(&m), 0);
+	memrows_free(&m);
+}
+
 static void check_finds_damage(void **state)
 {
 	struct world *w = *state;
@@ -759,7 +843,7 @@ int main(void)
 		test(too_many_waiting), test(too_many_deletes), test(paths),
 		test(validity_outlives_folder), test(hand_over), test(claims), test(bodies),
 		test(collect_in_steps), test(scan_mails), test(digest), test(folder_digests), test(golden_rows),
-		test(collect_spares_what_waiting_ops_need), test(check_finds_damage), test(damage_is_no_remove), test(many_keywords),
+		test(collect_spares_what_waiting_ops_need), test(snapshot), test(snapshot_refuses), test(check_finds_damage), test(damage_is_no_remove), test(many_keywords),
 		test(many_removals),
 	};
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* The engine of a user where the simulation does not come: limits, lost places. */
+#include "../../sync/kept.h"
 #include "../../sync/replica-private.h"
 
 #include <setjmp.h>
@@ -26,7 +27,8 @@ struct fix {
 	unsigned asked[NAMES];		/* failing_create(), failing_subscribe(): by name */
 };
 
-static uint64_t number(void *ctx) { (void)ctx; return 3; }
+static uint64_t numbers = 2;
+static uint64_t number(void *ctx) { (void)ctx; return ++numbers; }
 
 static void on_log(void *ctx, int level, const char *text)
 {
@@ -555,6 +557,248 @@ static void parents_first(void **state)
 	assert_int_equal(asked_rename("a/b/c", "z/b/c"), 2);
 }
 
+/* After a lost database the mail store is not known yet: a text may well be in it. */
+static void cannot_tell_yet(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_buf out = CRDT_BUF_INIT;
+	struct crdt_content c;
+	uint64_t size;
+	char *error;
+
+	memset(&c, 7, sizeof(c));
+	empty_mailstore(x);
+	assert_int_equal(replica_read_body(x->r, &c, 0, 10, &out, &size), MS_GONE);
+	replica_close(&x->r);
+	x->cfg.rebuilt = true;
+	x->r = replica_open(x->store, &x->cfg, "lost", 0, &x->ms, &error);
+	assert_non_null(x->r);
+	assert_int_equal(replica_read_body(x->r, &c, 0, 10, &out, &size), MS_TEMP);
+	crdt_buf_free(&out);
+}
+
+/* ---- ops that are kept ---- */
+
+static bool count_op(void *ctx, uint64_t seq, const uint8_t *op, size_t n)
+{
+	(void)seq; (void)op; (void)n;
+	++*(unsigned *)ctx;
+	return true;
+}
+
+static unsigned kept(struct fix *x, crdt_origin origin)
+{
+	struct store_txn *t = store_begin(x->store);
+	unsigned n = 0;
+
+	kept_scan(t, store_user_id(t, "u", 0, false), origin, 0, count_op, &n);
+	store_abort(&t);
+	return n;
+}
+
+static void own_op(struct fix *x)
+{
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"mine", 4 } };
+	struct crdt_vv ctx;
+	char *error;
+
+	(void)replica_txn_begin(x->r);
+	replica_context(x->r, &ctx);
+	assert_int_equal(replica_own_op(x->r, &op, &ctx), 0);
+	assert_int_equal(replica_txn_commit(x->r, true, &error), 0);
+}
+
+/* All that is merged stays until all have applied it; what waits is not merged. */
+static void keeps_what_members_lack(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"theirs", 6 } };
+	crdt_origin own = replica_own_origin(x->r);
+	struct crdt_vv stable, gone;
+	struct store_txn *t;
+	unsigned unsent = 0;
+	char *error;
+
+	for (uint64_t seq = 1; seq <= 5; seq++)
+		deliver(x, &op, seq);
+	deliver(x, &op, 7);
+	own_op(x);
+	own_op(x);
+	assert_int_equal(kept(x, OTHER), 5);
+	assert_int_equal(kept(x, own), 2);
+	/* every daemon has it: it is not sent again, but kept */
+	assert_int_equal(replica_forget_ops(x->r, 2, &error), 0);
+	replica_unsent(x->r, 0, count_op, &unsent);
+	assert_int_equal(unsent, 0);
+	assert_int_equal(kept(x, own), 2);
+	own_op(x);
+
+	crdt_vv_init(&stable);
+	(void)crdt_vv_raise(&stable, OTHER, 4);
+	(void)crdt_vv_raise(&stable, own, 3);
+	while (replica_collect(x->r, &stable)) ;
+	assert_int_equal(kept(x, OTHER), 1);
+	/* the third is not acknowledged by all daemons yet */
+	assert_int_equal(kept(x, own), 1);
+	replica_unsent(x->r, 0, count_op, &unsent);
+	assert_int_equal(unsent, 1);
+	t = store_begin(x->store);
+	kept_gone(t, store_user_id(t, "u", 0, false), &gone);
+	store_abort(&t);
+	assert_int_equal(crdt_vv_get(&gone, OTHER), 4);
+	assert_int_equal(crdt_vv_get(&gone, own), 2);
+
+	/* now they have */
+	assert_int_equal(replica_forget_ops(x->r, 3, &error), 0);
+	assert_int_equal(kept(x, own), 0);
+
+	/* an older vector takes nothing back, and the gap closes */
+	crdt_vv_init(&stable);
+	(void)crdt_vv_raise(&stable, OTHER, 2);
+	(void)replica_collect(x->r, &stable);
+	deliver(x, &op, 6);
+	assert_int_equal(kept(x, OTHER), 3);
+}
+
+/* Many at once go in slices. */
+static void forgets_in_slices(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"theirs", 6 } };
+	struct crdt_vv stable;
+	unsigned slices = 1;
+
+	for (uint64_t seq = 1; seq <= 4500; seq++)
+		deliver(x, &op, seq);
+	crdt_vv_init(&stable);
+	(void)crdt_vv_raise(&stable, OTHER, 4499);
+	while (replica_collect(x->r, &stable))
+		slices++;
+	assert_in_range(slices, 3, 4);
+	assert_int_equal(kept(x, OTHER), 1);
+}
+
+/* ---- states from a daemon ---- */
+
+static bool stage_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	struct fix *x = ctx;
+	struct store_txn *t = store_begin(x->store);
+	struct crdt_buf k = CRDT_BUF_INIT;
+	char *error;
+
+	staged_prefix(&k, store_user_id(t, "u", 0, false));
+	crdt_buf_raw(&k, key, klen);
+	store_put(t, STORE_LOG, k.data, k.len, val, vlen);
+	assert_int_equal(store_commit(&t, false, &error), 0);
+	crdt_buf_free(&k);
+	return true;
+}
+
+/* The state of one who merged these many ops of OTHER: SUBSCRIBEs. */
+static void stage(struct fix *x, uint64_t ops)
+{
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"theirs", 6 } };
+	struct fix y = { .store = NULL };
+	struct store_options opts = { .in_memory = true };
+	char *error;
+
+	y.store = store_open(NULL, &opts, &error);
+	y.cfg = (struct replica_config){ .slot = 3, .name = "w3", .random = number, .log = on_log, .ctx = &y };
+	reopen(&y);
+	for (uint64_t seq = 1; seq <= ops; seq++)
+		deliver(&y, &op, seq);
+	(void)replica_txn_begin(y.r);
+	crdt_snapshot_scan(rrows(y.r), NULL, 0, stage_row, x);
+	store_abort(&y.r->txn);
+	replica_close(&y.r);
+	store_close(&y.store);
+}
+
+static enum replica_snapshot take(struct fix *x, uint64_t seq)
+{
+	enum replica_snapshot result;
+	struct crdt_vv vv;
+	char *error;
+
+	crdt_vv_init(&vv);
+	(void)crdt_vv_raise(&vv, OTHER, seq);
+	assert_int_equal(replica_snapshot(x->r, &vv, &result, &error), 0);
+	return result;
+}
+
+static void takes_a_state(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"theirs", 6 } };
+	struct replica_status st;
+	struct crdt_vv vv;
+
+	empty_mailstore(x);
+	own_op(x);
+	deliver(x, &op, 1);
+	deliver(x, &op, 12);		/* waits, and is not lost */
+	stage(x, 10);
+	assert_int_equal(take(x, 10), REPLICA_SNAPSHOT_TAKEN);
+	replica_status(x->r, &st);
+	assert_int_equal(crdt_vv_get(&st.vv, OTHER), 10);
+	assert_int_equal(crdt_vv_get(&st.vv, replica_own_origin(x->r)), 1);
+	assert_int_equal(st.buffered, 1);
+	/* of what came nothing is shown yet: a user has not seen it */
+	replica_applied_vv(x->r, &vv);
+	assert_true(crdt_vv_get(&vv, OTHER) <= 1);
+	deliver(x, &op, 11);
+	assert_int_equal(merged(x), 12);
+	/* an older one is passed over, also one that is damaged */
+	stage_row(x, (const uint8_t *)"Mxyz", 4, (const uint8_t *)"?", 1);
+	assert_int_equal(take(x, 10), REPLICA_SNAPSHOT_TAKEN);
+	assert_int_equal(merged(x), 12);
+	/* a newer one is not, if it is none: nothing changes */
+	assert_int_equal(take(x, 20), REPLICA_SNAPSHOT_BAD);
+	assert_int_equal(merged(x), 12);
+	replica_status(x->r, &st);
+	assert_int_equal(crdt_vv_get(&st.vv, replica_own_origin(x->r)), 1);
+	assert_true(x->errors > 0);
+}
+
+/* What came with another state is not kept: one without it would take it away. */
+static void state_that_lacks_something(void **state)
+{
+	struct fix *x = *state;
+	enum replica_snapshot result;
+	struct crdt_vv vv;
+	char *error;
+
+	empty_mailstore(x);
+	stage(x, 10);
+	assert_int_equal(take(x, 10), REPLICA_SNAPSHOT_TAKEN);
+	crdt_vv_init(&vv);
+	(void)crdt_vv_raise(&vv, OTHER, 5);
+	(void)crdt_vv_raise(&vv, CRDT_ORIGIN(4, 4), 1);
+	assert_int_equal(replica_snapshot(x->r, &vv, &result, &error), 0);
+	assert_int_equal(result, REPLICA_SNAPSHOT_LATER);
+	assert_int_equal(merged(x), 10);
+}
+
+/* The daemon knows more of our own ops than we do: their numbers are not used again. */
+static void state_with_our_ops(void **state)
+{
+	struct fix *x = *state;
+	crdt_origin own = replica_own_origin(x->r);
+	enum replica_snapshot result;
+	struct crdt_vv vv;
+	char *error;
+
+	empty_mailstore(x);
+	own_op(x);
+	crdt_vv_init(&vv);
+	(void)crdt_vv_raise(&vv, own, 7);
+	assert_int_equal(replica_snapshot(x->r, &vv, &result, &error), 0);
+	assert_int_equal(result, REPLICA_SNAPSHOT_TAKEN);
+	assert_int_not_equal(replica_own_origin(x->r), own);
+	assert_int_equal(replica_last_seq(x->r), 0);
+}
+
 /* A mail store with these records. */
 static const struct ms_record *script;
 static size_t script_n;
@@ -643,6 +887,8 @@ int main(void)
 	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places), TEST(first_what_is_here),
 		TEST(folders_that_fail), TEST(many_subscriptions),
 		TEST(folder_that_fails_beside_mails), TEST(parents_first),
+		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
+		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_with_our_ops),
 		TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -133,7 +133,7 @@ static void on_ride(void *ctx, const char *user, uint32_t gen, const struct crdt
 
 static const struct uplink_callbacks callbacks = {
 	on_send, on_reconnect, on_log, on_up, on_want, on_acked, on_feed, on_body, on_body_want,
-	on_body_none, on_stable, on_ride, NULL, NULL
+	on_body_none, on_stable, on_ride, NULL, NULL, NULL, NULL
 };
 
 static int setup(void **state)

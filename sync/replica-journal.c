@@ -668,6 +668,12 @@ static int record_create(struct replica *r, const struct crdt_jrec *rec)
 	return own_create(r, &id, rec->path, rec->uidvalidity);
 }
 
+/* Up to where some daemon is known to have own ops. */
+static uint64_t acked_seq(const struct replica *r)
+{
+	return r->acked_any > r->acked_seq ? r->acked_any : r->acked_seq;
+}
+
 /* Whether a DELETE with this context, which a RENAME that it had not seen makes void, is
  * not enough for a mail that the user saw: an older op of its adds' origin is not applied
  * yet, so that the context cannot cover them; or no daemon may have its text, and now
@@ -676,7 +682,7 @@ static bool delete_by_name(const struct replica *r, struct crdt_mail *m, const s
 {
 	if (!m->live)
 		return false;
-	if (crdt_vv_get(&m->adds, r->origin) > r->acked_seq)
+	if (crdt_vv_get(&m->adds, r->origin) > acked_seq(r))
 		return true;
 	crdt_vv_drop(&m->presence, r->origin);
 	return !crdt_vv_covers_all(ctx, &m->presence);
@@ -749,7 +755,7 @@ static int record_delete(struct replica *r, const struct crdt_jrec *rec)
 		folders[op.folders_n++].id = b.folders[i];
 		replica_context_cap_folder(r, &ctx, &b.folders[i], true);
 	}
-	if (crdt_vv_compare(&all, &ctx) != CRDT_EQUAL || r->last_seq > r->acked_seq)
+	if (crdt_vv_compare(&all, &ctx) != CRDT_EQUAL || r->last_seq > acked_seq(r))
 		ret = delete_mails(r, &b, &ctx);
 	box_delete(r, &b);
 	if (ret == 0 && op.folders_n > 0)

@@ -70,6 +70,7 @@ struct replica {
 
 	crdt_origin origin;
 	uint64_t last_seq, acked_seq;
+	uint64_t acked_any;		/* some daemon has own ops up to it: what this process heard */
 
 	/* Trim the journal to `at` once own ops up to `seq` are acknowledged. */
 	struct {

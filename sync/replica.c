@@ -570,7 +570,7 @@ static void refused_retry(struct replica *r)
 void replica_new_origin(struct replica *r)
 {
 	r->origin = CRDT_ORIGIN(r->cfg->slot, r->cfg->random(r->cfg->ctx));
-	r->last_seq = r->acked_seq = 0;
+	r->last_seq = r->acked_seq = r->acked_any = 0;
 	own_put(r);
 }
 
@@ -838,7 +838,13 @@ int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **e
 {
 	if (replica_forget_ops(r, all, error_r) < 0)
 		return -1;
-	return trim_journal(r, any > r->acked_seq ? any : r->acked_seq, error_r);
+	if (any > r->last_seq)
+		any = r->last_seq;
+	if (any < r->acked_seq)
+		any = r->acked_seq;
+	if (any > r->acked_any)
+		r->acked_any = any;
+	return trim_journal(r, any, error_r);
 }
 
 /* ---- outbound [3] and apply [9] ---- */

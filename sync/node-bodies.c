@@ -6,6 +6,7 @@
 #include <stdio.h>
 
 #define FETCH_ROUNDS_LOGGED 6	/* asking all daemons in vain, 0.2 s doubling */
+#define FETCH_ROUNDS_MAX 7	/* then the pause grows no more: a daemon may get the text at any time */
 #define FETCH_SLOT_MSECS 1000	/* no room to ask again: look again */
 #define SERVE_RETRY_MSECS 500
 
@@ -67,7 +68,7 @@ static void fetch_rest(struct fetch *f)
 	fetch_set_asking(f, false);
 	f->storage = -1;
 	f->tried = 0;
-	f->due = f->u->n->now + sched_backoff(f->rounds + 1);
+	f->due = f->u->n->now + sched_backoff(f->rounds < FETCH_ROUNDS_MAX ? f->rounds + 1 : FETCH_ROUNDS_MAX);
 }
 
 static void fetch_free(struct fetch *f)

@@ -2,7 +2,7 @@
 #ifndef CRDT_NODE_PRIVATE_H
 #define CRDT_NODE_PRIVATE_H
 /*
- * Inside of the node.  node.c: users, visits, syncs.  node-bodies.c: texts that
+ * Inside of the node.  node.c: users, links, syncs.  node-visit.c: visits.  node-bodies.c: texts that
  * are fetched and texts that are asked of us.  node-report.c: the walk over all
  * users, for the status and after a start.  node-ask.c: questions about one user,
  * and to the daemons.  node-ready.c: whether a session may begin.  node-drop.c: users who go.  node-snapshot.c: what a daemon
@@ -189,6 +189,9 @@ void node_user_acked(const struct user *u, uint64_t *all_r, uint64_t *any_r);
 uint32_t node_local_gen(const struct node *n, const char *name);
 /* Nothing is applied for him: userdb does not know him, or a later user of his name. */
 bool node_user_is_absent(const struct user *u);
+bool node_user_is_past(const struct user *u);	/* a later generation of his name has its turn */
+void node_local_gen_set(struct node *n, const char *name, uint32_t gen);
+void node_trim_soon(struct user *u);
 void node_user_forget(struct user *u);		/* not while a visit is open */
 void node_wake(struct user *u, enum sched_urgency urgency);
 void node_wake_at(struct user *u, int64_t due);
@@ -197,6 +200,9 @@ int node_cursor_begin(struct node *n, struct storage *st, uint64_t gsn, char **e
 /* There is a reason to try his mail store again soon, or at once. */
 void node_mail_hurry(struct user *u, bool at_once);
 void node_log(struct node *n, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+
+/* node-visit.c */
+void node_visits_start(struct node *n);		/* as many as there may be */
 
 /* node-bodies.c */
 void node_fetches_wanted(struct user *u, const struct visit_want *wants, size_t n, bool all);

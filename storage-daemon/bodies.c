@@ -9,153 +9,16 @@
  * its op when it is small.  A text that was interrupted goes on where it stopped,
  * from whoever has it.  Who cannot read a mail now does not answer; there is no
  * clock here, so it is other transfers coming to their end that tell.
- * Going out: piece by piece in turn, no more than the credit, so that small
- * frames find their way in between.
+ * Going out: bodies-out.c.
  *
  * Unless a merged op names it, a text is an orphan; it is dropped when the
  * connection that brought it is gone and no op that waits needs it.
  */
-#include "hub-private.h"
+#include "body-rows.h"
 
 #include <inttypes.h>
 #include <openssl/evp.h>
 #include <search.h>
-
-struct body_row { uint64_t size, first_gsn; };
-
-/* user id(be64) content [offset(be64)]; META rows have their letter in front */
-struct key { uint8_t b[1 + 8 + 32 + 8]; size_t n; };
-
-static void key_be64(struct key *k, uint64_t v)
-{
-	int shift;
-
-	for (shift = 56; shift >= 0; shift -= 8)
-		k->b[k->n++] = (uint8_t)(v >> shift);
-}
-
-static void key_init(struct key *k, uint8_t first, const struct body_key *body)
-{
-	k->n = 0;
-	if (first != 0)
-		k->b[k->n++] = first;
-	key_be64(k, body->user);
-	memcpy(k->b + k->n, body->content.b, sizeof(body->content.b));
-	k->n += sizeof(body->content.b);
-}
-
-static void key_init_piece(struct key *k, const struct body_key *body, uint64_t offset)
-{
-	key_init(k, 0, body);
-	key_be64(k, offset);
-}
-
-static bool key_parse(const uint8_t *p, size_t n, struct body_key *key_r)
-{
-	struct crdt_reader r = crdt_reader(p, n);
-
-	memset(key_r, 0, sizeof(*key_r));
-	(void)crdt_get_u8(&r);
-	key_r->user = crdt_get_be64(&r);
-	if (crdt_reader_left(&r) != sizeof(key_r->content.b))
-		return false;
-	memcpy(key_r->content.b, r.p, sizeof(key_r->content.b));
-	return true;
-}
-
-static struct body_key body_key(uint64_t user, const struct crdt_content *content)
-{
-	struct body_key key;
-
-	memset(&key, 0, sizeof(key));
-	key.user = user;
-	key.content = *content;
-	return key;
-}
-
-static bool key_equal(const struct body_key *a, const struct body_key *b)
-{
-	return a->user == b->user && memcmp(&a->content, &b->content, sizeof(a->content)) == 0;
-}
-
-static bool row_get(struct store_txn *t, const struct body_key *key, struct body_row *row_r)
-{
-	struct crdt_buf val = CRDT_BUF_INIT;
-	struct crdt_reader r;
-	struct key k;
-	bool found;
-
-	key_init(&k, 0, key);
-	found = store_get(t, STORE_BODY, k.b, k.n, &val);
-	if (found) {
-		r = crdt_reader(val.data, val.len);
-		row_r->size = crdt_get_varint(&r);
-		row_r->first_gsn = crdt_get_varint(&r);
-		found = !r.bad;
-	}
-	crdt_buf_free(&val);
-	return found;
-}
-
-static void row_put(struct store_txn *t, const struct body_key *key, const struct body_row *row)
-{
-	struct crdt_buf val = CRDT_BUF_INIT;
-	struct key k;
-
-	key_init(&k, 0, key);
-	crdt_buf_varint(&val, row->size);
-	crdt_buf_varint(&val, row->first_gsn);
-	if (val.failed)
-		abort();
-	store_put(t, STORE_BODY, k.b, k.n, val.data, val.len);
-	crdt_buf_free(&val);
-}
-
-static void piece_put(struct store_txn *t, const struct body_key *key, uint64_t offset, const void *p, size_t n)
-{
-	struct key k;
-
-	key_init_piece(&k, key, offset);
-	store_put(t, STORE_BODY, k.b, k.n, p, n);
-}
-
-/* Header and pieces.  By their keys: a scan would read what is to go. */
-static void body_delete(struct store_txn *t, const struct body_key *key, uint64_t size)
-{
-	uint64_t offset;
-	struct key k;
-
-	key_init(&k, 0, key);
-	store_del(t, STORE_BODY, k.b, k.n);
-	for (offset = 0; offset < size; offset += CRDT_BODY_CHUNK) {
-		key_init_piece(&k, key, offset);
-		store_del(t, STORE_BODY, k.b, k.n);
-	}
-}
-
-static void mark(struct hub *h, uint8_t first, const struct body_key *key, bool set)
-{
-	struct key k;
-
-	key_init(&k, first, key);
-	if (set)
-		store_put(hub_txn(h), STORE_META, k.b, k.n, "", 0);
-	else
-		store_del(hub_txn(h), STORE_META, k.b, k.n);
-}
-
-static void mark_size(struct hub *h, uint8_t first, const struct body_key *key, uint64_t size)
-{
-	struct crdt_buf val = CRDT_BUF_INIT;
-	struct key k;
-
-	key_init(&k, first, key);
-	crdt_buf_varint(&val, size);
-	if (val.failed)
-		abort();
-	store_put(hub_txn(h), STORE_META, k.b, k.n, val.data, val.len);
-	crdt_buf_free(&val);
-}
 
 /* ---- missing ---- */
 
@@ -167,16 +30,16 @@ static void missing_note(struct hub *h, const struct body_key *key, uint64_t siz
 
 	store_rows_init(&rows, hub_txn(h), key->user);
 	if (size <= CRDT_BODY_SIZE_MAX && crdt_content_referenced(&rows.rows, &key->content))
-		mark_size(h, META_MISSING, key, size);
+		body_mark_size(h, META_MISSING, key, size);
 }
 
 static bool missing_forget(struct hub *h, const struct body_key *key)
 {
 	struct crdt_buf val = CRDT_BUF_INIT;
-	struct key k;
+	struct body_dbkey k;
 	bool found;
 
-	key_init(&k, META_MISSING, key);
+	body_dbkey_init(&k, META_MISSING, key);
 	found = store_get(hub_txn(h), STORE_META, k.b, k.n, &val);
 	if (found)
 		store_del(h->txn, STORE_META, k.b, k.n);
@@ -189,7 +52,7 @@ void bodies_missing(struct hub *h, uint64_t user, const struct crdt_content *con
 	struct body_key key = body_key(user, content);
 
 	if (size <= CRDT_BODY_SIZE_MAX)
-		mark_size(h, META_MISSING, &key, size);
+		body_mark_size(h, META_MISSING, &key, size);
 }
 
 struct missing_ctx { struct hub_conn *c; size_t n; struct crdt_buf last; };
@@ -202,7 +65,7 @@ static bool missing_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t
 	struct body_key body;
 	struct hub_user user;
 
-	if (key_parse(key, klen, &body) && !r.bad && hub_user_by_id(s->c->h->txn, body.user, &user)) {
+	if (body_dbkey_parse(key, klen, &body) && !r.bad && hub_user_by_id(s->c->h->txn, body.user, &user)) {
 		text.content = body.content;
 		bodies_request(s->c, &user, &text);
 	}
@@ -304,17 +167,17 @@ bool bodies_claimed(struct hub *h, uint64_t user, const struct body_text *text, 
 
 	if (o != NULL) {
 		if (o->stored)
-			mark(h, META_ORPHAN, &key, false);
+			body_mark(h, META_ORPHAN, &key, false);
 		orphan_free(h, o);
 	}
-	if (!row_get(hub_txn(h), &key, &row)) {
+	if (!body_row_get(hub_txn(h), &key, &row)) {
 		missing_note(h, &key, text->size);
 		return false;
 	}
 	if (row.first_gsn != 0)
 		return false;
 	row.first_gsn = gsn;
-	row_put(h->txn, &key, &row);
+	body_row_put(h->txn, &key, &row);
 	return true;
 }
 
@@ -348,7 +211,7 @@ static bool drop_unneeded(struct hub *h, const struct body_key *key)
 	if (rows.rows.failed || store_txn_failed(h->txn))
 		return true;
 	(void)missing_forget(h, key);
-	if (row_get(h->txn, key, &row) && !store_txn_failed(h->txn))
+	if (body_row_get(h->txn, key, &row) && !store_txn_failed(h->txn))
 		body_delete(h->txn, key, row.size);
 	return true;
 }
@@ -364,7 +227,7 @@ void bodies_before_commit(struct hub *h)
 	}
 	h->unreferenced_n = 0;
 	for (o = h->orphans; o != NULL && !o->stored; o = o->next) {
-		mark(h, META_ORPHAN, &o->key, true);
+		body_mark(h, META_ORPHAN, &o->key, true);
 		o->stored = true;
 	}
 }
@@ -382,7 +245,7 @@ static bool orphans_background(struct hub *h)
 		budget--;
 		if (drop_unneeded(h, &o->key)) {
 			if (o->stored)
-				mark(h, META_ORPHAN, &o->key, false);
+				body_mark(h, META_ORPHAN, &o->key, false);
 			orphan_free(h, o);
 		} else {
 			o->kept = true;		/* until that op is merged */
@@ -398,7 +261,7 @@ bool bodies_present(struct store_txn *t, uint64_t user, const struct crdt_conten
 	struct body_key key = body_key(user, c);
 	struct body_row row;
 
-	return row_get(t, &key, &row);
+	return body_row_get(t, &key, &row);
 }
 
 static struct body_in *in_find(struct hub *h, const struct body_key *key)
@@ -406,7 +269,7 @@ static struct body_in *in_find(struct hub *h, const struct body_key *key)
 	struct body_in *in;
 
 	for (in = h->ins; in != NULL; in = in->next) {
-		if (key_equal(&in->key, key))
+		if (body_key_equal(&in->key, key))
 			break;
 	}
 	return in;
@@ -487,14 +350,14 @@ static void in_free(struct hub *h, struct body_in *in)
 /* The row that tells after a kill that pieces without a header lie there. */
 static void partial_mark(struct hub *h, struct body_in *in)
 {
-	mark_size(h, META_PARTIAL, &in->key, in->size);
+	body_mark_size(h, META_PARTIAL, &in->key, in->size);
 	in->marked = true;
 }
 
 static void partial_unmark(struct hub *h, struct body_in *in)
 {
 	if (in->marked)
-		mark(h, META_PARTIAL, &in->key, false);
+		body_mark(h, META_PARTIAL, &in->key, false);
 	in->marked = false;
 }
 
@@ -630,10 +493,10 @@ static bool missing_ask_others(struct hub *h, const struct hub_user *user, struc
 	struct body_text text = { in->key.content, in->size };
 	struct crdt_buf val = CRDT_BUF_INIT;
 	struct hub_conn *other;
-	struct key k;
+	struct body_dbkey k;
 	bool missing;
 
-	key_init(&k, META_MISSING, &in->key);
+	body_dbkey_init(&k, META_MISSING, &in->key);
 	missing = store_get(hub_txn(h), STORE_META, k.b, k.n, &val);
 	crdt_buf_free(&val);
 	for (other = h->conns; missing && other != NULL; other = other->next) {
@@ -686,7 +549,7 @@ static void body_complete(struct hub_conn *c, const struct body_key *key, uint64
 {
 	struct body_row row = { size, 0 };
 
-	row_put(hub_txn(c->h), key, &row);
+	body_row_put(hub_txn(c->h), key, &row);
 	c->h->txn_sync = true;
 	if (!missing_forget(c->h, key))
 		orphan_add(c->h, key, c);
@@ -721,7 +584,7 @@ static void in_store(struct hub *h, struct body_in *in, const uint8_t *p, size_t
 			continue;
 		if (in->received < in->size && !in->marked)
 			partial_mark(h, in);
-		piece_put(hub_txn(h), &in->key, in->received - in->piece.len, in->piece.data, in->piece.len);
+		body_piece_put(hub_txn(h), &in->key, in->received - in->piece.len, in->piece.data, in->piece.len);
 		crdt_buf_clear(&in->piece);
 	}
 }
@@ -836,7 +699,7 @@ static void unasked(struct hub_conn *c, const struct hub_user *user, const struc
 	if (in != NULL)
 		in_discard(c->h, in);
 	if (f->data.n > 0)
-		piece_put(hub_txn(c->h), &key, 0, f->data.p, f->data.n);
+		body_piece_put(hub_txn(c->h), &key, 0, f->data.p, f->data.n);
 	body_complete(c, &key, f->size);
 }
 
@@ -876,169 +739,6 @@ void bodies_on_none(struct hub_conn *c, const struct crdt_frame *f)
 	in_ended(c);
 }
 
-/* ---- going out ---- */
-
-uint64_t bodies_ride_size(struct store_txn *t, uint64_t user, const struct crdt_content *c, uint64_t gsn)
-{
-	struct body_key key = body_key(user, c);
-	struct body_row row;
-
-	return row_get(t, &key, &row) && row.first_gsn == gsn && row.size <= CRDT_BODY_RIDE ? row.size : 0;
-}
-
-/* Sends one piece.  -1: refused; 0: there is none; its bytes. */
-static ssize_t piece_send(struct hub_conn *c, struct store_txn *t, const struct hub_user *user,
-			  const struct body_key *key, uint64_t size, uint64_t offset)
-{
-	struct crdt_frame f = { .type = CRDT_FRAME_BODY };
-	struct crdt_buf data = CRDT_BUF_INIT;
-	size_t skip = offset % CRDT_BODY_CHUNK;
-	ssize_t ret = 0;
-	struct key k;
-
-	key_init_piece(&k, key, offset - skip);
-	if (size == 0 || (store_get(t, STORE_BODY, k.b, k.n, &data) && data.len > skip)) {
-		hub_frame_user(&f, user);
-		f.content = key->content;
-		f.size = size;
-		f.offset = offset;
-		if (size > 0) {
-			f.data.p = data.data + skip;
-			f.data.n = data.len - skip;
-		}
-		ret = hub_conn_try(c, &f) ? (ssize_t)f.data.n : -1;
-	}
-	crdt_buf_free(&data);
-	return ret;
-}
-
-bool bodies_ride(struct hub_conn *c, struct store_txn *t, const struct hub_user *user, const struct crdt_content *content)
-{
-	struct body_key key = body_key(user->id, content);
-	struct body_row row;
-
-	/* one piece: texts of this size came in one frame; otherwise it is asked for */
-	return !row_get(t, &key, &row) || piece_send(c, t, user, &key, row.size, 0) >= 0;
-}
-
-static void send_none(struct hub_conn *c, const struct hub_user *user, const struct crdt_content *content)
-{
-	struct crdt_frame f = { .type = CRDT_FRAME_BODY_NONE };
-
-	hub_frame_user(&f, user);
-	f.content = *content;
-	hub_conn_send(c, &f);
-}
-
-/* Takes the first of the line. */
-static struct body_out *out_shift(struct hub_conn *c)
-{
-	struct body_out *out = c->outs;
-
-	c->outs = out->next;
-	if (c->outs == NULL)
-		c->outs_tail = NULL;
-	out->next = NULL;
-	return out;
-}
-
-static void out_append(struct hub_conn *c, struct body_out *out)
-{
-	if (c->outs == NULL)
-		c->outs = out;
-	else
-		c->outs_tail->next = out;
-	c->outs_tail = out;
-}
-
-static struct body_out *out_get(struct hub_conn *c, const struct hub_user *user, const struct body_key *key, uint64_t size)
-{
-	struct body_out *out;
-
-	for (out = c->outs; out != NULL; out = out->next) {
-		if (key_equal(&out->key, key))
-			return out;
-	}
-	out = hub_alloc(sizeof(*out));
-	out->key = *key;
-	out->user = *user;
-	out->size = size;
-	out->sent = UINT64_MAX;
-	out_append(c, out);
-	c->outs_n++;
-	return out;
-}
-
-void bodies_on_want(struct hub_conn *c, const struct crdt_frame *f)
-{
-	struct store_txn *t;
-	struct hub_user user;
-	struct body_key key;
-	struct body_row row;
-	struct body_out *out;
-	bool found;
-
-	if (!hub_user(c->h, f, false, &user)) {
-		send_none(c, &user, &f->content);
-		return;
-	}
-	key = body_key(user.id, &f->content);
-	t = store_begin(c->h->s);	/* what is durable, not what may yet fail */
-	found = row_get(t, &key, &row);
-	store_abort(&t);
-	if (!found) {
-		send_none(c, &user, &f->content);
-		return;
-	}
-	if ((f->offset >= row.size && row.size > 0) || f->credit == 0)
-		return;
-	if (c->outs_n >= HUB_OUT_MAX) {
-		hub_conn_fail(c, CRDT_ERR_LIMIT, "asks for more than %d texts at a time", HUB_OUT_MAX);
-		return;
-	}
-	out = out_get(c, &user, &key, row.size);
-	if (out->sent == UINT64_MAX || f->offset < out->sent || f->offset > out->end)
-		out->sent = f->offset;
-	out->end = f->offset + (f->credit < CRDT_BODY_CREDIT ? f->credit : CRDT_BODY_CREDIT);
-	if (out->end > out->size)
-		out->end = out->size;
-}
-
-bool bodies_pump_out(struct hub_conn *c, size_t *budget, bool *more_r)
-{
-	struct body_out *out;
-	struct store_txn *t = NULL;
-	ssize_t n = 0;
-
-	while ((out = c->outs) != NULL) {
-		if (*budget == 0) {
-			*more_r = true;
-			break;
-		}
-		if (t == NULL)
-			t = store_begin(c->h->s);
-		n = piece_send(c, t, &out->user, &out->key, out->size, out->sent);
-		if (n < 0)
-			break;
-		if (n == 0 && out->size > 0) {
-			/* collected since it was asked for */
-			send_none(c, &out->user, &out->key.content);
-			out->sent = out->end;
-		}
-		out->sent += (size_t)n;
-		*budget -= (size_t)n < *budget ? (size_t)n : *budget;
-		(void)out_shift(c);
-		if (out->sent < out->end) {
-			out_append(c, out);	/* the others first */
-		} else {
-			c->outs_n--;
-			free(out);
-		}
-	}
-	store_abort(&t);
-	return n >= 0;
-}
-
 /* ---- the rest ---- */
 
 struct load_ctx { struct hub *h; struct store_txn *t; };
@@ -1049,7 +749,7 @@ static bool load_orphan_cb(void *ctx, const uint8_t *key, size_t klen, const uin
 	struct body_key body;
 
 	(void)val; (void)vlen;
-	if (key_parse(key, klen, &body))
+	if (body_dbkey_parse(key, klen, &body))
 		orphan_add(s->h, &body, NULL)->stored = true;
 	return true;
 }
@@ -1062,9 +762,9 @@ static bool load_partial_cb(void *ctx, const uint8_t *key, size_t klen, const ui
 	uint64_t size = crdt_get_varint_max(&r, CRDT_BODY_SIZE_MAX);
 	struct body_key body;
 
-	if (key_parse(key, klen, &body) && !r.bad) {
+	if (body_dbkey_parse(key, klen, &body) && !r.bad) {
 		body_delete(hub_txn(s->h), &body, size);
-		mark(s->h, META_PARTIAL, &body, false);
+		body_mark(s->h, META_PARTIAL, &body, false);
 	}
 	return true;
 }
@@ -1125,23 +825,6 @@ static void queues_drop(struct hub_conn *c)
 	}
 }
 
-static void outs_drop_user(struct hub_conn *c, uint64_t user)
-{
-	struct body_out **p = &c->outs, *out;
-
-	c->outs_tail = NULL;
-	while ((out = *p) != NULL) {
-		if (out->key.user == user) {
-			*p = out->next;
-			c->outs_n--;
-			free(out);
-		} else {
-			c->outs_tail = out;
-			p = &out->next;
-		}
-	}
-}
-
 void bodies_drop_user(struct hub *h, uint64_t user)
 {
 	struct body_orphan *o, *next_orphan;
@@ -1151,7 +834,7 @@ void bodies_drop_user(struct hub *h, uint64_t user)
 	struct hub_conn *c;
 
 	for (c = h->conns; c != NULL; c = c->next) {
-		outs_drop_user(c, user);
+		bodies_out_drop_user(c, user);
 		if ((q = queue_find(c, user)) == NULL)
 			continue;
 		while ((w = q->wants) != NULL) {
@@ -1176,7 +859,6 @@ void bodies_drop_user(struct hub *h, uint64_t user)
 void bodies_conn_drop(struct hub_conn *c)
 {
 	struct body_orphan *o;
-	struct body_out *out;
 	struct body_in *in;
 
 	crdt_buf_free(&c->missing_from);
@@ -1189,12 +871,7 @@ void bodies_conn_drop(struct hub_conn *c)
 		}
 	}
 	queues_drop(c);
-	while ((out = c->outs) != NULL) {
-		c->outs = out->next;
-		free(out);
-	}
-	c->outs_tail = NULL;
-	c->outs_n = 0;
+	bodies_out_drop(c);
 	for (o = c->h->orphans; o != NULL; o = o->next) {
 		if (o->from == c)
 			o->from = NULL;

@@ -302,6 +302,8 @@ void bodies_before_commit(struct hub *h);
 void bodies_pump_in(struct hub_conn *c);
 /* Returns false if a send was refused; *more_r: the budget ended first. */
 bool bodies_pump_out(struct hub_conn *c, size_t *budget, bool *more_r);
+void bodies_out_drop_user(struct hub_conn *c, uint64_t user);	/* nothing of his goes out any more */
+void bodies_out_drop(struct hub_conn *c);
 bool bodies_background(struct hub *h);
 void bodies_conn_drop(struct hub_conn *c);
 void bodies_drop_user(struct hub *h, uint64_t user);

@@ -127,6 +127,11 @@ void replica_context(struct replica *r, struct crdt_vv *ctx);
 void replica_context_cap(struct replica *r, struct crdt_vv *ctx, const void *key, size_t klen);
 void replica_context_cap_mail(struct replica *r, struct crdt_vv *ctx, const struct crdt_mail_key *key);
 void replica_context_cap_folder(struct replica *r, struct crdt_vv *ctx, const struct crdt_id *folder, bool mails);
+/* replica-dirty.c: these dots of it are merged, and not applied. */
+void dirty_dot(struct crdt_vv *dots, struct crdt_dot dot);	/* adds one to such dots */
+void dirty_mail(struct replica *r, const struct crdt_mail_key *key, const struct crdt_vv *dots);
+void dirty_folder(struct replica *r, const struct crdt_id *folder, const struct crdt_vv *dots);
+void dirty_subscription(struct replica *r, struct crdt_str name, const struct crdt_vv *dots);
 /* Marks as to be compared with the mail store, for a reason of our own. */
 void replica_mark_mail(struct replica *r, const struct crdt_mail_key *key);
 void replica_mark_folder(struct replica *r, const struct crdt_id *folder);

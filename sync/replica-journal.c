@@ -881,7 +881,7 @@ static int record_rename(struct replica *r, const struct crdt_jrec *rec)
 
 static int record_subscription(struct replica *r, const struct crdt_jrec *rec, bool on)
 {
-	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	struct crdt_buf k = CRDT_BUF_INIT;
 	struct crdt_op op;
 	struct crdt_vv ctx;
 	int ret = 0;
@@ -900,9 +900,12 @@ static int record_subscription(struct replica *r, const struct crdt_jrec *rec, b
 		k.data[0] = ROW_DIRTY_SUBSCRIPTION;
 		replica_context_cap(r, &ctx, k.data, k.len);
 		ret = replica_own_op(r, &op, &ctx);
+	} else if (crdt_subscribed(rrows(r), rec->path.p, rec->path.n) != on) {
+		/* Told before the database was lost, and the state that took its place knows
+		 * better. */
+		replica_mark_subscription(r, rec->path);
 	}
 	crdt_buf_free(&k);
-	crdt_buf_free(&v);
 	return ret;
 }
 

@@ -20,7 +20,7 @@ from watch_lib import WatchLog, first_login, mail_of_all, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 WORKERS = ("w1", "w2")
-USERS = tuple(f"u{i}" for i in range(1, 11))
+USERS = tuple(f"u{i}" for i in range(1, 17))     # so many that each worker gets some
 
 
 @pytest.fixture(scope="module", name="cluster")

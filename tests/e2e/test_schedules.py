@@ -144,7 +144,8 @@ class Group:
         return wrong
 
     def look(self, worker, user):
-        view = see(self.cluster, worker, user.name)
+        # (A kill may leave Dovecot's index of the list behind what there is.)
+        view = see(self.cluster, worker, user.name, stale_list=True)
         # LAYOUT=fs: of a parent that is empty a kill may leave the directory
         view.folders = {name: folder for name, folder in view.folders.items() if folder.selectable or any(
             other.selectable and below.startswith(name + "/") for below, other in view.folders.items())}

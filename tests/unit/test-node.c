@@ -906,7 +906,9 @@ static void copy_is_stuck(void **state)
 	applies(x, v, true);
 	x->now += NODE_STUCK_MSECS;
 	run(x);
-	assert_false(take_visit(x)->anyway);	/* there is an acknowledgement to be told */
+	v = take_visit(x);
+	assert_false(v->anyway);		/* there is an acknowledgement to be told */
+	visit_free(v);
 }
 
 int main(void)

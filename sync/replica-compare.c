@@ -1083,13 +1083,7 @@ static int first_failed(struct replica *r, char **error_r)
 /* What the applier may have done without a record is for it to find out. */
 bool compare_has_to_wait(struct replica *r)
 {
-	const char tried = ROW_TRIED;
-	struct row_key key;
-
-	if (row_keys(r, &tried, 1, NULL, 0, &key, 1) == 0)
-		return false;
-	row_keys_free(&key, 1);
-	return true;
+	return rows_any(rrows(r), ROW_TRIED);
 }
 
 static int compare_next(struct replica *r, bool *more_r, char **error_r)

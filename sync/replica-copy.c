@@ -13,24 +13,6 @@
 static const char late_rows[] = { ROW_DIRTY_FOLDER, ROW_DIRTY_SUBSCRIPTION, ROW_DIRTY_MAIL, ROW_WAIT_BODY, ROW_HELD,
 				  ROW_ASIDE, ROW_REFUSED, 'B' };
 
-static bool any_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
-{
-	(void)key;
-	(void)klen;
-	(void)val;
-	(void)vlen;
-	*(bool *)ctx = true;
-	return false;
-}
-
-static bool has_row(struct crdt_rows *rows, char first)
-{
-	bool any = false;
-
-	rows->scan(rows, &first, 1, NULL, 0, any_row, &any);
-	return any;
-}
-
 void replica_peek(struct store *s, unsigned slot, const char *user, uint32_t gen, struct replica_peek *p_r)
 {
 	struct store_txn *t = store_begin(s);
@@ -42,7 +24,7 @@ void replica_peek(struct store *s, unsigned slot, const char *user, uint32_t gen
 	if (id != 0 && !dropped_is(t, id)) {
 		store_rows_init(&rows, t, id);
 		for (unsigned i = 0; i < sizeof(late_rows) && !p_r->behind; i++)
-			p_r->behind = has_row(&rows.rows, late_rows[i]);
+			p_r->behind = rows_any(&rows.rows, late_rows[i]);
 		crdt_vv_get_merged(&rows.rows, &vv);
 		/* a look for changes leaves rows of everybody */
 		p_r->known = p_r->behind || vv.n > 0;
@@ -84,9 +66,9 @@ static bool is_settled(struct replica *r, bool anyway)
 	bool settled;
 
 	(void)replica_txn_begin(r);
-	settled = !compare_survey_is_due(r) && !compare_is_first(r) && !rebuild_is_on(r) && !has_row(rrows(r), ROW_LOOK);
+	settled = !compare_survey_is_due(r) && !compare_is_first(r) && !rebuild_is_on(r) && !rows_any(rrows(r), ROW_LOOK);
 	for (unsigned i = 0; i < sizeof(late_rows) && settled && !anyway; i++)
-		settled = !has_row(rrows(r), late_rows[i]);
+		settled = !rows_any(rrows(r), late_rows[i]);
 	store_abort(&r->txn);
 	return settled;
 }

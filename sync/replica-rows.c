@@ -898,3 +898,21 @@ void box_delete(struct replica *r, const struct box *b)
 	del(r, &k);
 	crdt_buf_free(&k);
 }
+
+static bool any_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)key;
+	(void)klen;
+	(void)val;
+	(void)vlen;
+	*(bool *)ctx = true;
+	return false;
+}
+
+bool rows_any(struct crdt_rows *rows, char first)
+{
+	bool any = false;
+
+	rows->scan(rows, &first, 1, NULL, 0, any_row, &any);
+	return any;
+}

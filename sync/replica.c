@@ -839,8 +839,6 @@ static int later_noted(int ret, char **error_r, char **later)
 enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r)
 {
 	bool more_folders = false, more_mails = false, more_looks = false, hold, wants;
-	const char waiting = ROW_WAIT_BODY;
-	struct row_key key;
 	char *later = NULL;
 	int ret;
 
@@ -880,9 +878,7 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 	if (more_folders)
 		return REPLICA_AGAIN;
 	(void)replica_txn_begin(r);
-	wants = row_keys(r, &waiting, 1, NULL, 0, &key, 1) > 0;
-	if (wants)
-		row_keys_free(&key, 1);
+	wants = rows_any(rrows(r), ROW_WAIT_BODY);
 	store_abort(&r->txn);
 	return wants ? REPLICA_WANTS_BODIES : REPLICA_DONE;
 }

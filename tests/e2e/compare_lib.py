@@ -53,7 +53,7 @@ def login(cluster, worker, user):
     return until(session)
 
 
-def until(condition, timeout=90):
+def until(condition, timeout=90, every=0.05):
     """Waits for a condition; what it gave."""
     deadline = time.monotonic() + timeout
     while True:
@@ -61,7 +61,7 @@ def until(condition, timeout=90):
         if result:
             return result
         assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.2)
+        time.sleep(every)
 
 
 def see(cluster, worker, user, stale_list=False):

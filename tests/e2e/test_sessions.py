@@ -4,6 +4,7 @@
 Needs root and what was built; see conftest.py.
 """
 
+import functools
 import itertools
 import os
 import statistics
@@ -12,6 +13,7 @@ import time
 
 import pytest
 
+import compare_lib
 from crdtlib import CommandFailed
 from imap_lib import (Client, Idle, Refused, append_command, look, message, multiappend_command,
                       pipeline, quoted)
@@ -51,15 +53,7 @@ def agreed(cluster, user, timeout=60):
     return views[0]
 
 
-def until(condition, timeout=60, every=0.002):
-    """Waits for a condition; what it gave."""
-    deadline = time.monotonic() + timeout
-    while True:
-        result = condition()
-        if result:
-            return result
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(every)
+until = functools.partial(compare_lib.until, every=0.002)
 
 
 def ops(cluster, node, user):

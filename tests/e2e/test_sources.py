@@ -9,10 +9,10 @@ import imaplib
 import itertools
 import os
 import shutil
-import time
 
 import pytest
 
+from compare_lib import until
 from imap_lib import Client, Idle, look, message
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -124,17 +124,6 @@ def answers(cluster, worker):
 @pytest.fixture(name="user")
 def fixture_user():
     return f"u{next(NUMBERS)}"
-
-
-def until(condition, timeout=60):
-    """Waits for a condition; what it gave."""
-    deadline = time.monotonic() + timeout
-    while True:
-        result = condition()
-        if result:
-            return result
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.05)
 
 
 def both_show(cluster, user, mails):

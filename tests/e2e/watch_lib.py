@@ -4,18 +4,8 @@
 import imaplib
 import time
 
+from compare_lib import until
 from imap_lib import Client
-
-
-def until(condition, timeout=60):
-    """Waits for a condition; what it gave."""
-    deadline = time.monotonic() + timeout
-    while True:
-        result = condition()
-        if result:
-            return result
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.05)
 
 
 class WatchLog:

@@ -3,6 +3,7 @@
 CURVE, and counts what is merged and durable. Other nodes' Dovecots are off."""
 
 import os
+import shutil
 import statistics
 import subprocess
 
@@ -35,10 +36,12 @@ def run(bench):
 
 def _feed(bench, side, batch):
     keys = os.path.join(side.description["data_dir"], "keys")
+    # root's, since root reads it
+    secret = shutil.copy(f"{keys}/w1.key_secret", bench.directory)
     address = f"tcp://{side.node('s1')['cluster_address']}:{layout.STORAGE_PORT}"
     ops = bench.daemon_ops if batch > 1 else bench.daemon_ops // 4
     argv = [os.path.join(os.path.dirname(bench.options.prefix), "stored-load"), address,
-            f"{keys}/s1.key", f"{keys}/w1.key_secret", "w1", "1", USERS, batch, ops,
+            f"{keys}/s1.key", secret, "w1", "1", USERS, batch, ops,
             bench.daemon_mails, MAIL_SIZE]
     with in_netns(side.node("w1")["netns"]):
         child = subprocess.Popen([str(each) for each in argv], stdin=subprocess.DEVNULL,

@@ -21,6 +21,7 @@ class Session:
 
     def __init__(self, side, user, size):
         self.side = side
+        self.user = user
         self.size = size
         self.done = dict.fromkeys(COMMANDS, 0)
         self.imap = side.imap(user)
@@ -83,7 +84,7 @@ def run(bench):
                 for _ in range(bench.growth_count // _BLOCKS):
                     bench.samples.add(PART, session.side.name, f"{command} {session.size}",
                                       session.one(command) * 1000)
-                session.side.settle()
+                session.side.settle(session.user)
     for session in sessions:
         session.imap.logout()
 

@@ -103,7 +103,7 @@ def _block(bench, side, session, command, count):
     before = side.meter.read()
     for _ in range(count):
         bench.samples.add(PART, side.name, command, session.one(command) * 1000)
-    side.settle()
+    side.settle(session.user)
     for kind, used in cpu.difference(side.meter.read(), before).items():
         bench.samples.add(f"cpu {kind}", side.name, command, used * 1000 / count)
 

@@ -30,8 +30,12 @@ def factor(value, base):
 def write(bench, path):
     lines = ["# dovecot-crdt: benchmark", "", *bench.heading(), ""]
     lines += table(["machine", ""], bench.machine)
+    failed = dict(bench.failed)
     for part in bench.parts:
-        lines += ["", *part.report(bench)] if hasattr(part, "report") else []
+        if part in failed:
+            lines += ["", f"**The part {part.PART} failed**, its samples are not complete: {failed[part]}"]
+        else:
+            lines += ["", *part.report(bench)] if hasattr(part, "report") else []
     lines += ["", "`samples.csv` beside this page has every figure."]
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")

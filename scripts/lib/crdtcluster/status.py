@@ -66,6 +66,22 @@ def query(path, command="status", timeout=TIMEOUT):
         raise StatusError(f"bad answer at {path}: {error}") from None
 
 
+def query_user(path, name):
+    """The User as one worker has it: no work for the others of that worker, who may be many."""
+    try:
+        node, user = (_exchange(path, command, TIMEOUT).splitlines()
+                      for command in ("node", f"user\t{name}"))
+        fields = _fields(user[0])[1]
+        found = User(vv=_parse_vv(fields["vv"]),
+                     backlog={what: int(fields[what]) for what in BACKLOG})
+        found.backlog["dirty"] = int(_fields(node[0])[1]["dirty"])
+        return found
+    except OSError as error:
+        raise StatusError(f"no answer at {path}: {error}") from None
+    except (IndexError, KeyError, ValueError) as error:
+        raise StatusError(f"bad answer at {path}: {error!r}") from None
+
+
 def _exchange(path, command, timeout):
     family = socket.AF_UNIX if isinstance(path, str) else socket.AF_INET
     with contextlib.closing(socket.socket(family)) as sock:

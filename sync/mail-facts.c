@@ -8,6 +8,12 @@
 #include "hex-binary.h"
 #include "sha2.h"
 #include "mail-storage-private.h"
+#include "maildir-storage.h"
+#include "maildir-uidlist.h"
+#include "maildir-sync.h"
+#include "mailbox-recent-flags.h"
+
+#include <unistd.h>
 
 #include <openssl/evp.h>
 
@@ -52,11 +58,51 @@ uint8_t worker_mail_flags(struct mail *mail)
 
 /* Texts */
 
+static bool maildir_file_exists(struct mailbox *box, const char *dir, const char *fname)
+{
+	return access(t_strdup_printf("%s/%s/%s", mailbox_get_path(box), dir, fname), F_OK) == 0;
+}
+
+/*
+ * Maildir: tells Dovecot where the file may be that a session has renamed since this
+ * process looked.  Otherwise it looks at all files of the mailbox, with the uidlist
+ * locked: each change of a session would make its next one wait for that.  A wrong
+ * hint costs that look, and no more.
+ */
+static void file_hint(struct mailbox *box, uint32_t uid)
+{
+	struct maildir_mailbox *mbox = MAILDIR_MAILBOX(box);
+	enum maildir_uidlist_rec_flag flags;
+	const char *fname;
+
+	if (maildir_sync_lookup(mbox, uid, &flags, &fname) <= 0 ||
+	    maildir_file_exists(box, "cur", fname) ||
+	    ((flags & MAILDIR_UIDLIST_REC_FLAG_NEW_DIR) != 0 && maildir_file_exists(box, "new", fname)))
+		return;
+	/* its name is made of the flags that the index has now */
+	(void)maildir_sync_refresh_flags_view(mbox);
+	if (maildir_file_exists(box, "new", t_strcut(fname, MAILDIR_INFO_SEP))) {
+		maildir_uidlist_add_flags(mbox->uidlist, fname, MAILDIR_UIDLIST_REC_FLAG_NONSYNCED);
+		mailbox_recent_flags_set_uid_forced(box, uid);
+	} else {
+		maildir_uidlist_add_flags(mbox->uidlist, fname, MAILDIR_UIDLIST_REC_FLAG_NONSYNCED |
+					  MAILDIR_UIDLIST_REC_FLAG_MOVED);
+	}
+}
+
 int worker_mail_stream(struct mail *mail, struct istream **input_r)
 {
 	struct istream *input;
 
-	if (mail_get_stream_because(mail, NULL, NULL, "crdt", &input) < 0)
+	bool is_maildir = strcmp(mail->box->storage->name, MAILDIR_STORAGE_NAME) == 0;
+	int ret;
+
+	if (is_maildir)
+		file_hint(mail->box, mail->uid);
+	ret = mail_get_stream_because(mail, NULL, NULL, "crdt", &input);
+	if (is_maildir)
+		mailbox_recent_flags_reset(mail->box);	/* only the hint's */
+	if (ret < 0)
 		return -1;
 	*input_r = i_stream_create_crlf(input);
 	return 0;

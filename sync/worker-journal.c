@@ -241,8 +241,8 @@ static int mail_tell(struct read_ctx *ctx, uint64_t seq, struct mail *mail, stru
 	time_t received;
 
 	if (worker_mail_guid(mail, &guid) == 0 &&
-	    mail_get_received_date(mail, &received) == 0 &&
-	    worker_mail_text(mail, &msg->mail.content, &msg->mail.size, text, text_max) == 0) {
+	    worker_mail_text(mail, &msg->mail.content, &msg->mail.size, text, text_max) == 0 &&
+	    mail_get_received_date(mail, &received) == 0) {
 		msg->mail.guid = worker_str(guid);
 		msg->mail.received = received;
 		return 1;

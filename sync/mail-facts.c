@@ -63,45 +63,58 @@ static bool maildir_file_exists(struct mailbox *box, const char *dir, const char
 	return access(t_strdup_printf("%s/%s/%s", mailbox_get_path(box), dir, fname), F_OK) == 0;
 }
 
+/* As if the mail were recent: Dovecot looks for it in new/ first. */
+static void recent_set(struct mailbox *box, uint32_t uid)
+{
+	uint32_t prev = box->recent_flags_prev_uid;
+
+	mailbox_recent_flags_set_uid_forced(box, uid);
+	/* a sync in between may add lower ones */
+	box->recent_flags_prev_uid = prev;
+}
+
 /*
  * Maildir: tells Dovecot where the file may be that a session has renamed since this
  * process looked.  Otherwise it looks at all files of the mailbox, with the uidlist
  * locked: each change of a session would make its next one wait for that.  A wrong
- * hint costs that look, and no more.
+ * hint costs that look, and no more.  TRUE: recent_set().
  */
-static void file_hint(struct mailbox *box, uint32_t uid)
+static bool file_hint(struct mailbox *box, uint32_t uid)
 {
 	struct maildir_mailbox *mbox = MAILDIR_MAILBOX(box);
-	enum maildir_uidlist_rec_flag flags;
+	enum maildir_uidlist_rec_flag flags, add = MAILDIR_UIDLIST_REC_FLAG_NONSYNCED;
 	const char *fname;
+	bool in_new;
 
 	if (maildir_sync_lookup(mbox, uid, &flags, &fname) <= 0 ||
 	    maildir_file_exists(box, "cur", fname) ||
 	    ((flags & MAILDIR_UIDLIST_REC_FLAG_NEW_DIR) != 0 && maildir_file_exists(box, "new", fname)))
-		return;
+		return FALSE;
 	/* its name is made of the flags that the index has now */
 	(void)maildir_sync_refresh_flags_view(mbox);
-	if (maildir_file_exists(box, "new", t_strcut(fname, MAILDIR_INFO_SEP))) {
-		maildir_uidlist_add_flags(mbox->uidlist, fname, MAILDIR_UIDLIST_REC_FLAG_NONSYNCED);
-		mailbox_recent_flags_set_uid_forced(box, uid);
-	} else {
-		maildir_uidlist_add_flags(mbox->uidlist, fname, MAILDIR_UIDLIST_REC_FLAG_NONSYNCED |
-					  MAILDIR_UIDLIST_REC_FLAG_MOVED);
-	}
+	in_new = maildir_file_exists(box, "new", t_strcut(fname, MAILDIR_INFO_SEP));
+	if (!in_new && (flags & MAILDIR_UIDLIST_REC_FLAG_NEW_DIR) != 0)
+		add |= MAILDIR_UIDLIST_REC_FLAG_MOVED;
+	maildir_uidlist_add_flags(mbox->uidlist, fname, add);
+	if (!in_new || mailbox_recent_flags_have_uid(box, uid))
+		return FALSE;
+	recent_set(box, uid);
+	return TRUE;
 }
 
 int worker_mail_stream(struct mail *mail, struct istream **input_r)
 {
+	struct mailbox *box = mail->box;
 	struct istream *input;
-
-	bool is_maildir = strcmp(mail->box->storage->name, MAILDIR_STORAGE_NAME) == 0;
+	bool recent = FALSE;
 	int ret;
 
-	if (is_maildir)
-		file_hint(mail->box, mail->uid);
+	if (strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0) T_BEGIN {
+		recent = file_hint(box, mail->uid);
+	} T_END;
 	ret = mail_get_stream_because(mail, NULL, NULL, "crdt", &input);
-	if (is_maildir)
-		mailbox_recent_flags_reset(mail->box);	/* only the hint's */
+	if (recent)
+		mailbox_recent_flags_expunge_uid(box, mail->uid);
 	if (ret < 0)
 		return -1;
 	*input_r = i_stream_create_crlf(input);

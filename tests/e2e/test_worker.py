@@ -5,6 +5,7 @@ Needs root (Dovecot's master) and what was built; see plugin_lib.find_built().
 CRDT_MAIL_FORMAT=sdbox or mdbox runs what is not for Maildir alone on those; maildir+fs takes LAYOUT=fs.
 """
 import contextlib
+import ctypes
 import hashlib
 import os
 import random
@@ -266,6 +267,56 @@ def test_body_in_pieces(dovecot, user, tool):
     assert words(line)["size"] == "0"
     tool.call("body", guid=guid, uid=uid + 1, offset=0, len=1, expect=NO_BOX)
     tool.call("body", guid="ab" * 16, uid=1, offset=0, len=1, expect=NO_BOX)
+
+
+class Scans:
+    """Counts how often a directory is opened to be listed (inotify)."""
+
+    IN_OPEN, IN_ISDIR, IN_NONBLOCK = 0x20, 0x40000000, 0o4000
+
+    def __init__(self, directory):
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.fd = libc.inotify_init1(self.IN_NONBLOCK)
+        assert self.fd >= 0 and libc.inotify_add_watch(
+            self.fd, os.fsencode(directory), self.IN_OPEN) >= 0, os.strerror(ctypes.get_errno())
+
+    def count(self):
+        """Since the last time."""
+        found = 0
+        with contextlib.suppress(BlockingIOError):
+            while events := os.read(self.fd, 65536):
+                while events:
+                    _, mask, _, length = struct.unpack_from("iIII", events)
+                    found += mask & self.IN_ISDIR != 0
+                    events = events[16 + length:]
+        return found
+
+    def close(self):
+        os.close(self.fd)
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_mails_that_sessions_rename_are_found_without_a_scan(dovecot, user, tool, maildir, new):
+    """It would have the uidlist locked meanwhile, and grow with the mailbox."""
+    with dovecot.imap(user, "INBOX") as c:
+        append(c, "INBOX")
+        position = tool.position()      # has the mailbox open, and has looked at it
+        with contextlib.closing(Scans(dovecot.journal(user).with_name("cur"))) as scans:
+            mails, found = [], 0
+            for n in range(20):
+                if new:
+                    dovecot.lmtp([user], f"Subject: {n}\r\n\r\n")
+                else:
+                    uid = append(c, "INBOX", n)
+                    ok(c.uid("STORE", str(uid), "+FLAGS", [r"(\Seen)", r"(\Flagged k1)", "()"][n % 3]))
+                scans.count()           # the session's
+                got, journals = tool.read(position)
+                found += scans.count()
+                mails += [m for r in got for m in r["mails"]]
+                position = ":".join(map(str, journals[-1]))
+        assert len(mails) == 20 and not any("gone" in m for m in mails)
+        # every 5 seconds Dovecot does look
+        assert found <= 5, f"{found} scans for 20 mails"
 
 
 def test_list(dovecot, user, tool):

@@ -16,7 +16,6 @@ def _times(pid):
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             text = file.read()
-        # to the nanosecond, but thread by thread; none of ours that works ends
         own = 0
         for task in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{task}/schedstat", encoding="ascii") as file:
@@ -25,7 +24,9 @@ def _times(pid):
         return None
     head, _, tail = text.rpartition(")")
     fields = tail.split()
-    return head.partition("(")[2], own / 1e9, (int(fields[13]) + int(fields[14])) / _TICK
+    ticks, ended = int(fields[11]) + int(fields[12]), int(fields[13]) + int(fields[14])
+    # Nanoseconds lack threads that have ended (GlusterFS has such), ticks are coarse.
+    return head.partition("(")[2], max(own / 1e9, (ticks - 1) / _TICK), ended / _TICK
 
 
 class Meter:

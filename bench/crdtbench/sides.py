@@ -111,8 +111,10 @@ class Side:
         return found
 
     def settle(self, user=None):
-        """Until nothing that was done is still on its way; of one user, if nobody else does
-        anything: looking at all of them takes CPU time, too."""
+        """Until nothing that was done is still on its way.
+
+        user: only he has done anything. To look at all of them takes CPU time, too.
+        """
 
     def first_contact(self, users):
         """Makes the users' mailboxes on all nodes of a side that replicates."""
@@ -149,8 +151,10 @@ class Crdt(Side):
             time.sleep(_POLL)
 
     def _user_quiet(self, user):
-        workers = [status.query_user(self.node(name)["status_socket"], user) for name in ("w1", "w2")]
-        return not any(any(one.backlog.values()) for one in workers) and workers[0].vv == workers[1].vv
+        (first, dirty), (second, more) = (
+            status.query_user(self.node(name)["status_socket"], user) for name in ("w1", "w2"))
+        return (not any((dirty, more, *first.backlog.values(), *second.backlog.values()))
+                and first.vv == second.vv)
 
     def first_contact(self, users):
         for user in users:

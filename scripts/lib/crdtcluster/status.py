@@ -67,15 +67,11 @@ def query(path, command="status", timeout=TIMEOUT):
 
 
 def query_user(path, name):
-    """The User as one worker has it: no work for the others of that worker, who may be many."""
+    """(User, dirty) as one worker has it: no work for the others of that worker, who may be many."""
     try:
-        node, user = (_exchange(path, command, TIMEOUT).splitlines()
+        node, user = (_exchange(path, command, TIMEOUT).splitlines()[0]
                       for command in ("node", f"user\t{name}"))
-        fields = _fields(user[0])[1]
-        found = User(vv=_parse_vv(fields["vv"]),
-                     backlog={what: int(fields[what]) for what in BACKLOG})
-        found.backlog["dirty"] = int(_fields(node[0])[1]["dirty"])
-        return found
+        return _user(_fields(user)[1]), int(_fields(node)[1]["dirty"])
     except OSError as error:
         raise StatusError(f"no answer at {path}: {error}") from None
     except (IndexError, KeyError, ValueError) as error:
@@ -106,11 +102,13 @@ def _parse(text):
         elif kind == "peer":
             report.peers[fields["name"]] = fields["connected"] == "1"
         elif kind == "user":
-            report.users[fields["name"], int(fields["gen"])] = User(
-                vv=_parse_vv(fields["vv"]),
-                backlog={what: int(fields[what]) for what in BACKLOG},
-                digest=fields.get("digest"))
+            report.users[fields["name"], int(fields["gen"])] = _user(fields)
     return report
+
+
+def _user(fields):
+    return User(vv=_parse_vv(fields["vv"]), backlog={what: int(fields[what]) for what in BACKLOG},
+                digest=fields.get("digest"))
 
 
 def _fields(line):

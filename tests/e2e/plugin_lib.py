@@ -347,11 +347,13 @@ plugin {{
             {TOP}/journal/mailbox-ext.c {TOP}/crdt/buf.c {TOP}/crdt/clock.c"""
         subprocess.run(["sh", "-c", script], check=True)
 
-    def set_ext(self, user, mailbox, term, slot, uidnext=0, seen=(0x0900000000000001, 7)):
+    def set_ext(self, user, mailbox, term, slot, uidnext=0, seen=(0x0900000000000001, 7), sync=True):
         """What the applier would write into a mailbox's index."""
         if not (self.dir / "lib95_crdt_test_plugin.so").exists():
             self.build_test_plugin()
-        self.doveadm("fetch", "-u", user, "uid", "mailbox", mailbox, "all", plugins="crdt_test",
+        opens = ["fetch", "-u", user, "uid", "mailbox", mailbox, "all"] if sync else \
+            ["-o", "mailbox_list_index=no", "mailbox", "status", "-u", user, "guid", mailbox]
+        self.doveadm(*opens, plugins="crdt_test",
                      plugin_settings=[f"crdt_test_ext={term} {slot} {uidnext} {seen[0]:x}:{seen[1]}"])
 
 

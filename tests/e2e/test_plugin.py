@@ -707,6 +707,29 @@ def test_pop3_takes_over(any_format, user):
     assert takeover_of(d, user).term == "2"
 
 
+@pytest.mark.allows_errors
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+def test_takeover_finishes_an_expunge(dovecot, user):
+    """One that a killed session had asked the index for, and Maildir had not done yet:
+    to forget the log would forget it, and the mail would be back."""
+    d = dovecot
+    client = d.imap(user, "INBOX")
+    append(client, "INBOX", 1, r"(\Deleted)")
+    kept = append(client, "INBOX", 2)
+    ok(client.noop())
+    path, = d.control_dir(user).glob("cur/*:2,*T*")
+    with Killer(d, 1, call="unlink", path=path):
+        with pytest.raises((imaplib.IMAP4.abort, OSError)):
+            client.expunge()
+    assert path.exists() and d.records(user)[-1].kind == "EXPUNGE"
+    d.set_ext(user, "INBOX", 3, 9, sync=False)
+    assert path.exists()
+    client = d.imap(user, "INBOX")
+    takeover_of(d, user)
+    assert uids_of(client) == {kept}
+    assert not path.exists()
+
+
 def test_no_takeover_without_a_session(any_format, user):
     d = any_format
     client = d.imap(user, "INBOX")
@@ -937,15 +960,22 @@ namespace shared {
 # ---- durability, failures ----
 
 class Killer:
-    """Kills a session at its nth write from now on, before it is made."""
+    """Kills a session at its nth write, or other call, from now on, before it is made.
+    path: only where it is about this one."""
 
-    def __init__(self, d, nth):
+    def __init__(self, d, nth, call="write,pwrite64,rename,ftruncate", path=None):
         pid = wait_for("login line", lambda: re.findall(r"mpid=(\d+)", d.log_text()))[-1]
         self.process = subprocess.Popen(
-            ["strace", "-q", "-p", pid, "-e", "trace=write,pwrite64,rename,ftruncate",
-             "-e", f"inject=write,pwrite64,rename,ftruncate:signal=KILL:when={nth}", "-o", "/dev/null"],
+            ["strace", "-q", "-p", pid, "-e", f"trace={call}", *(["-P", path] if path else []),
+             "-e", f"inject={call}:signal=KILL:when={nth}", "-o", "/dev/null"],
             stderr=subprocess.PIPE)
         wait_for("strace", lambda: "TracerPid:\t0" not in open(f"/proc/{pid}/status").read())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.done()
 
     def done(self):
         self.process.terminate()

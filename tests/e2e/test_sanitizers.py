@@ -80,7 +80,7 @@ def fixture_prefix(tmp_path):
             # the master clears the environment
             (prefix / name).write_text(
                 f'#!/bin/sh\nexport CRDT_PLANT={planted} UBSAN_OPTIONS=print_stacktrace=1 '
-                f'ASAN_OPTIONS=detect_leaks=0:exitcode=99\nexec "${{0%/*}}/asan/${{0##*/}}" "$@"\n')
+                f'ASAN_OPTIONS=detect_leaks=0:print_legend=0:exitcode=99\nexec "${{0%/*}}/asan/${{0##*/}}" "$@"\n')
             (prefix / name).chmod(0o755)
         return prefix
     return make

@@ -241,8 +241,8 @@ class Client:
         for answer in each(data):
             items = answer[1]
             found = dict(zip(items[::2], items[1::2]))
-            if "BODY[]" not in found:
-                continue    # another session's change
+            if not isinstance(found.get("BODY[]"), bytes):
+                continue    # another session's change; NIL: it was expunged
             mails[int(found["UID"])] = Mail(
                 flags=frozenset(found["FLAGS"]) - {"\\Recent"}, date=found["INTERNALDATE"],
                 size=int(found["RFC822.SIZE"]), body=found["BODY[]"])

@@ -30,6 +30,7 @@
 #define LOCK_NAME "dovecot.crdt.apply"
 #define LOCK_WAIT_MSECS (30 * 1000)
 #define LOCK_RETRY_MSECS 20
+#define MAKING_SECS 5
 
 /*
  * Plugins that change how names and mails are stored: without them the mail
@@ -357,6 +358,27 @@ static bool is_unborn_inbox(struct mailbox *box)
 		stat(t_strconcat(path, "/cur", NULL), &st) < 0 && errno == ENOENT;
 }
 
+/*
+ * Dovecot makes the directory of a Maildir first and what is in it then, tmp last.  To
+ * open one finishes it, and whoever makes it is told that it exists.  One that stays
+ * like this was left so by a kill or by another program, and opening it is right.
+ */
+static bool is_being_made(struct mailbox *box)
+{
+	const char *path;
+	struct stat st, tmp;
+
+	return !box->creating && strcmp(box->storage->name, MAILDIR_STORAGE_NAME) == 0 &&
+		mailbox_get_path_to(box, MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 &&
+		stat(path, &st) == 0 && st.st_mtime + MAKING_SECS > time(NULL) &&
+		stat(t_strconcat(path, "/tmp", NULL), &tmp) < 0 && errno == ENOENT;
+}
+
+static bool is_not_yet(struct mailbox *box)
+{
+	return is_unborn_inbox(box) || is_being_made(box);
+}
+
 int worker_list_lock(struct mailbox_list *list, const char **error_r)
 {
 	if (mailbox_list_lock(list) == 0)
@@ -408,11 +430,11 @@ static int open_no_autocreate(struct mailbox *box)
 {
 	union mailbox_module_context *ctx = MODULE_CONTEXT_REQUIRE(box, worker_mailbox_module);
 
-	bool unborn = is_unborn_inbox(box);
+	bool not_yet = is_not_yet(box);
 
-	if (!unborn && ctx->super.open(box) == 0)
+	if (!not_yet && ctx->super.open(box) == 0)
 		return 0;
-	if (unborn || (is_not_found(box) && !box->creating && mailbox_is_autocreated(box)))
+	if (not_yet || (is_not_found(box) && !box->creating && mailbox_is_autocreated(box)))
 		mail_storage_set_error(box->storage, MAIL_ERROR_UNAVAILABLE, "mailbox is not created yet");
 	return -1;
 }
@@ -483,7 +505,7 @@ int worker_box_exists(struct mailbox *box, const char **error_r)
 
 	if (mailbox_exists(box, FALSE, &existence) < 0)
 		return worker_box_error(box, "exists", error_r);
-	return existence == MAILBOX_EXISTENCE_SELECT && !is_unborn_inbox(box) ? MS_OK : MS_GONE;
+	return existence == MAILBOX_EXISTENCE_SELECT && !is_not_yet(box) ? MS_OK : MS_GONE;
 }
 
 /* Opens box, which is freed otherwise, if it has this GUID (NULL: any).  1; 0: it

@@ -236,3 +236,31 @@ def test_a_removed_mailbox_comes_back(cluster, user):
     os.rename(directory, os.path.join(cluster.directory, f"gone-{user}"))
     until(lambda: "is gone without having been deleted" in cluster.log("w1"))
     both_show(cluster, user, {"INBOX": ["n"], "f": ["m"]})
+
+
+def make_part(directory, name, parts, age=0):
+    """A Maildir of which only these parts are there."""
+    owner = os.stat(directory)
+    paths = [f"{directory}/.{name}", *(f"{directory}/.{name}/{part}" for part in parts)]
+    for path in paths:
+        os.makedirs(path, 0o700, exist_ok=True)
+        os.chown(path, owner.st_uid, owner.st_gid)
+    os.utime(paths[0], times=(time.time() - age,) * 2)
+    return paths[0]
+
+
+def test_a_mailbox_that_is_being_made(cluster, user):
+    """To finish it would tell whoever makes it that it exists.  One that stays
+    unfinished is a mailbox."""
+    with login(cluster, "w1", user) as client:
+        client.do("append INBOX a")
+    both_show(cluster, user, {"INBOX": ["a"]})
+    directory = maildir(cluster, "w1", user)
+    # as if it was made just now, however long the looks take
+    half = make_part(directory, "half", ["cur"], age=-60)
+    for name in ("left", "again"):      # the second look began when the first had ended
+        make_part(directory, name, ["cur"], age=60)
+        until(lambda name=name: counted(cluster, "w2", user, name) == 0)
+    assert not os.path.exists(half + "/tmp")
+    make_part(directory, "half", ["new", "tmp"])
+    both_show(cluster, user, {"INBOX": ["a"], "half": [], "left": [], "again": []})

@@ -692,11 +692,12 @@ static void crdt_index_transaction_created(struct mail_index_transaction *t)
 	MODULE_CONTEXT_SET(t, crdt_index_transaction_module, ct);
 }
 
-int crdt_messages_record_expunges(struct crdt_mailbox *cbox, const ARRAY_TYPE(seq_range) *uids,
-				  const struct crdt_vv *seen, uint32_t uidvalidity)
+/* 1 and *last_r, 0: none, or -1, logged. */
+static int record_expunges(struct crdt_mailbox *cbox, const ARRAY_TYPE(seq_range) *uids, const struct crdt_vv *seen,
+			   uint32_t uidvalidity, const struct crdt_dot *before, struct crdt_dot *last_r)
 {
 	struct records r;
-	struct crdt_dot last;
+	struct crdt_jrec *first;
 	const char *error;
 
 	i_zero(&r);
@@ -707,12 +708,47 @@ int crdt_messages_record_expunges(struct crdt_mailbox *cbox, const ARRAY_TYPE(se
 	build_expunges_of(&r, uids, seen);
 	if (array_count(&r.recs) == 0)
 		return 0;
-	if (crdt_record(cbox->cuser, array_front_modifiable(&r.recs), array_count(&r.recs),
-			&last, &error) < 0) {
+	first = array_front_modifiable(&r.recs);
+	if (before != NULL)
+		first->before = *before;
+	if (crdt_record(cbox->cuser, first, array_count(&r.recs), last_r, &error) < 0) {
 		e_error(cbox->box->event, "crdt: Change isn't recorded: %s", error);
 		return -1;
 	}
-	return 0;
+	return 1;
+}
+
+int crdt_messages_record_expunges(struct crdt_mailbox *cbox, const ARRAY_TYPE(seq_range) *uids,
+				  const struct crdt_vv *seen, uint32_t uidvalidity)
+{
+	struct crdt_dot last;
+
+	return record_expunges(cbox, uids, seen, uidvalidity, NULL, &last) < 0 ? -1 : 0;
+}
+
+int crdt_messages_record_expunged(struct crdt_mailbox *cbox, const ARRAY_TYPE(seq_range) *uids)
+{
+	struct mail_index *index = cbox->box->index;
+	struct mail_index_view *view;
+	struct mail_index_transaction *trans;
+	struct crdt_mailbox_ext ext;
+	struct crdt_dot last;
+	int ret;
+
+	crdt_index_read_ext(cbox, &ext);
+	if ((ret = record_expunges(cbox, uids, &ext.seen, index->map->hdr.uid_validity, &ext.stamp, &last)) <= 0)
+		return ret;
+	/* else the next record would say that this one's change did not happen */
+	view = mail_index_view_open(index);
+	trans = mail_index_transaction_begin(view, MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL);
+	crdt_index_write_stamp(cbox, trans, &last);
+	if ((ret = mail_index_transaction_commit(&trans)) < 0) {
+		mailbox_set_index_error(cbox->box);
+		e_error(cbox->box->event, "crdt: Can't write the stamp: %s",
+			mailbox_get_last_internal_error(cbox->box, NULL));
+	}
+	mail_index_view_close(&view);
+	return ret;
 }
 
 void crdt_messages_init(void)

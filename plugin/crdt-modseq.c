@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "crdt-modseq.h"
+#include "array.h"
 #include "fdatasync-path.h"
 #include "mail-index-private.h"
 #include "mail-index-modseq.h"
@@ -11,20 +12,25 @@
 /* Of the two new files of the log, and what raise_all() writes into it for each mail. */
 #define LOG_ROOM (64 * 1024)
 
+/* A view of the log gives expunges without their protection bits. */
+static bool is_expunge(const struct mail_transaction_header *hdr)
+{
+	uint32_t type = hdr->type & MAIL_TRANSACTION_TYPE_MASK;
+
+	return type == MAIL_TRANSACTION_EXPUNGE || type == MAIL_TRANSACTION_EXPUNGE_GUID;
+}
+
 static bool is_pending(const struct mail_transaction_header *hdr)
 {
 	if ((hdr->type & MAIL_TRANSACTION_EXTERNAL) != 0)
 		return FALSE;
-	/* (a view gives expunges without their protection bits) */
 	switch (hdr->type & MAIL_TRANSACTION_TYPE_MASK) {
-	case MAIL_TRANSACTION_EXPUNGE:
-	case MAIL_TRANSACTION_EXPUNGE_GUID:
 	case MAIL_TRANSACTION_FLAG_UPDATE:
 	case MAIL_TRANSACTION_KEYWORD_UPDATE:
 	case MAIL_TRANSACTION_KEYWORD_RESET:
 		return TRUE;
 	}
-	return FALSE;
+	return is_expunge(hdr);
 }
 
 int crdt_modseq_pending(struct mail_index *index)
@@ -54,6 +60,63 @@ int crdt_modseq_pending(struct mail_index *index)
 	}
 	mail_transaction_log_view_close(&view);
 	return ret;
+}
+
+static void add_uids(const struct mail_transaction_header *hdr, const void *data, ARRAY_TYPE(seq_range) *uids)
+{
+	const struct mail_transaction_expunge *range = data;
+	const struct mail_transaction_expunge_guid *one = data;
+
+	if ((hdr->type & MAIL_TRANSACTION_TYPE_MASK) == MAIL_TRANSACTION_EXPUNGE) {
+		for (size_t left = hdr->size; left >= sizeof(*range); left -= sizeof(*range), range++) {
+			if (range->uid1 > 0 && range->uid1 <= range->uid2)
+				seq_range_array_add_range(uids, range->uid1, range->uid2);
+		}
+	} else {
+		for (size_t left = hdr->size; left >= sizeof(*one); left -= sizeof(*one), one++) {
+			if (one->uid > 0)
+				seq_range_array_add(uids, one->uid);
+		}
+	}
+}
+
+/* UIDs from before mean other mails. */
+static bool sets_uidvalidity(const struct mail_transaction_header *hdr, const void *data)
+{
+	const size_t at = offsetof(struct mail_index_header, uid_validity);
+	const struct mail_transaction_header_update *u = data;
+
+	if ((hdr->type & MAIL_TRANSACTION_TYPE_MASK) != MAIL_TRANSACTION_HEADER_UPDATE)
+		return FALSE;
+	for (size_t left = hdr->size; left >= sizeof(*u); ) {
+		size_t size = (sizeof(*u) + u->size + 3) & ~(size_t)3;
+
+		if (u->offset <= at && at < (size_t)u->offset + u->size)
+			return TRUE;
+		if (size >= left)
+			break;
+		left -= size;
+		u = CONST_PTR_OFFSET(u, size);
+	}
+	return FALSE;
+}
+
+void crdt_modseq_expunged(struct mail_index *index, ARRAY_TYPE(seq_range) *uids)
+{
+	struct mail_transaction_log_view *view = mail_transaction_log_view_open(index->log);
+	const struct mail_transaction_header *hdr;
+	const void *data;
+
+	if (mail_transaction_log_view_set_all(view) >= 0) {
+		while (mail_transaction_log_view_next(view, &hdr, &data) > 0) {
+			if (sets_uidvalidity(hdr, data))
+				array_clear(uids);
+			/* external: it was done, or somebody took the file away */
+			if ((hdr->type & MAIL_TRANSACTION_EXTERNAL) == 0 && is_expunge(hdr))
+				add_uids(hdr, data, uids);
+		}
+	}
+	mail_transaction_log_view_close(&view);
 }
 
 static int raise_all(struct mail_index *index, uint64_t min)

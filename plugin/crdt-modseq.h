@@ -11,9 +11,10 @@
  * given: then every mail is newer than what the client saw, and what it knows
  * and is not there any more is told by comparing UIDs.
  *
- * Both functions: under the index log's lock, with its head mapped.
+ * All functions: under the index log's lock, with its head mapped.
  */
 #include "lib.h"
+#include "seq-range-array.h"
 
 struct mail_index;
 
@@ -31,6 +32,9 @@ static inline uint64_t crdt_modseq_of_term(uint32_t term, bool anew)
 /* Changes in the index log that no mailbox sync has carried over to the mails'
  * files yet.  1, 0, or -1 (error is in the index). */
 int crdt_modseq_pending(struct mail_index *index);
+/* Adds UIDs that the index log, as far as it reaches back, says somebody had Dovecot
+ * expunge: not those whose files were taken away.  Some may have been recorded. */
+void crdt_modseq_expunged(struct mail_index *index, ARRAY_TYPE(seq_range) *uids);
 /*
  * Gives all mails and the mailbox one modseq, at least min and above all that there
  * were, and makes Dovecot forget what led there, so that lower ones count as

@@ -224,6 +224,29 @@ static int record_takeover(struct crdt_mailbox *cbox, const struct crdt_uid_fold
 	return 0;
 }
 
+/* Mails that a process without the plugin expunged: the index log, which is about to be
+ * forgotten, is the only proof that somebody did (I9).  Those that have their record get
+ * another, which changes nothing. */
+static int record_unrecorded(struct crdt_mailbox *cbox)
+{
+	struct mail_index_view *view = mail_index_view_open(cbox->box->index);
+	ARRAY_TYPE(seq_range) logged, gone;
+	struct seq_range_iter iter;
+	unsigned int nth = 0;
+	uint32_t uid, seq;
+
+	t_array_init(&logged, 16);
+	t_array_init(&gone, 16);
+	crdt_modseq_expunged(cbox->box->index, &logged);
+	seq_range_array_iter_init(&iter, &logged);
+	while (seq_range_array_iter_nth(&iter, nth++, &uid)) {
+		if (!mail_index_lookup_seq(view, uid, &seq))
+			seq_range_array_add(&gone, uid);
+	}
+	mail_index_view_close(&view);
+	return crdt_messages_record_expunged(cbox, &gone);
+}
+
 /* Under the uidlist's and the index log's lock, nothing pending.  1: taken over; 0: not
  * needed any more, another session of ours was first; -1 error, logged. */
 static int takeover_locked(struct crdt_mailbox *cbox)
@@ -245,6 +268,8 @@ static int takeover_locked(struct crdt_mailbox *cbox)
 		e_error(box->event, "crdt: Can't take over: UIDs or terms are used up");
 		return -1;
 	}
+	if (record_unrecorded(cbox) < 0)
+		return -1;
 	/* UIDNEXT and modseqs first, durably; then the record, then who numbers.  A kill
 	 * in between leaves a gap, and the next session takes over again. */
 	if (is_maildir(box) && raise_uidlist(box, taken.next) < 0) {

@@ -110,6 +110,9 @@ void crdt_index_write_stamp(struct crdt_mailbox *cbox, struct mail_index_transac
 /* Records EXPUNGE of these UIDs.  0 or -1, logged. */
 int crdt_messages_record_expunges(struct crdt_mailbox *cbox, const ARRAY_TYPE(seq_range) *uids,
 				  const struct crdt_vv *seen, uint32_t uidvalidity);
+/* The same, under the index log's lock, for mails that were expunged before, by processes
+ * without the plugin; with the stamp.  0 or -1, logged. */
+int crdt_messages_record_expunged(struct crdt_mailbox *cbox, const ARRAY_TYPE(seq_range) *uids);
 
 /* ---- crdt-numbering.c ---- */
 

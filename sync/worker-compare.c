@@ -19,6 +19,7 @@
 #include "mailbox-list-iter.h"
 #include "mail-transaction-log-private.h"
 #include "mail-transaction-log-view-private.h"
+#include "../plugin/crdt-modseq.h"
 #include "../plugin/crdt-private.h"
 
 /* Numbers from several values. */
@@ -507,26 +508,6 @@ static void note_changed(struct note *n, uint32_t uid, uint32_t seq)
 	rec->kw_remove_n = remove_n;
 }
 
-/* UIDs that the index log, as far as there is one, says somebody had Dovecot expunge. */
-static void logged_expunges(struct mail_index *index, ARRAY_TYPE(seq_range) *uids)
-{
-	struct mail_transaction_log_view *view = mail_transaction_log_view_open(index->log);
-	const struct mail_transaction_header *hdr;
-	const void *data;
-
-	if (mail_transaction_log_view_set_all(view) >= 0) {
-		while (mail_transaction_log_view_next(view, &hdr, &data) > 0) {
-			unsigned type = hdr->type & MAIL_TRANSACTION_TYPE_MASK;
-
-			/* external: it was done, or somebody took the file away */
-			if ((hdr->type & MAIL_TRANSACTION_EXTERNAL) == 0 &&
-			    (type == MAIL_TRANSACTION_EXPUNGE || type == MAIL_TRANSACTION_EXPUNGE_GUID))
-				log_record_uids(hdr, data, uids);
-		}
-	}
-	mail_transaction_log_view_close(&view);
-}
-
 static void note_gone(struct note *n, uint32_t uid, uint32_t seq)
 {
 	if (seq == 0)
@@ -548,7 +529,7 @@ static void note_expunges(struct note *n)
 		return;
 	t_array_init(&logged, 64);
 	t_array_init(&proven, 64);
-	logged_expunges(n->box->index, &logged);
+	crdt_modseq_expunged(n->box->index, &logged);
 	seq_range_array_iter_init(&iter, &n->lost);
 	while (seq_range_array_iter_nth(&iter, nth++, &uid)) {
 		if (all || seq_range_exists(&logged, uid))

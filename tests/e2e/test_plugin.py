@@ -730,6 +730,22 @@ def test_takeover_finishes_an_expunge(dovecot, user):
     assert not path.exists()
 
 
+def test_takeover_records_what_was_expunged_without_the_plugin(any_format, user):
+    """The index log is the proof that somebody did, and is forgotten."""
+    d = any_format
+    client = d.imap(user, "INBOX")
+    uids = [append(client, "INBOX", n) for n in range(6)]
+    client.logout()
+    d.doveadm("expunge", "-u", user, "mailbox", "INBOX", "uid", f"{uids[1]}:{uids[3]},{uids[5]}", plugins="")
+    assert d.records(user, kinds=["EXPUNGE"]) == []
+    d.set_ext(user, "INBOX", 3, 9)
+    d.imap(user, "INBOX").logout()
+    expunge, takeover = d.records(user)[-2:]
+    assert takeover.kind == "TAKEOVER" and expunge.kind == "EXPUNGE"
+    assert expunge.uid_list == uids[1:4] + uids[5:]
+    assert expunge.seen == takeover.seen == "0900000000000001:7"
+
+
 def test_no_takeover_without_a_session(any_format, user):
     d = any_format
     client = d.imap(user, "INBOX")

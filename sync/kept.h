@@ -20,9 +20,12 @@
 #define KEPT_GONE 's'		/* -> two vectors: rows up to it are gone, everybody has them; what everybody
 				 * is known to have */
 
-#define KEPT_STAGED 'n'		/* key of a state row -> its value: of a snapshot that arrives */
+#define KEPT_STAGED 'n'		/* daemon(u8), key of a state row -> its value: of a snapshot that arrives;
+				 * no key -> u64 which attempt to get it */
 
-void staged_prefix(struct crdt_buf *k, uint64_t user);	/* replica-snapshot.c */
+/* replica-snapshot.c */
+void staged_prefix(struct crdt_buf *k, uint64_t user, unsigned daemon);
+void staged_begin(struct store_txn *t, uint64_t user, unsigned daemon, uint64_t attempt);
 void kept_key(struct crdt_buf *k, char first, uint64_t user, struct crdt_dot dot);
 void kept_put(struct store_txn *t, uint64_t user, struct crdt_dot dot, const void *op, size_t n);
 void kept_gone(struct store_txn *t, uint64_t user, struct crdt_vv *vv_r);

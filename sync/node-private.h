@@ -34,7 +34,7 @@ struct user {
 	unsigned ops_wanted;		/* bit per storage that has room */
 	int64_t trim_due, applied_due;	/* 0: no reason to */
 	struct crdt_vv *stable;
-	struct crdt_vv *snapshot;	/* a state is staged, with this merged */
+	struct replica_staged *snapshots;	/* states that are to be taken, one at a visit */
 	struct report_entry *entries;
 	struct node_question *questions;	/* of which he is the subject */
 	bool repair;			/* all his mail is to be compared, or that of */
@@ -83,6 +83,7 @@ struct take {
 	uint64_t id;
 	struct crdt_buf last;		/* key of the row that came last */
 	struct crdt_vv merged;
+	uint64_t attempt, rows;
 	bool visiting;			/* all rows are here */
 	int64_t due;			/* ask for his state again; 0: no */
 };
@@ -152,6 +153,7 @@ struct node {
 	size_t users_n;
 	void *local_gens;		/* tsearch() */
 	struct scheduler *sched;
+	uint64_t takes;			/* attempts to get a state, of this process */
 	unsigned visits;		/* open */
 	int64_t age_due;		/* forget settled users */
 	bool full_logged;

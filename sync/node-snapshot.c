@@ -178,8 +178,8 @@ static void stage_clear(struct storage *st)
 	struct crdt_buf from = CRDT_BUF_INIT, to = CRDT_BUF_INIT;
 	char *error = NULL;
 
-	staged_prefix(&from, st->take.id);
-	staged_prefix(&to, st->take.id + 1);
+	staged_prefix(&from, st->take.id, st->i);
+	staged_prefix(&to, st->take.id, st->i + 1);
 	if (store_erase(st->n->cfg.store, STORE_LOG, from.data, from.len, to.data, to.len, &error) < 0)
 		free(error);	/* it sticks */
 	crdt_buf_free(&from);
@@ -188,9 +188,18 @@ static void stage_clear(struct storage *st)
 
 static void take_user(struct storage *st)
 {
+	struct store_txn *t;
+	char *error = NULL;
+
 	crdt_buf_clear(&st->take.last);
 	st->take.visiting = false;
 	stage_clear(st);
+	st->take.attempt = ++st->n->takes;
+	st->take.rows = 0;
+	t = store_begin(st->n->cfg.store);
+	staged_begin(t, st->take.id, st->i, st->take.attempt);
+	if (store_commit(&t, false, &error) < 0)
+		free(error);	/* it sticks */
 	ask_rows(st);
 }
 
@@ -283,21 +292,37 @@ static void stage(struct storage *st, const struct crdt_frame *f)
 
 	for (size_t i = 0; i < f->rows_n; i++) {
 		crdt_buf_clear(&k);
-		staged_prefix(&k, st->take.id);
+		staged_prefix(&k, st->take.id, st->i);
 		crdt_buf_raw(&k, f->rows[i].key.p, f->rows[i].key.n);
 		if (k.failed)
 			abort();
 		store_put(t, STORE_LOG, k.data, k.len, f->rows[i].val.p, f->rows[i].val.n);
 	}
 	crdt_buf_free(&k);
+	st->take.rows += f->rows_n;
 	if (store_commit(&t, false, &error) < 0)
 		free(error);	/* it sticks */
+}
+
+/* All rows are here: to be taken by a visit. */
+static void staged(struct storage *st)
+{
+	struct user *u = node_user(st->n, st->take.name, st->take.gen);
+	struct replica_staged *s = xcalloc(1, sizeof(*s));
+
+	crdt_vv_copy(&s->merged, &st->take.merged);
+	s->daemon = st->i;
+	s->attempt = st->take.attempt;
+	s->rows = st->take.rows;
+	s->next = u->snapshots;
+	u->snapshots = s;
+	st->take.visiting = true;
+	node_wake(u, SCHED_NOW);
 }
 
 static void take_rows(struct storage *st, const struct crdt_frame *f, const char *user)
 {
 	struct take *k = &st->take;
-	struct user *u;
 
 	if (k->visiting || strcmp(user, k->name) != 0 || f->gen != k->gen)
 		return;
@@ -316,12 +341,7 @@ static void take_rows(struct storage *st, const struct crdt_frame *f, const char
 		ask_rows(st);
 		return;
 	}
-	u = node_user(st->n, k->name, k->gen);
-	free(u->snapshot);
-	u->snapshot = xcalloc(1, sizeof(*u->snapshot));
-	crdt_vv_copy(u->snapshot, &k->merged);
-	k->visiting = true;
-	node_wake(u, SCHED_NOW);
+	staged(st);
 }
 
 void node_snap(struct node *n, unsigned storage, const struct crdt_frame *f, const char *user)
@@ -343,18 +363,15 @@ void node_snap(struct node *n, unsigned storage, const struct crdt_frame *f, con
 
 void node_snap_visited(struct user *u, const struct visit *v)
 {
-	struct node *n = u->n;
+	struct storage *st = &u->n->storages[v->snapshot->daemon];
 
-	for (unsigned i = 0; i < n->cfg.storages_n; i++) {
-		struct storage *st = &n->storages[i];
-
-		if (!st->take.visiting || strcmp(st->take.name, u->name) != 0 || st->take.gen != u->gen)
-			continue;
+	/* else it began anew meanwhile */
+	if (st->take.visiting && st->take.attempt == v->snapshot->attempt) {
 		if (v->taken == REPLICA_SNAPSHOT_BAD) {
 			take_failed(st, "the state that it sent makes no sense");
 		} else if (v->taken == REPLICA_SNAPSHOT_LATER) {
 			/* another daemon had more: that comes here, too */
-			st->take.due = n->now + NODE_TAKE_MSECS;
+			st->take.due = u->n->now + NODE_TAKE_MSECS;
 		} else {
 			st->take.visiting = false;
 			stage_clear(st);

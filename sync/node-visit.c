@@ -63,8 +63,8 @@ static struct visit *order(struct user *u)
 		v->drop = v->mail = true;
 		return v;
 	}
-	v->snapshot = u->snapshot;
-	u->snapshot = NULL;
+	if ((v->snapshot = u->snapshots) != NULL)
+		u->snapshots = v->snapshot->next;
 	v->feeds = take_feeds(u);
 	u->merging = v->feeds != NULL;
 	if (v->feeds != NULL)

@@ -124,6 +124,7 @@ bool node_user_is_absent(const struct user *u)
 static void user_free(struct user *u)
 {
 	struct node *n = u->n;
+	struct replica_staged *s;
 	struct visit_read *r;
 
 	node_drops_free(u);
@@ -144,7 +145,10 @@ static void user_free(struct user *u)
 	free(u->repair_path);
 	free(u->trouble);
 	free(u->stable);
-	free(u->snapshot);
+	while ((s = u->snapshots) != NULL) {
+		u->snapshots = s->next;
+		free(s);
+	}
 	free(u->applied);
 	free(u->name);
 	free(u);
@@ -198,7 +202,7 @@ static bool user_forgettable(const struct user *u, int64_t now)
 	const struct node *n = u->n;
 
 	if (u->item.state != SCHED_IDLE || u->item.timer != 0 || now - u->touched < NODE_IDLE_MSECS ||
-	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->survey || u->repair || u->check || u->stable != NULL || u->snapshot != NULL ||
+	    u->feeds != NULL || u->reads != NULL || u->journal || u->apply || u->survey || u->repair || u->check || u->stable != NULL || u->snapshots != NULL ||
 	    u->entries != NULL || u->questions != NULL || u->drops != NULL || u->ops_waiting > 0 || u->fetches != NULL || u->wanting || u->no_user ||
 	    u->serves > 0 || u->incomplete)
 		return false;

@@ -12,10 +12,24 @@
 #include "kept.h"
 #include "replica-private.h"
 
-void staged_prefix(struct crdt_buf *k, uint64_t user)
+void staged_prefix(struct crdt_buf *k, uint64_t user, unsigned daemon)
 {
 	crdt_buf_u8(k, KEPT_STAGED);
 	crdt_buf_be64(k, user);
+	crdt_buf_u8(k, (uint8_t)daemon);
+}
+
+void staged_begin(struct store_txn *t, uint64_t user, unsigned daemon, uint64_t attempt)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	staged_prefix(&k, user, daemon);
+	crdt_buf_u64(&v, attempt);
+	if (k.failed || v.failed)
+		abort();
+	store_put(t, STORE_LOG, k.data, k.len, v.data, v.len);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
 }
 
 /* ---- ops that are not in it ---- */
@@ -92,7 +106,7 @@ static void core_rows_drop(struct replica *r)
 	}
 }
 
-struct staged { struct replica *r; bool bad; };
+struct staged { struct replica *r; const struct replica_staged *of; size_t prefix; uint64_t rows; bool is_it, bad; };
 
 static void no_body(void *ctx, const struct crdt_content *c, uint64_t size)
 {
@@ -104,25 +118,44 @@ static void no_body(void *ctx, const struct crdt_content *c, uint64_t size)
 static bool staged_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
 {
 	struct staged *s = ctx;
+	struct crdt_reader rd = crdt_reader(val, vlen);
 
-	s->bad = !crdt_snapshot_put(rrows(s->r), key + 9, klen - 9, val, vlen, no_body, NULL);
+	if (klen == s->prefix) {	/* the first */
+		s->is_it = crdt_get_u64(&rd) == s->of->attempt;
+		return s->is_it;
+	}
+	s->rows++;
+	s->bad = !crdt_snapshot_put(rrows(s->r), key + s->prefix, klen - s->prefix, val, vlen, no_body, NULL);
 	return !s->bad;
 }
 
-static char *rows_take(struct replica *r, const struct crdt_vv *merged)
+/* A lost connection begins another attempt, which erases the rows while the visit that is to
+ * take them may be on its way: to take what is left would be to forget the rest. */
+static enum replica_snapshot rows_take(struct replica *r, const struct replica_staged *of)
 {
-	struct staged s = { r, false };
+	struct staged s = { .r = r, .of = of };
 	struct crdt_buf k = CRDT_BUF_INIT;
+	char *fault = NULL;
 
 	core_rows_drop(r);
-	staged_prefix(&k, r->id);
+	staged_prefix(&k, r->id, of->daemon);
+	s.prefix = k.len;
 	store_scan(r->txn, STORE_LOG, k.data, k.len, NULL, 0, false, staged_row, &s);
 	crdt_buf_free(&k);
-	if (s.bad)
-		return strdup("a damaged row");
-	crdt_snapshot_end(rrows(r), merged);
-	r->vv_loaded = false;
-	return crdt_check(rrows(r));
+	if (!s.is_it || (s.rows != of->rows && !s.bad))
+		return REPLICA_SNAPSHOT_LATER;
+	if (!s.bad) {
+		crdt_snapshot_end(rrows(r), &of->merged);
+		r->vv_loaded = false;
+		fault = crdt_check(rrows(r));
+		s.bad = fault != NULL;
+	}
+	if (s.bad) {
+		replica_log(r, 0, "the state that a storage daemon sent makes no sense: %s",
+			    fault != NULL ? fault : "a damaged row");
+	}
+	free(fault);
+	return s.bad ? REPLICA_SNAPSHOT_BAD : REPLICA_SNAPSHOT_TAKEN;
 }
 
 /* ---- what is to be looked at ---- */
@@ -149,11 +182,12 @@ static void begin_anew(struct replica *r, const struct crdt_vv *merged)
 	replica_new_origin(r);
 }
 
-int replica_snapshot(struct replica *r, const struct crdt_vv *merged, enum replica_snapshot *result_r, char **error_r)
+int replica_snapshot(struct replica *r, const struct replica_staged *staged, enum replica_snapshot *result_r,
+		     char **error_r)
 {
+	const struct crdt_vv *merged = &staged->merged;
 	struct ops o = { CRDT_BUF_INIT, NULL, 0, 0, 0 };
 	struct crdt_vv before, news;
-	char *fault = NULL;
 	size_t at = 0;
 
 	(void)replica_txn_begin(r);
@@ -163,10 +197,7 @@ int replica_snapshot(struct replica *r, const struct crdt_vv *merged, enum repli
 		store_abort(&r->txn);	/* nothing new */
 		return 0;
 	}
-	if (!ops_beyond(r, merged, &o))
-		*result_r = REPLICA_SNAPSHOT_LATER;
-	else if ((fault = rows_take(r, merged)) != NULL)
-		*result_r = REPLICA_SNAPSHOT_BAD;
+	*result_r = ops_beyond(r, merged, &o) ? rows_take(r, staged) : REPLICA_SNAPSHOT_LATER;
 	if (*result_r == REPLICA_SNAPSHOT_TAKEN) {
 		begin_anew(r, merged);
 		for (size_t i = 0; i < o.n; i++) {
@@ -176,12 +207,9 @@ int replica_snapshot(struct replica *r, const struct crdt_vv *merged, enum repli
 		news_of(&before, merged, &news);
 		replica_mark_all(r, &news);
 	} else {
-		if (fault != NULL)
-			replica_log(r, 0, "the state that a storage daemon sent makes no sense: %s", fault);
 		replica_txn_abort(r);
 		r->vv_loaded = false;
 	}
-	free(fault);
 	free(o.ends);
 	crdt_buf_free(&o.bytes);
 	return *result_r == REPLICA_SNAPSHOT_TAKEN ? replica_txn_commit(r, false, error_r) : 0;

@@ -55,14 +55,21 @@ void replica_set_mailstore(struct replica *r, struct mailstore *ms);
  * the state has no room now (CRDT_MERGE_REFUSED) are put by and tried again.  0 or -1. */
 int replica_inbound(struct replica *r, const struct crdt_bytes *ops, size_t n, char **error_r);
 
-/* Takes a state that a storage daemon sent, which has these ops merged; its rows are staged
- * (replica-snapshot.c).  0 or -1. */
+/* Takes a state that a storage daemon sent; its rows are staged (replica-snapshot.c).  0 or -1. */
+struct replica_staged {
+	struct replica_staged *next;	/* the caller's */
+	struct crdt_vv merged;		/* what it has merged */
+	unsigned daemon;		/* whose; what is staged of it may be of a later attempt by now */
+	uint64_t attempt, rows;
+};
 enum replica_snapshot {
 	REPLICA_SNAPSHOT_TAKEN,		/* or nothing of it is new */
-	REPLICA_SNAPSHOT_LATER,		/* it lacks what is here and not kept: a later one will not */
+	REPLICA_SNAPSHOT_LATER,		/* it lacks what is here and not kept: a later one will not; or it
+					 * does not lie there any more */
 	REPLICA_SNAPSHOT_BAD,		/* it is none; that was logged */
 };
-int replica_snapshot(struct replica *r, const struct crdt_vv *merged, enum replica_snapshot *result_r, char **error_r);
+int replica_snapshot(struct replica *r, const struct replica_staged *staged, enum replica_snapshot *result_r,
+		     char **error_r);
 
 /* [3] Reads the journal to its end; ops appear in replica_unsent().  Returns
  * the number of records read, or one of these. */

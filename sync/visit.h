@@ -92,7 +92,7 @@ struct visit {
 	bool want_ops;			/* hand over own ops with seq > ops_after */
 	bool ops_asked;			/* also when there is no new one */
 	uint64_t ops_after;
-	struct crdt_vv *snapshot;	/* owned; take the state that is staged, and nothing else of these */
+	struct replica_staged *snapshot;	/* owned; take the state that is staged, and nothing else of these */
 	struct crdt_vv *stable;		/* owned; drop leftovers, a slice */
 	bool gone;			/* userdb has not known him for long */
 	bool fed;			/* a daemon has been heard to its end: the copy may be called complete, */

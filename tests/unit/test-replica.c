@@ -21,6 +21,7 @@ struct fix {
 	struct replica *r;
 	struct mailstore ms;
 	unsigned warnings, errors;
+	struct replica_staged staged;
 	/* mailbox_body(): by UID */
 	int results[TEXT_PLACES_TRIED + 2];
 	unsigned reads;
@@ -687,11 +688,47 @@ static bool stage_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t 
 	struct crdt_buf k = CRDT_BUF_INIT;
 	char *error;
 
-	staged_prefix(&k, store_user_id(t, "u", 0, false));
+	staged_prefix(&k, store_user_id(t, "u", 0, false), 0);
 	crdt_buf_raw(&k, key, klen);
 	store_put(t, STORE_LOG, k.data, k.len, val, vlen);
 	assert_int_equal(store_commit(&t, false, &error), 0);
 	crdt_buf_free(&k);
+	x->staged.rows++;
+	return true;
+}
+
+static void stage_begin(struct fix *x)
+{
+	struct store_txn *t = store_begin(x->store);
+	char *error;
+
+	staged_begin(t, store_user_id(t, "u", 0, false), 0, ++x->staged.attempt);
+	assert_int_equal(store_commit(&t, false, &error), 0);
+	x->staged.rows = 0;
+}
+
+static void unstage(struct fix *x)
+{
+	struct crdt_buf from = CRDT_BUF_INIT, to = CRDT_BUF_INIT;
+	struct store_txn *t = store_begin(x->store);
+	uint64_t id = store_user_id(t, "u", 0, false);
+	char *error;
+
+	store_abort(&t);
+	staged_prefix(&from, id, 0);
+	staged_prefix(&to, id, 1);
+	assert_int_equal(store_erase(x->store, STORE_LOG, from.data, from.len, to.data, to.len, &error), 0);
+	crdt_buf_free(&from);
+	crdt_buf_free(&to);
+}
+
+static bool count_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)key;
+	(void)klen;
+	(void)val;
+	(void)vlen;
+	++*(unsigned *)ctx;
 	return true;
 }
 
@@ -708,6 +745,7 @@ static void stage(struct fix *x, uint64_t ops)
 	reopen(&y);
 	for (uint64_t seq = 1; seq <= ops; seq++)
 		deliver(&y, &op, seq);
+	stage_begin(x);
 	(void)replica_txn_begin(y.r);
 	crdt_snapshot_scan(rrows(y.r), NULL, 0, stage_row, x);
 	store_abort(&y.r->txn);
@@ -715,16 +753,20 @@ static void stage(struct fix *x, uint64_t ops)
 	store_close(&y.store);
 }
 
-static enum replica_snapshot take(struct fix *x, uint64_t seq)
+static enum replica_snapshot take_what(struct fix *x, crdt_origin origin, uint64_t seq)
 {
 	enum replica_snapshot result;
-	struct crdt_vv vv;
 	char *error;
 
-	crdt_vv_init(&vv);
-	(void)crdt_vv_raise(&vv, OTHER, seq);
-	assert_int_equal(replica_snapshot(x->r, &vv, &result, &error), 0);
+	crdt_vv_init(&x->staged.merged);
+	(void)crdt_vv_raise(&x->staged.merged, origin, seq);
+	assert_int_equal(replica_snapshot(x->r, &x->staged, &result, &error), 0);
 	return result;
+}
+
+static enum replica_snapshot take(struct fix *x, uint64_t seq)
+{
+	return take_what(x, OTHER, seq);
 }
 
 static void takes_a_state(void **state)
@@ -765,19 +807,63 @@ static void takes_a_state(void **state)
 static void state_that_lacks_something(void **state)
 {
 	struct fix *x = *state;
+
+	empty_mailstore(x);
+	stage(x, 10);
+	assert_int_equal(take(x, 10), REPLICA_SNAPSHOT_TAKEN);
+	assert_int_equal(take_what(x, CRDT_ORIGIN(4, 4), 1), REPLICA_SNAPSHOT_LATER);
+	assert_int_equal(merged(x), 10);
+}
+
+static void assert_as_after(struct fix *x, uint64_t ops, unsigned subscriptions)
+{
+	unsigned n = 0;
+
+	assert_int_equal(merged(x), ops);
+	(void)replica_txn_begin(x->r);
+	crdt_snapshot_scan(rrows(x->r), NULL, 0, count_row, &n);
+	store_abort(&x->r->txn);
+	assert_int_equal(n, subscriptions);
+}
+
+/* A lost connection begins another attempt, while a visit is on its way that is to take what
+ * the one before had staged.  What is left, or there by now, is another state. */
+static void state_that_is_staged_anew(void **state)
+{
+	struct fix *x = *state;
+	struct replica_staged first;
 	enum replica_snapshot result;
-	struct crdt_vv vv;
+	unsigned rows = 0;
 	char *error;
 
 	empty_mailstore(x);
 	stage(x, 10);
 	assert_int_equal(take(x, 10), REPLICA_SNAPSHOT_TAKEN);
-	crdt_vv_init(&vv);
-	(void)crdt_vv_raise(&vv, OTHER, 5);
-	(void)crdt_vv_raise(&vv, CRDT_ORIGIN(4, 4), 1);
-	assert_int_equal(replica_snapshot(x->r, &vv, &result, &error), 0);
+	(void)replica_txn_begin(x->r);
+	crdt_snapshot_scan(rrows(x->r), NULL, 0, count_row, &rows);
+	store_abort(&x->r->txn);
+
+	stage(x, 20);
+	first = x->staged;
+	crdt_vv_init(&first.merged);
+	(void)crdt_vv_raise(&first.merged, OTHER, 20);
+	unstage(x);
+	assert_int_equal(replica_snapshot(x->r, &first, &result, &error), 0);
 	assert_int_equal(result, REPLICA_SNAPSHOT_LATER);
-	assert_int_equal(merged(x), 10);
+	assert_as_after(x, 10, rows);
+	stage_begin(x);
+	assert_int_equal(replica_snapshot(x->r, &first, &result, &error), 0);
+	assert_int_equal(result, REPLICA_SNAPSHOT_LATER);
+	assert_as_after(x, 10, rows);
+	/* erased but for its beginning */
+	first.attempt = x->staged.attempt;
+	assert_int_equal(replica_snapshot(x->r, &first, &result, &error), 0);
+	assert_int_equal(result, REPLICA_SNAPSHOT_LATER);
+	assert_as_after(x, 10, rows);
+	stage(x, 20);
+	assert_int_equal(take(x, 20), REPLICA_SNAPSHOT_TAKEN);
+	assert_int_equal(merged(x), 20);
+	assert_int_equal(x->errors, 0);
 }
 
 /* The daemon knows more of our own ops than we do: their numbers are not used again. */
@@ -785,16 +871,11 @@ static void state_with_our_ops(void **state)
 {
 	struct fix *x = *state;
 	crdt_origin own = replica_own_origin(x->r);
-	enum replica_snapshot result;
-	struct crdt_vv vv;
-	char *error;
 
 	empty_mailstore(x);
 	own_op(x);
-	crdt_vv_init(&vv);
-	(void)crdt_vv_raise(&vv, own, 7);
-	assert_int_equal(replica_snapshot(x->r, &vv, &result, &error), 0);
-	assert_int_equal(result, REPLICA_SNAPSHOT_TAKEN);
+	stage_begin(x);
+	assert_int_equal(take_what(x, own, 7), REPLICA_SNAPSHOT_TAKEN);
 	assert_int_not_equal(replica_own_origin(x->r), own);
 	assert_int_equal(replica_last_seq(x->r), 0);
 }
@@ -888,7 +969,7 @@ int main(void)
 		TEST(folders_that_fail), TEST(many_subscriptions),
 		TEST(folder_that_fails_beside_mails), TEST(parents_first),
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
-		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_with_our_ops),
+		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_that_is_staged_anew), TEST(state_with_our_ops),
 		TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -145,8 +145,9 @@ static int uids_assign(struct reval *rv, const struct ms_reuid *map, size_t map_
 	struct reval_mail *mails, *mail;
 	HASH_TABLE(void *, void *) taken;
 	unsigned n;
-	uint32_t first = apply_is_dbox(rv->box) ? apply_dbox_first_uid(rv->box) : 1, next = first;
+	uint32_t first = apply_is_dbox(rv->box) ? apply_dbox_first_uid(rv->box) : 1, next;
 
+	first = next = I_MAX(first, rv->req->uidnext);
 	hash_table_create_direct(&taken, rv->pool, 0);
 	array_foreach_modifiable(&rv->mails, mail) {
 		const struct ms_reuid *r = map_n == 0 ? NULL :

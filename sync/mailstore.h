@@ -186,16 +186,17 @@ struct mailstore {
 	int (*rename)(struct mailstore *ms, const struct ms_mailbox *box, const char *new_path);
 	/*
 	 * Gives a mailbox a new (higher) UIDVALIDITY in one step.  A mail in map gets
-	 * the UID asked for (map ascending by uid; new_uids distinct; sdbox and mdbox: if
-	 * it is not below UIDNEXT), the others own UIDs above those, in their order.  MS_RETRY if the journal has native records of
+	 * the UID asked for (map ascending by uid; new_uids distinct, from uidnext on; sdbox
+	 * and mdbox: if it is not below UIDNEXT), the others own UIDs above those, in their
+	 * order.  uidnext: 1, or what clients may have seen under it.  MS_RETRY if the journal has native records of
 	 * this mailbox beyond known.  The journal gets REVALIDATE and, as applier
 	 * APPENDs in order of the new UID, all mails; each one's key is here u32 LE
 	 * old UID, then the GUID.  A mailbox that has this UIDVALIDITY already (killed
 	 * on the way) gets the records only, with old UIDs 0.
 	 */
 	int (*revalidate)(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidvalidity,
-			  const struct crdt_numberer *numberer, const struct ms_reuid *map, size_t map_n,
-			  const struct ms_position *known);
+			  uint32_t uidnext, const struct crdt_numberer *numberer, const struct ms_reuid *map,
+			  size_t map_n, const struct ms_position *known);
 	int (*subscribe)(struct mailstore *ms, const char *path, bool on);
 	/* Reads [offset, offset + len) of the text with CRLF. buf is appended to. */
 	int (*body)(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uid,

@@ -171,13 +171,22 @@ static bool is_creating(struct replica *r, const struct crdt_id *id)
 	return on;
 }
 
+/* UIDNEXT of a mailbox that gets this UIDVALIDITY: clients may have seen another one
+ * with it here.  What we know of that is a lower bound: as at an unclean takeover. */
+static uint32_t uidnext_under(struct replica *r, uint32_t validity)
+{
+	uint32_t had = uidnext_get(r, validity);
+
+	return had > 0 ? crdt_uid_takeover_next(r->cfg->slot, had, false) : 1;
+}
+
 static enum step do_create(struct replica *r, const struct crdt_folder *f, char **error_r)
 {
 	struct ms_mailbox want, made;
 	struct group g;
 	enum step step;
 	struct box b;
-	uint32_t uidnext = 1, had;
+	uint32_t uidnext;
 	bool existed = false;
 	int res;
 
@@ -186,9 +195,7 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	want.guid = f->id;
 	want.path = (struct crdt_str){ f->path, f->path_len };
 	want.uidvalidity = g.validity;
-	/* What we know of it is a lower bound: as at an unclean takeover. */
-	if ((had = uidnext_get(r, g.validity)) > 0)
-		uidnext = crdt_uid_takeover_next(r->cfg->slot, had, false);
+	uidnext = uidnext_under(r, g.validity);
 	creating(r, &f->id, true);
 	if (call_begin(r, error_r) < 0)
 		return STEP_FAILED;
@@ -254,12 +261,13 @@ static enum step do_revalidate(struct replica *r, struct box *b, const struct gr
 {
 	struct ms_mailbox m = box_ms(b);
 	struct ms_position known = replica_known(r);
+	uint32_t uidnext = uidnext_under(r, g->validity);
 
 	/* UIDs that others claimed under the new validity are taken afterwards,
 	 * by the UID rule. */
 	if (call_begin(r, error_r) < 0)
 		return STEP_FAILED;
-	return call_end(r, b, r->ms->revalidate(r->ms, &m, g->validity, &g->numberer, NULL, 0, &known), error_r);
+	return call_end(r, b, r->ms->revalidate(r->ms, &m, g->validity, uidnext, &g->numberer, NULL, 0, &known), error_r);
 }
 
 /* Tells the mailbox who its numberer is, and gives held mails another chance. */

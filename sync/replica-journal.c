@@ -599,6 +599,7 @@ static int applier_revalidate(struct replica *r, const struct crdt_jrec *rec)
 		return 0;
 	if (b.uidvalidity != rec->uidvalidity) {
 		shadows_put_by(r, &b.guid);
+		uidnext_keep(r, b.uidvalidity, b.uidnext);
 		b.uidvalidity = rec->uidvalidity;
 		b.uidnext = 0;
 		box_put(r, &b);

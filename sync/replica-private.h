@@ -156,6 +156,7 @@ void box_delete(struct replica *r, const struct box *b);	/* with its mails' shad
 void box_free(struct box *b);
 /* UIDNEXT that a mailbox had here under this UIDVALIDITY before it
  * went: it must not fall (I5).  0: none. */
+void uidnext_keep(struct replica *r, uint32_t uidvalidity, uint32_t uidnext);
 uint32_t uidnext_get(struct replica *r, uint32_t uidvalidity);
 void box_set_path(struct replica *r, struct box *b, const void *path, size_t len);	/* and puts */
 bool box_has_folder(const struct box *b, const struct crdt_id *folder);

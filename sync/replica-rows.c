@@ -193,7 +193,7 @@ static void key_validity(struct crdt_buf *k, uint32_t uidvalidity)
 }
 
 /* What clients saw under a UIDVALIDITY counts for whichever mailbox has it next. */
-static void uidnext_keep(struct replica *r, uint32_t uidvalidity, uint32_t uidnext)
+void uidnext_keep(struct replica *r, uint32_t uidvalidity, uint32_t uidnext)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
 

@@ -729,8 +729,8 @@ static int ms_rename(struct mailstore *ms, const struct ms_mailbox *box, const c
 }
 
 static int ms_revalidate(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidvalidity,
-			 const struct crdt_numberer *numberer, const struct ms_reuid *map, size_t map_n,
-			 const struct ms_position *known)
+			 uint32_t uidnext, const struct crdt_numberer *numberer, const struct ms_reuid *map,
+			 size_t map_n, const struct ms_position *known)
 {
 	struct worker_client *c = client(ms);
 	struct worker_msg m = { .type = WORKER_REVALIDATE, .pos_n = 1 };
@@ -742,6 +742,7 @@ static int ms_revalidate(struct mailstore *ms, const struct ms_mailbox *box, uin
 	}
 	m.box = *box;
 	m.uidvalidity = uidvalidity;
+	m.uidnext = uidnext;
 	m.numberer = *numberer;
 	m.pos[0] = *known;
 	m.n = (uint32_t)map_n;

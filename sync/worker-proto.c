@@ -215,6 +215,7 @@ static void put_fields(struct crdt_buf *b, const struct worker_msg *m)
 	case WORKER_REVALIDATE:
 		put_box(b, &m->box);
 		crdt_buf_varint(b, m->uidvalidity);
+		crdt_buf_varint(b, m->uidnext);
 		put_numberer(b, &m->numberer);
 		put_positions(b, m);
 		crdt_buf_varint(b, m->n);
@@ -652,6 +653,7 @@ static bool get_fields(struct crdt_reader *r, struct worker_msg *m)
 	case WORKER_REVALIDATE:
 		get_box(r, &m->box);
 		m->uidvalidity = get_u32(r);
+		m->uidnext = get_u32(r);
 		m->numberer = get_numberer(r);
 		get_positions(r, m, 1, 1);
 		m->n = (uint32_t)crdt_get_varint_max(r, WORKER_REUID_TOTAL_MAX);

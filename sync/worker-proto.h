@@ -33,7 +33,7 @@
 #include "mailstore.h"
 #include "../wire/frame.h"	/* CRDT_BODY_RIDE, CRDT_BODY_CHUNK */
 
-#define WORKER_PROTO_VERSION 3
+#define WORKER_PROTO_VERSION 4
 /* Bytes of one message after its length field: a journal record and some. */
 #define WORKER_MSG_MAX (CRDT_JOURNAL_RECORD_MAX + 64 * 1024)
 #define WORKER_USER_MAX 512
@@ -85,7 +85,7 @@ struct worker_msg {
 	uint32_t uidvalidity;			/* SET_SEEN (highest), REVALIDATE (new) */
 	struct crdt_numberer numberer;		/* APPLY, CREATE, REVALIDATE */
 	uint32_t numberer_next;			/* APPLY */
-	uint32_t uidnext;			/* CREATE; RESULT of APPLY */
+	uint32_t uidnext;			/* CREATE, REVALIDATE; RESULT of APPLY */
 	uint32_t n;				/* APPLY: commands; REVALIDATE: entries; WANT_TEXT, OUTCOME: index */
 	bool flag;				/* APPLY: verify; SUBSCRIBE: on; MADE: existed; RESULT: more;
 						 * NAME: a subscription; CHECKED: all; JOURNALS: the copy is

@@ -335,7 +335,7 @@ static int do_revalidate(void)
 	for (size_t i = 0; i < count; i++)
 		map[i] = (struct ms_reuid){ (uint32_t)p[i][0], (uint32_t)p[i][1] };
 	(void)positions(pos);
-	return ms->revalidate(ms, &box, (uint32_t)number("new"), &n, map, count, pos);
+	return ms->revalidate(ms, &box, (uint32_t)number("new"), (uint32_t)number("uidnext"), &n, map, count, pos);
 }
 
 /* Mails */

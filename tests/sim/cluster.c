@@ -990,6 +990,15 @@ static void check_nothing_kept(struct worker *w)
 		fail("%s keeps ops that all have", w->name);
 }
 
+static const char *both(const struct worker *a, const char *of_a, const struct worker *b, const char *of_b)
+{
+	char *text = NULL;
+
+	if (asprintf(&text, "%s:\n%s%s:\n%s", a->name, of_a, b->name, of_b) < 0)
+		abort();
+	return text;
+}
+
 static void compare(void)
 {
 	char why[300], *first = NULL;
@@ -1015,7 +1024,7 @@ static void compare(void)
 					continue;
 				digest = strndup(digest, 8 + 64);
 				if (strstr(first, digest) == NULL)
-					fail("states differ (I1):\n%s", text);
+					fail("states differ (I1):\n%s", both(&sim.workers[0], first, w, text));
 				free(digest);
 			}
 			free(text);

@@ -839,13 +839,13 @@ static int ms_rename(struct mailstore *ms, const struct ms_mailbox *box, const c
 }
 
 static int ms_revalidate(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidvalidity,
-			 const struct crdt_numberer *numberer, const struct ms_reuid *map, size_t map_n,
-			 const struct ms_position *known)
+			 uint32_t uidnext, const struct crdt_numberer *numberer, const struct ms_reuid *map,
+			 size_t map_n, const struct ms_position *known)
 {
 	struct vmail *v = vm(ms);
 	struct vmail_box *b = vmail_box_by_guid(v, &box->guid);
 	struct crdt_jrec rec;
-	uint32_t next = 1;
+	uint32_t next = uidnext;
 
 	(void)map;
 	(void)map_n;

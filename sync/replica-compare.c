@@ -230,6 +230,7 @@ bool rebuild_is_on(struct replica *r)
 void rebuild_begin(struct replica *r)
 {
 	survey_put(r, REBUILD_DUE);
+	uidnext_lost(r, UINT32_MAX);
 }
 
 void compare_survey_due(struct replica *r)

@@ -173,11 +173,13 @@ static bool is_creating(struct replica *r, const struct crdt_id *id)
 
 /* UIDNEXT of a mailbox that gets this UIDVALIDITY: clients may have seen another one
  * with it here.  What we know of that is a lower bound: as at an unclean takeover. */
-static uint32_t uidnext_under(struct replica *r, uint32_t validity)
+static uint32_t uidnext_under(struct replica *r, const struct group *g)
 {
-	uint32_t had = uidnext_get(r, validity);
+	uint32_t had = uidnext_get(r, g->validity);
 
-	return had > 0 ? crdt_uid_takeover_next(r->cfg->slot, had, false) : 1;
+	if (had == 0)
+		return 1;
+	return crdt_uid_takeover_next(r->cfg->slot, had > g->numberer_next ? had : g->numberer_next, false);
 }
 
 static enum step do_create(struct replica *r, const struct crdt_folder *f, char **error_r)
@@ -195,7 +197,7 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	want.guid = f->id;
 	want.path = (struct crdt_str){ f->path, f->path_len };
 	want.uidvalidity = g.validity;
-	uidnext = uidnext_under(r, g.validity);
+	uidnext = uidnext_under(r, &g);
 	creating(r, &f->id, true);
 	if (call_begin(r, error_r) < 0)
 		return STEP_FAILED;
@@ -261,7 +263,7 @@ static enum step do_revalidate(struct replica *r, struct box *b, const struct gr
 {
 	struct ms_mailbox m = box_ms(b);
 	struct ms_position known = replica_known(r);
-	uint32_t uidnext = uidnext_under(r, g->validity);
+	uint32_t uidnext = uidnext_under(r, g);
 
 	/* UIDs that others claimed under the new validity are taken afterwards,
 	 * by the UID rule. */

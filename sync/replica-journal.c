@@ -730,13 +730,10 @@ static int record_delete(struct replica *r, const struct crdt_jrec *rec)
 	int ret = 0;
 
 	rebuild_box(r, rec);
+	/* A kill may have left UIDs that no record tells of; clients saw them. */
+	uidnext_keep(r, rec->uidvalidity, rec->uidnext);
 	if (!box_get(r, &rec->mailbox, &b))
 		return 0;
-	/* A kill may have left UIDs that no record tells of; clients saw them. */
-	if (rec->uidvalidity == b.uidvalidity && rec->uidnext > b.uidnext) {
-		b.uidnext = rec->uidnext;
-		box_put(r, &b);
-	}
 	if (rec->applier) {
 		box_delete(r, &b);
 		box_free(&b);

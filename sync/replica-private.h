@@ -16,7 +16,8 @@
 #define ROW_BOX 'b'		/* mailbox guid: struct box */
 #define ROW_BOX_OF 'i'		/* folder id: mailbox guid that shows it */
 #define ROW_BOX_AT 'p'		/* path: mailbox guid */
-#define ROW_UIDNEXT 'n'		/* UIDVALIDITY (be32): UIDNEXT of a mailbox that is gone */
+#define ROW_UIDNEXT 'n'		/* UIDVALIDITY (be32): UIDNEXT of a mailbox that is gone; 0: the highest
+				 * UIDVALIDITY of which a lost database may have known one */
 #define ROW_UID 'u'		/* mailbox guid, uid(be32): struct shadow */
 #define ROW_OLD_UID 'z'		/* as ROW_UID, under the UIDVALIDITY that a mailbox just lost */
 #define ROW_MAIL 'm'		/* mail key: mailbox guid, uid: where the mail is */
@@ -154,9 +155,11 @@ bool box_get(struct replica *r, const struct crdt_id *guid, struct box *b_r);
 void box_put(struct replica *r, const struct box *b);
 void box_delete(struct replica *r, const struct box *b);	/* with its mails' shadows and folder links */
 void box_free(struct box *b);
-/* UIDNEXT that a mailbox had here under this UIDVALIDITY before it
- * went: it must not fall (I5).  0: none. */
+/* UIDNEXT that a mailbox had here at least under this UIDVALIDITY before it went: it must
+ * not fall (I5).  0: there was none.  uidnext_lost(): with a database went what was known
+ * up to this UIDVALIDITY. */
 void uidnext_keep(struct replica *r, uint32_t uidvalidity, uint32_t uidnext);
+void uidnext_lost(struct replica *r, uint32_t upto);
 uint32_t uidnext_get(struct replica *r, uint32_t uidvalidity);
 void box_set_path(struct replica *r, struct box *b, const void *path, size_t len);	/* and puts */
 bool box_has_folder(const struct box *b, const struct crdt_id *folder);

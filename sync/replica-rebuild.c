@@ -332,5 +332,6 @@ void rebuild_end(struct replica *r)
 		replica_mark_folder_mails(r, &c.ids[i]);
 	}
 	free(c.ids);
+	uidnext_lost(r, crdt_validity_highest(rrows(r)));
 	replica_log(r, 2, "the lost database is made again: what differs is exchanged now");
 }

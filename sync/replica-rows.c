@@ -206,19 +206,38 @@ void uidnext_keep(struct replica *r, uint32_t uidvalidity, uint32_t uidnext)
 	crdt_buf_free(&v);
 }
 
-uint32_t uidnext_get(struct replica *r, uint32_t uidvalidity)
+static uint32_t validity_row(struct replica *r, uint32_t uidvalidity)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
-	uint32_t next = 0;
+	uint32_t value = 0;
 
 	key_validity(&k, uidvalidity);
 	if (get(r, &k, &v)) {
 		struct crdt_reader rd = crdt_reader(v.data, v.len);
-		next = crdt_get_u32(&rd);
+		value = crdt_get_u32(&rd);
 	}
 	crdt_buf_free(&k);
 	crdt_buf_free(&v);
-	return next;
+	return value;
+}
+
+/* No mailbox has 0. */
+void uidnext_lost(struct replica *r, uint32_t upto)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+
+	key_validity(&k, 0);
+	crdt_buf_u32(&v, upto);
+	put(r, &k, &v);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
+uint32_t uidnext_get(struct replica *r, uint32_t uidvalidity)
+{
+	uint32_t next = validity_row(r, uidvalidity);
+
+	return next == 0 && uidvalidity <= validity_row(r, 0) ? 1 : next;
 }
 
 void box_detach(struct replica *r, struct box *b, const struct crdt_id *folder)

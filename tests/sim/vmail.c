@@ -224,8 +224,11 @@ static void box_shown(struct vmail *v, const struct vmail_box *b)
 		strcpy(v->shown[v->shown_n].path, b->path);
 		v->shown[v->shown_n++].validity = b->uidvalidity;
 	}
-	if (b->uidnext < v->shown[i].next)
-		v->fault = "UIDNEXT fell when a mailbox came back (I5)";
+	if (b->uidnext < v->shown[i].next) {
+		(void)snprintf(v->fault_text, sizeof(v->fault_text), "UIDNEXT of %.80s under %u fell from %u to %u (I5)",
+			       b->path, b->uidvalidity, v->shown[i].next, b->uidnext);
+		v->fault = v->fault_text;
+	}
 	v->shown[i].next = b->uidnext;
 }
 

@@ -62,6 +62,7 @@ struct vmail {
 	unsigned native_records;	/* written by users */
 	/* A UID that came to mean another mail, or UIDNEXT fell (I4, I5). */
 	const char *fault;
+	char fault_text[200];
 };
 
 void vmail_init(struct vmail *v, unsigned slot, uint64_t *rng);

@@ -2,6 +2,7 @@
 /* Where in the mail store texts are, for mails that need them and for peers. */
 #include <stdlib.h>
 #include <string.h>
+#include <openssl/evp.h>
 #include "replica-private.h"
 
 /* ROW_TEXT key: content id, mailbox GUID, UID (be32).  All places are kept: the
@@ -77,6 +78,23 @@ void text_place_forget(struct replica *r, const struct crdt_content *c, const st
 	crdt_buf_free(&k);
 }
 
+/* A lost database is made again with each mail where the state says, until a compare finds
+ * where it is: what lies there may be another one.  (Of a long text the receiver finds out.) */
+static bool is_text(const struct crdt_content *c, const struct text_place *p, uint64_t offset, size_t len,
+		    const struct crdt_buf *piece)
+{
+	uint64_t left = p->size > offset ? p->size - offset : 0;
+	uint8_t id[EVP_MAX_MD_SIZE];
+
+	if (piece->len != (len < left ? len : left))
+		return false;
+	if (offset > 0 || piece->len < p->size)
+		return true;
+	if (EVP_Digest(piece->data, piece->len, id, NULL, EVP_sha256(), NULL) != 1)
+		abort();
+	return memcmp(id, c->b, sizeof(c->b)) == 0;
+}
+
 /* The text in one place; a place where it is not any more (the journal tells of that
  * later, or a compare does) is forgotten. */
 static int text_read(struct replica *r, const struct crdt_content *c, const struct text_place *p, uint64_t offset,
@@ -97,6 +115,8 @@ static int text_read(struct replica *r, const struct crdt_content *c, const stru
 		res = r->ms->body(r->ms, &m, p->at.uid, offset, len, out);
 		box_free(&b);
 	}
+	if (res == MS_OK && !is_text(c, p, offset, len, out))
+		res = MS_GONE;
 	if (res != MS_GONE)
 		return res;
 	(void)replica_txn_begin(r);

@@ -900,9 +900,10 @@ static char *report(struct worker *w)
 	return text;
 }
 
-/* Whether somebody has the text of a user's mail. */
-static bool text_exists(const char *user, const char *hex)
+/* Who has the text of a user's mail, and where; NULL: nobody. */
+static const char *text_exists(const char *user, const char *hex)
 {
+	static char place[300];
 	unsigned u = 0;
 	char have[17];
 
@@ -915,18 +916,22 @@ static bool text_exists(const char *user, const char *hex)
 			for (size_t m = 0; m < v->boxes[b].n; m++) {
 				for (unsigned k = 0; k < 8; k++)
 					snprintf(have + 2 * k, 3, "%02x", v->boxes[b].mails[m].content.b[k]);
-				if (strcmp(have, hex) == 0)
-					return true;
+				if (strcmp(have, hex) != 0)
+					continue;
+				snprintf(place, sizeof(place), "%s: %s has it in %.80s at UID %u", hex,
+					 sim.workers[i].name, v->boxes[b].path, v->boxes[b].mails[m].uid);
+				return place;
 			}
 		}
 	}
-	return false;
+	return NULL;
 }
 
 /* A line of a user for whom something is left to do, though nothing can be done. */
 static bool only_missing(const char *line)
 {
 	bool found = false;
+	const char *place;
 
 	for (unsigned i = 0; i < sim.missing_n; i++) {
 		char name[32];
@@ -934,8 +939,8 @@ static bool only_missing(const char *line)
 		snprintf(name, sizeof(name), "\tname=%s\t", sim.missing[i].user);
 		if (strncmp(line + 4, name, strlen(name)) != 0)
 			continue;
-		if (text_exists(sim.missing[i].user, sim.missing[i].hex))
-			fail("a text is not found that somebody has: %s", sim.missing[i].hex);
+		if ((place = text_exists(sim.missing[i].user, sim.missing[i].hex)) != NULL)
+			fail("a text is not found that somebody has: %s", place);
 		found = true;
 	}
 	return found;

@@ -24,6 +24,7 @@ struct fix {
 	struct replica_staged staged;
 	/* mailbox_body(): by UID */
 	int results[TEXT_PLACES_TRIED + 2];
+	const char *texts[TEXT_PLACES_TRIED + 2];	/* NULL: "text" */
 	unsigned reads;
 	unsigned asked[NAMES];		/* failing_create(), failing_subscribe(): by name */
 };
@@ -180,9 +181,18 @@ static int mailbox_body(struct mailstore *ms, const struct ms_mailbox *box, uint
 	(void)offset;
 	(void)len;
 	x->reads++;
-	crdt_buf_raw(buf, "text", x->results[uid] == MS_OK ? 4 : 2);	/* a broken read left something */
+	if (x->texts[uid] != NULL)
+		crdt_buf_raw(buf, x->texts[uid], strlen(x->texts[uid]));
+	else
+		crdt_buf_raw(buf, "text", x->results[uid] == MS_OK ? 4 : 2);	/* a broken read left something */
 	return x->results[uid];
 }
+
+/* SHA-256 of "text" */
+static const struct crdt_content text_id = { .b = {
+	0x98, 0x2d, 0x9e, 0x3e, 0xb9, 0x96, 0xf5, 0x59, 0xe6, 0x33, 0xf4, 0xd1, 0x94, 0xde, 0xf3, 0x76,
+	0x1d, 0x90, 0x9f, 0x5a, 0x3b, 0x64, 0x7d, 0x1a, 0x85, 0x1f, 0xea, 0xd6, 0x7c, 0x32, 0xc9, 0xd1,
+} };
 
 static void put_places(struct fix *x, const struct crdt_content *c, unsigned n)
 {
@@ -201,23 +211,21 @@ static void put_places(struct fix *x, const struct crdt_content *c, unsigned n)
 
 static int read_text(struct fix *x, struct crdt_buf *out)
 {
-	const struct crdt_content c = { .b = "content" };
 	uint64_t size;
 
 	x->reads = 0;
 	crdt_buf_clear(out);
-	return replica_read_body(x->r, &c, 0, 10, out, &size);
+	return replica_read_body(x->r, &text_id, 0, 10, out, &size);
 }
 
 /* A text is gone when it is in none of its places. */
 static void places(void **state)
 {
-	const struct crdt_content c = { .b = "content" };
 	struct fix *x = *state;
 	struct crdt_buf out = CRDT_BUF_INIT;
 
 	x->ms.body = mailbox_body;
-	put_places(x, &c, 3);
+	put_places(x, &text_id, 3);
 	x->results[1] = MS_GONE;
 	x->results[2] = MS_FAIL;
 	assert_int_equal(read_text(x, &out), MS_OK);
@@ -236,11 +244,30 @@ static void places(void **state)
 	assert_int_equal(read_text(x, &out), MS_GONE);
 	assert_int_equal(x->reads, 0);
 	/* however many have gone */
-	put_places(x, &c, TEXT_PLACES_TRIED + 1);
+	put_places(x, &text_id, TEXT_PLACES_TRIED + 1);
 	for (unsigned i = 1; i <= TEXT_PLACES_TRIED; i++)
 		x->results[i] = MS_GONE;
 	assert_int_equal(read_text(x, &out), MS_OK);
 	assert_int_equal(x->reads, TEXT_PLACES_TRIED + 1);
+	crdt_buf_free(&out);
+}
+
+/* A place may hold another mail: with another size, or with the same. */
+static void wrong_places(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_buf out = CRDT_BUF_INIT;
+
+	x->ms.body = mailbox_body;
+	put_places(x, &text_id, 3);
+	x->texts[1] = "another";
+	x->texts[2] = "next";
+	assert_int_equal(read_text(x, &out), MS_OK);
+	assert_int_equal(x->reads, 3);
+	assert_memory_equal(out.data, "text", 4);
+	x->texts[3] = "te";
+	assert_int_equal(read_text(x, &out), MS_GONE);
+	assert_int_equal(x->reads, 1);
 	crdt_buf_free(&out);
 }
 
@@ -965,7 +992,7 @@ static void renamed_beside_delete_unsent(void **state)
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places), TEST(first_what_is_here),
+	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places), TEST(wrong_places), TEST(first_what_is_here),
 		TEST(folders_that_fail), TEST(many_subscriptions),
 		TEST(folder_that_fails_beside_mails), TEST(parents_first),
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),

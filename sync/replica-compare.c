@@ -392,11 +392,14 @@ static void survey_unlisted(struct replica *r, const struct survey *s)
 
 		if (!name->subscription) {
 			look_put(r, LOOK_MISSING, name->p, name->n, 0);
-		} else if (!subscription_row(r, ROW_DIRTY_SUBSCRIPTION, name->p, name->n, false)) {
+		} else {
 			/* The file is gone, or was written by somebody else: no proof
-			 * that the user wanted it. */
-			replica_log(r, 1, "the subscription of %.*s is gone without a record: it is restored",
-				    (int)name->n, (const char *)name->p);
+			 * that the user wanted it.  What is to be applied already may
+			 * be the other way round, and has to find how it is, too. */
+			if (!subscription_row(r, ROW_DIRTY_SUBSCRIPTION, name->p, name->n, false)) {
+				replica_log(r, 1, "the subscription of %.*s is gone without a record: it is restored",
+					    (int)name->n, (const char *)name->p);
+			}
 			(void)subscription_row(r, ROW_SUBSCRIBED, name->p, name->n, true);
 			replica_mark_subscription(r, (struct crdt_str){ name->p, (uint16_t)name->n });
 		}

@@ -76,11 +76,12 @@ void vmail_journal(struct vmail *v, struct crdt_jrec *rec)
 			    rec->kind == CRDT_JREC_EXPUNGE || rec->kind == CRDT_JREC_TAKEOVER) && v->mode != VMAIL_KILLED)
 		box->stamp = (struct crdt_dot){ v->journal_id, rec->seq };
 	if (v->trace)
-		fprintf(stderr, "  w%u journal %llu: kind %u%s uid %u mailbox %02x%02x flags +%x -%x kw +%x -%x\n", v->slot,
+		fprintf(stderr, "  w%u journal %llu: kind %u%s uid %u mailbox %02x%02x flags +%x -%x kw +%x -%x %.*s\n", v->slot,
 			(unsigned long long)rec->seq, rec->kind, rec->applier ? " applier" : "",
 			rec->mails_n > 0 ? rec->mails[0].uid : rec->uids_n > 0 ? rec->uids[0].first : 0,
 			rec->mailbox.b[0], rec->mailbox.b[1], rec->flags_add, rec->flags_remove,
-			kw_mask(rec->kw_add, rec->kw_add_n), kw_mask(rec->kw_remove, rec->kw_remove_n));
+			kw_mask(rec->kw_add, rec->kw_add_n), kw_mask(rec->kw_remove, rec->kw_remove_n),
+			(int)rec->path.n, (const char *)rec->path.p);
 	crdt_jrec_encode(&b, rec);
 	if (v->journal_n == v->journal_cap) {
 		v->journal_cap = v->journal_cap == 0 ? 64 : v->journal_cap * 2;
@@ -885,8 +886,9 @@ static int ms_subscribe(struct mailstore *ms, const char *path, bool on)
 {
 	struct vmail *v = vm(ms);
 
-	if (subscription(v, path, on))
-		journal_path(v, on ? CRDT_JREC_SUBSCRIBE : CRDT_JREC_UNSUBSCRIBE, path, NULL, NULL, true);
+	/* recorded also where somebody did it without a record */
+	(void)subscription(v, path, on);
+	journal_path(v, on ? CRDT_JREC_SUBSCRIBE : CRDT_JREC_UNSUBSCRIBE, path, NULL, NULL, true);
 	return MS_OK;
 }
 
@@ -979,6 +981,21 @@ static bool boxes_equal(const struct vmail_box *a, const struct vmail_box *b, ch
 	return true;
 }
 
+static bool subscribed_there(const struct vmail *a, const struct vmail *b, const char *which, char why_r[300])
+{
+	for (size_t i = 0; i < a->subscriptions_n; i++) {
+		bool found = false;
+
+		for (size_t k = 0; k < b->subscriptions_n; k++)
+			found = found || strcmp(a->subscriptions[i], b->subscriptions[k]) == 0;
+		if (!found) {
+			(void)snprintf(why_r, 300, "%.80s is subscribed on the %s node only", a->subscriptions[i], which);
+			return false;
+		}
+	}
+	return true;
+}
+
 bool vmail_equal(const struct vmail *a, const struct vmail *b, char why_r[300])
 {
 	for (size_t i = 0; i < a->boxes_n; i++) {
@@ -995,21 +1012,7 @@ bool vmail_equal(const struct vmail *a, const struct vmail *b, char why_r[300])
 		(void)snprintf(why_r, 300, "%zu and %zu mailboxes", a->boxes_n, b->boxes_n);
 		return false;
 	}
-	for (size_t i = 0; i < a->subscriptions_n; i++) {
-		bool found = false;
-
-		for (size_t k = 0; k < b->subscriptions_n; k++)
-			found = found || strcmp(a->subscriptions[i], b->subscriptions[k]) == 0;
-		if (!found) {
-			(void)snprintf(why_r, 300, "%s is subscribed on one node only", a->subscriptions[i]);
-			return false;
-		}
-	}
-	if (a->subscriptions_n != b->subscriptions_n) {
-		(void)snprintf(why_r, 300, "%zu and %zu subscriptions", a->subscriptions_n, b->subscriptions_n);
-		return false;
-	}
-	return true;
+	return subscribed_there(a, b, "first", why_r) && subscribed_there(b, a, "second", why_r);
 }
 
 void vmail_dump(const struct vmail *v, const char *name)

@@ -32,13 +32,13 @@ static bool dir_is_empty(const char *path)
 	return d == NULL;
 }
 
-/* No other mailbox has it. */
-static bool guid_is_free(struct worker_user *user, struct mailbox *box, const struct crdt_id *id)
+/* No other mailbox has it, as far as the engine knows, or is found to. */
+static bool guid_is_free(struct worker_user *user, struct mailbox *box, const struct worker_msg *req)
 {
-	struct ms_mailbox msbox = { .guid = *id };
+	struct ms_mailbox msbox = { .guid = req->box.guid };
 	struct mailbox *found;
 	const char *error;
-	int ret = worker_box_open(user, &user->source, &msbox, &found, &error);
+	int ret = !req->flag ? MS_GONE : worker_box_open(user, &user->source, &msbox, &found, &error);
 
 	return ret == MS_GONE ||
 		(ret == MS_OK && found->list == box->list && strcmp(found->vname, box->vname) == 0);
@@ -53,7 +53,7 @@ static void create_update(struct worker_user *user, struct mailbox *box, const s
 	/* It may have been here, or be shown elsewhere, under this numberer. */
 	update_r->min_highest_modseq = crdt_modseq_of_term(req->numberer.term, TRUE);
 	/* INBOX has one id for all users: its GUID has to be another one each */
-	if (!box->inbox_user && guid_is_free(user, box, &req->box.guid))
+	if (!box->inbox_user && guid_is_free(user, box, req))
 		memcpy(update_r->mailbox_guid, req->box.guid.b, sizeof(update_r->mailbox_guid));
 	else
 		guid_128_generate(update_r->mailbox_guid);

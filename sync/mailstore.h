@@ -176,8 +176,9 @@ struct mailstore {
 	int (*apply)(struct mailstore *ms, struct ms_apply *a);
 	/* Makes box->path with this UIDVALIDITY and, if free, GUID; guid_r and
 	 * uidvalidity_r say what is there now (also when it existed already:
-	 * existed_r).  Missing parents are made as Dovecot makes them. */
-	int (*create)(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidnext,
+	 * existed_r).  Missing parents are made as Dovecot makes them.  used: some
+	 * mailbox may have the GUID; to find out all are opened. */
+	int (*create)(struct mailstore *ms, const struct ms_mailbox *box, bool used, uint32_t uidnext,
 		      const struct crdt_numberer *numberer, struct ms_mailbox *made_r, bool *existed_r);
 	/* MS_RETRY if the journal has native records of this mailbox beyond known. */
 	int (*remove)(struct mailstore *ms, const struct ms_mailbox *box, const struct ms_position *known);

@@ -189,7 +189,7 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	enum step step;
 	struct box b;
 	uint32_t uidnext;
-	bool existed = false;
+	bool existed = false, used;
 	int res;
 
 	group_of_path(r, f->path, f->path_len, &g);
@@ -198,11 +198,14 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	want.path = (struct crdt_str){ f->path, f->path_len };
 	want.uidvalidity = g.validity;
 	uidnext = uidnext_under(r, &g);
+	/* or an earlier try made it, and it was renamed before its record was read */
+	used = box_get(r, &f->id, &b) || is_creating(r, &f->id);
+	box_free(&b);
 	creating(r, &f->id, true);
 	if (call_begin(r, error_r) < 0)
 		return STEP_FAILED;
 	memset(&made, 0, sizeof(made));
-	res = r->ms->create(r->ms, &want, uidnext, &g.numberer, &made, &existed);
+	res = r->ms->create(r->ms, &want, used, uidnext, &g.numberer, &made, &existed);
 	step = call_end(r, NULL, res, error_r);
 	if (step == STEP_PROGRESS && res == MS_OK)
 		creating(r, &f->id, false);

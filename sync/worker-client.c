@@ -671,11 +671,11 @@ static int ms_list(struct mailstore *ms, const struct ms_mailbox *box,
  * Mailboxes
  */
 
-static int ms_create(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidnext,
+static int ms_create(struct mailstore *ms, const struct ms_mailbox *box, bool used, uint32_t uidnext,
 		     const struct crdt_numberer *numberer, struct ms_mailbox *made_r, bool *existed_r)
 {
 	struct worker_client *c = client(ms);
-	struct worker_msg m = { .type = WORKER_CREATE, .uidnext = uidnext };
+	struct worker_msg m = { .type = WORKER_CREATE, .flag = used, .uidnext = uidnext };
 	struct crdt_buf tmp;
 	int ret;
 

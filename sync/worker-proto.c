@@ -201,6 +201,7 @@ static void put_fields(struct crdt_buf *b, const struct worker_msg *m)
 		break;
 	case WORKER_CREATE:
 		put_box(b, &m->box);
+		crdt_buf_u8(b, m->flag);
 		crdt_buf_varint(b, m->uidnext);
 		put_numberer(b, &m->numberer);
 		break;
@@ -639,6 +640,7 @@ static bool get_fields(struct crdt_reader *r, struct worker_msg *m)
 		break;
 	case WORKER_CREATE:
 		get_box(r, &m->box);
+		m->flag = get_bool(r);
 		m->uidnext = get_u32(r);
 		m->numberer = get_numberer(r);
 		break;

@@ -87,7 +87,7 @@ struct worker_msg {
 	uint32_t numberer_next;			/* APPLY */
 	uint32_t uidnext;			/* CREATE, REVALIDATE; RESULT of APPLY */
 	uint32_t n;				/* APPLY: commands; REVALIDATE: entries; WANT_TEXT, OUTCOME: index */
-	bool flag;				/* APPLY: verify; SUBSCRIBE: on; MADE: existed; RESULT: more;
+	bool flag;				/* APPLY: verify; CREATE: used; SUBSCRIBE: on; MADE: existed; RESULT: more;
 						 * NAME: a subscription; CHECKED: all; JOURNALS: the copy is
 						 * not complete */
 	struct ms_cmd cmd;			/* CMD but text, file and outcome; OUTCOME: outcome, error;

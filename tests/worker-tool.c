@@ -257,7 +257,7 @@ static int do_create(void)
 	struct ms_mailbox box = mailbox("guid"), made;
 	struct crdt_numberer n = numberer();
 	bool existed;
-	int ret = ms->create(ms, &box, (uint32_t)number("uidnext"), &n, &made, &existed);
+	int ret = ms->create(ms, &box, number("unused") == 0, (uint32_t)number("uidnext"), &n, &made, &existed);
 
 	if (ret == MS_OK) {
 		printf("made");

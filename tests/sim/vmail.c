@@ -753,7 +753,7 @@ static int ms_do_apply(struct mailstore *ms, struct ms_apply *a)
 	return res;
 }
 
-static int ms_create(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidnext,
+static int ms_create(struct mailstore *ms, const struct ms_mailbox *box, bool used, uint32_t uidnext,
 		     const struct crdt_numberer *numberer, struct ms_mailbox *made_r, bool *existed_r)
 {
 	struct vmail *v = vm(ms);
@@ -768,6 +768,8 @@ static int ms_create(struct mailstore *ms, const struct ms_mailbox *box, uint32_
 
 		if (vmail_killed(v, 3))
 			return MS_TEMP;
+		if (!used && vmail_box_by_guid(v, &guid) != NULL)
+			v->fault = "a GUID was given to a second mailbox";
 		if (vmail_box_by_guid(v, &guid) != NULL || crdt_id_equal(&guid, &crdt_inbox_id))
 			box_id(v, &guid);
 		/* The record goes first: users may act on the mailbox at once. */

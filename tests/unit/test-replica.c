@@ -318,9 +318,10 @@ static unsigned *asked_for(struct mailstore *ms, const uint8_t *name, size_t n)
 	return &x->asked[atoi(number)];
 }
 
-static int failing_create(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidnext,
+static int failing_create(struct mailstore *ms, const struct ms_mailbox *box, bool used, uint32_t uidnext,
 			  const struct crdt_numberer *numberer, struct ms_mailbox *made_r, bool *existed_r)
 {
+	(void)used;
 	(void)uidnext;
 	(void)numberer;
 	(void)made_r;

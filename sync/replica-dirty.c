@@ -198,6 +198,19 @@ void replica_context_cap_folder(struct replica *r, struct crdt_vv *ctx, const st
 	}
 }
 
+/* All own ops, also where something is left to do for one (a text that nobody has): they say
+ * what was issued before the rest was applied.  With less a daemon that lacks them takes the
+ * rest for stable, and drops what removed a mail before an op comes that brings it back. */
+static void own_entries(struct replica *r, struct crdt_vv *vv)
+{
+	const struct crdt_vv *merged = replica_vv(r);
+
+	for (uint32_t i = 0; i < merged->n; i++) {
+		if (crdt_origin_slot(merged->e[i].origin) == r->cfg->slot)
+			(void)crdt_vv_raise(vv, merged->e[i].origin, merged->e[i].seq);
+	}
+}
+
 void replica_applied_vv(struct replica *r, struct crdt_vv *vv_r)
 {
 	static const char rows[] = { ROW_DIRTY_MAIL, ROW_WAIT_BODY, ROW_HELD, ROW_ASIDE,
@@ -207,6 +220,7 @@ void replica_applied_vv(struct replica *r, struct crdt_vv *vv_r)
 	*vv_r = *replica_vv(r);
 	for (unsigned i = 0; i < sizeof(rows); i++)
 		rrows(r)->scan(rrows(r), &rows[i], 1, NULL, 0, cap_row, vv_r);
+	own_entries(r, vv_r);
 	/* What the mail store shows of it is not known. */
 	if (rebuild_is_on(r))
 		crdt_vv_init(vv_r);

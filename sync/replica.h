@@ -120,7 +120,7 @@ int replica_forget_ops(struct replica *r, uint64_t all, char **error_r);
 int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,
 		      struct crdt_buf *out, uint64_t *size_r);
 
-/* What of the merged ops has been applied to the mail store, with own entries
+/* What of the merged ops has been applied to the mail store, with all own entries
  * as of when the journal was last read to its end (for stability). */
 void replica_applied_vv(struct replica *r, struct crdt_vv *vv_r);
 /* Every member has applied these: drop leftovers and the ops that are kept for members

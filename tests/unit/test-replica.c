@@ -637,6 +637,36 @@ static void own_op(struct fix *x)
 	assert_int_equal(replica_txn_commit(x->r, true, &error), 0);
 }
 
+/* What is left to do for an op is not applied; but an own one was issued, and before what was
+ * applied since: a daemon that lacks it must not take that for stable. */
+static void applied_has_all_own(void **state)
+{
+	struct fix *x = *state;
+	const crdt_origin own = replica_own_origin(x->r);
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"theirs", 6 } };
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	struct crdt_vv vv;
+	char *error;
+
+	own_op(x);
+	own_op(x);
+	deliver(x, &op, 1);
+	(void)replica_txn_begin(x->r);
+	crdt_buf_u8(&k, ROW_DIRTY_SUBSCRIPTION);
+	crdt_buf_raw(&k, "other", 5);
+	crdt_vv_init(&vv);
+	(void)crdt_vv_raise(&vv, own, 1);
+	(void)crdt_vv_raise(&vv, OTHER, 1);
+	crdt_vv_encode(&v, &vv);
+	rrows(x->r)->put(rrows(x->r), k.data, k.len, v.data, v.len);
+	assert_int_equal(replica_txn_commit(x->r, true, &error), 0);
+	replica_applied_vv(x->r, &vv);
+	assert_int_equal(crdt_vv_get(&vv, own), 2);
+	assert_int_equal(crdt_vv_get(&vv, OTHER), 0);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+}
+
 /* All that is merged stays until all have applied it; what waits is not merged. */
 static void keeps_what_members_lack(void **state)
 {
@@ -993,7 +1023,7 @@ static void renamed_beside_delete_unsent(void **state)
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places), TEST(wrong_places), TEST(first_what_is_here),
+	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places), TEST(wrong_places), TEST(applied_has_all_own), TEST(first_what_is_here),
 		TEST(folders_that_fail), TEST(many_subscriptions),
 		TEST(folder_that_fails_beside_mails), TEST(parents_first),
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),

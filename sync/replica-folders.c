@@ -198,8 +198,8 @@ static enum step do_create(struct replica *r, const struct crdt_folder *f, char 
 	want.path = (struct crdt_str){ f->path, f->path_len };
 	want.uidvalidity = g.validity;
 	uidnext = uidnext_under(r, &g);
-	/* or an earlier try made it, and it was renamed before its record was read */
-	used = box_get(r, &f->id, &b) || is_creating(r, &f->id);
+	/* An earlier try may have made it, or it was here, and was renamed without a record. */
+	used = box_get(r, &f->id, &b) || is_creating(r, &f->id) || box_left(r, &f->id);
 	box_free(&b);
 	creating(r, &f->id, true);
 	if (call_begin(r, error_r) < 0)

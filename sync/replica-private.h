@@ -21,6 +21,7 @@
 #define ROW_UID 'u'		/* mailbox guid, uid(be32): struct shadow */
 #define ROW_OLD_UID 'z'		/* as ROW_UID, under the UIDVALIDITY that a mailbox just lost */
 #define ROW_MAIL 'm'		/* mail key: mailbox guid, uid: where the mail is */
+#define ROW_LEFT '-'		/* guid of a mailbox that was here: another name may have it now */
 #define ROW_CREATING 'c'	/* folder id: its mailbox is being made, outcome not heard yet */
 #define ROW_SUBSCRIBED 'l'	/* name: subscribed in the mail store */
 #define ROW_TEXT 't'		/* content id, mailbox guid, uid(be32): size: a mail here with that text */
@@ -153,6 +154,7 @@ void replica_checkpoint(struct replica *r);
 /* replica-rows.c */
 bool box_get(struct replica *r, const struct crdt_id *guid, struct box *b_r);
 void box_put(struct replica *r, const struct box *b);
+bool box_left(struct replica *r, const struct crdt_id *guid);	/* was here, and went */
 void box_delete(struct replica *r, const struct box *b);	/* with its mails' shadows and folder links */
 void box_free(struct box *b);
 /* UIDNEXT that a mailbox had here at least under this UIDVALIDITY before it went: it must

@@ -881,10 +881,23 @@ void row_keys_free(struct row_key *keys, size_t n)
 		free(keys[i].p);
 }
 
+bool box_left(struct replica *r, const struct crdt_id *guid)
+{
+	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
+	bool left;
+
+	key_guid(&k, ROW_LEFT, guid);
+	left = get(r, &k, &v);
+	crdt_buf_free(&k);
+	crdt_buf_free(&v);
+	return left;
+}
+
 void box_delete(struct replica *r, const struct box *b)
 {
 	enum { SLICE = 512 };
 	struct crdt_buf k = CRDT_BUF_INIT;
+	const struct crdt_buf none = CRDT_BUF_INIT;
 	struct box copy;
 	uint32_t uids[SLICE];
 	size_t n;
@@ -915,6 +928,9 @@ void box_delete(struct replica *r, const struct box *b)
 	crdt_buf_clear(&k);
 	key_guid(&k, ROW_BOX, &b->guid);
 	del(r, &k);
+	crdt_buf_clear(&k);
+	key_guid(&k, ROW_LEFT, &b->guid);
+	put(r, &k, &none);
 	crdt_buf_free(&k);
 }
 

@@ -499,11 +499,28 @@ bool worker_is_alias(struct mailbox_list *list, const char *vname)
 	return is_alias(list, name);
 }
 
+/*
+ * What the mail store says.  mailbox_exists() would ask Dovecot's list index first,
+ * which a process that makes, renames or removes a mailbox changes after that, or never
+ * if it is killed in between; and "not found" is taken for "deleted".  The list index's
+ * hook was there before ours, so what ours has set aside is the storage's own function.
+ */
+static int store_exists(struct mailbox *box, enum mailbox_existence *existence_r)
+{
+	union mailbox_module_context *ctx = MODULE_CONTEXT_REQUIRE(box, worker_mailbox_module);
+
+	*existence_r = MAILBOX_EXISTENCE_NONE;
+	/* (as mailbox_exists() takes it: nobody has such a name) */
+	if (mailbox_verify_name(box) < 0)
+		return 0;
+	return ctx->super.exists(box, FALSE, existence_r);
+}
+
 int worker_box_exists(struct mailbox *box, const char **error_r)
 {
 	enum mailbox_existence existence;
 
-	if (mailbox_exists(box, FALSE, &existence) < 0)
+	if (store_exists(box, &existence) < 0)
 		return worker_box_error(box, "exists", error_r);
 	return existence == MAILBOX_EXISTENCE_SELECT && !is_not_yet(box) ? MS_OK : MS_GONE;
 }

@@ -80,7 +80,8 @@ bool worker_ns_is_recorded(struct worker_user *user, const struct mail_namespace
 /* The mailbox that has this path in records (plugin/crdt-path.c). */
 int worker_box_alloc(struct worker_user *user, const struct crdt_str *path,
 		     struct mailbox **box_r, const char **error_r);
-/* MS_OK: it exists; MS_GONE: no, or it is an INBOX that opening would make. */
+/* Asks the mail store, not Dovecot's list index.  MS_OK: it exists; MS_GONE: no, or it is
+ * an INBOX that opening would make. */
 int worker_box_exists(struct mailbox *box, const char **error_r);
 /* Opens and syncs; the box belongs to wbox, which is user->box or user->source,
  * until another is opened there.  MS_RETRY: its UIDVALIDITY is another one (0 in

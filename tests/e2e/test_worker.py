@@ -377,6 +377,40 @@ def test_no_inbox_is_made_by_looking(dovecot, user, tool):
     assert tool.create("INBOX", uidvalidity=704)["existed"] == "0"
 
 
+def renamed_behind_the_list_index(dovecot, user, old, new):
+    """What Dovecot's list index does not hear of: as by a process that is killed in between."""
+    source, = (path for path in (dovecot.mail / user).rglob("*" + old)
+               if path.is_dir() and path.name in (old, "." + old))
+    dest = source.with_name(source.name.replace(old, new))
+    dest.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        path.rename(dest / path.name)
+    source.rmdir()
+    os.chown(dest, MAIL_UID, MAIL_UID)
+
+
+@pytest.mark.parametrize("call", ["create", "rename"])
+def test_a_list_index_that_has_a_mailbox_that_is_gone(dovecot, user, tool, call):
+    old, other = (tool.create(path)["guid"] for path in ("old", "other"))
+    assert tool.create("old")["existed"] == "1"
+    renamed_behind_the_list_index(dovecot, user, "old", "moved")
+    if call == "create":
+        assert tool.create("old")["existed"] == "0"
+    else:
+        tool.call("rename", guid=other, path="other", to="old")
+        assert tool.create("old") == {"guid": other, "uidvalidity": "1000", "path": "old", "existed": "1"}
+    moved = tool.create("moved")
+    assert moved["existed"] == "1" and moved["guid"] == old
+
+
+def test_a_list_index_that_takes_a_mailbox_for_a_directory(dovecot, user, tool):
+    made = tool.create("x", uidvalidity=4711)
+    tool.create("a/b")
+    assert tool.create("a/b")["existed"] == "1"
+    renamed_behind_the_list_index(dovecot, user, "x", "a")
+    assert tool.create("a", uidvalidity=4712) == dict(made, path="a", existed="1")
+
+
 @pytest.mark.parametrize("path", ids=lambda p: repr(p[:10]), argvalues=["", "/a", "a//b", "a/", "a.b", "..", "a/../b", "x" * 300, "\x01", "~x/y",
                                   "b/" * 500 + "b"])
 def test_create_of_names_that_cannot_be(dovecot, user, tool, path):

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Digests of folders and of mailboxes; doc/FORMATS.md "Digest". */
+/* Digests of folders, of subscriptions and of mailboxes; doc/FORMATS.md "Digest". */
 #include "internal.h"
 
 void crdt_sum_add(struct crdt_sum *s, const uint8_t hash[32])
@@ -147,4 +147,28 @@ bool crdt_folder_digests(struct crdt_rows *rows, struct crdt_digest_walk *w, uns
 	crdt_buf_free(&key);
 	crdt_buf_free(&val);
 	return more;
+}
+
+/* ---- subscriptions ---- */
+
+struct names { crdt_hash *hash; struct crdt_sum sum; uint64_t n; };
+
+static bool add_name(void *ctx, const uint8_t *name, size_t len)
+{
+	struct names *names = ctx;
+	uint8_t hash[32];
+
+	names->hash(name, len, hash);
+	crdt_sum_add(&names->sum, hash);
+	names->n++;
+	return true;
+}
+
+void crdt_subscriptions_digest(struct crdt_rows *rows, crdt_hash *hash, struct crdt_subscriptions_digest *d_r)
+{
+	struct names names = { .hash = hash };
+
+	crdt_scan_subscriptions(rows, add_name, &names);
+	d_r->n = names.n;
+	crdt_sum_get(&names.sum, d_r->digest);
 }

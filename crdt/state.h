@@ -270,6 +270,10 @@ struct crdt_digest_walk {
 bool crdt_folder_digests(struct crdt_rows *rows, struct crdt_digest_walk *w, unsigned rows_max, crdt_hash *hash,
 			 void (*cb)(void *ctx, const struct crdt_folder_digest *d), void *ctx);
 
+/* Of the names that are subscribed: the sum of the names' hashes. */
+struct crdt_subscriptions_digest { uint64_t n; uint8_t digest[32]; };
+void crdt_subscriptions_digest(struct crdt_rows *rows, crdt_hash *hash, struct crdt_subscriptions_digest *d_r);
+
 /* A mail as a mailbox shows it: what the mail store has and what the state wants it
  * to have are compared by the sums of the hashes of these bytes. */
 struct crdt_shown {

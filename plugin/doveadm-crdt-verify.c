@@ -3,7 +3,7 @@
  * The proof that replicas are equal.  What the mail store really holds is read through
  * lib-storage and summed up for each mailbox; crdt-sync sums up what its state says
  * that the mailbox should show, and it and the storage daemons sum up each folder of
- * the state.  Nobody needs to list mails.
+ * the state.  Nobody needs to list mails.  Subscriptions are one sum of all.
  */
 #include "doveadm-crdt.h"
 #include "str.h"
@@ -216,7 +216,126 @@ static void verify_missing(struct verify *v)
 	}
 }
 
+/* ---- subscriptions ---- */
+
+/* As the plugin records them: of private namespaces with mailboxes of their own. */
+static bool ns_is_recorded(struct mail_namespace *ns)
+{
+	static const char *const formats[] = { "maildir", "sdbox", "mdbox", NULL };
+
+	return ns->type == MAIL_NAMESPACE_TYPE_PRIVATE && ns->alias_for == NULL &&
+		((ns->flags & NAMESPACE_FLAG_INBOX_USER) != 0 || ns->prefix_len > 0) &&
+		str_array_find(formats, mail_namespace_get_default_storage(ns)->name);
+}
+
+static void subscription_add(struct mailbox_list *list, const char *vname, struct crdt_sum *sum,
+			     struct crdt_verified *result)
+{
+	struct mailbox *box = mailbox_alloc(list, vname, MAILBOX_FLAG_READONLY | MAILBOX_FLAG_IGNORE_ACLS);
+	const char *path = crdt_path(box);
+	unsigned char hash[SHA256_RESULTLEN];
+
+	if (path != NULL) {
+		sha256_get_digest(path, strlen(path), hash);
+		crdt_sum_add(sum, hash);
+		result->mails++;
+	}
+	mailbox_free(&box);
+}
+
+static int subscriptions_sum(struct mailbox_list *list, struct crdt_sum *sum, struct crdt_verified *result)
+{
+	struct mailbox_list_iterate_context *iter;
+	const struct mailbox_info *info;
+
+	iter = mailbox_list_iter_init(list, "*", MAILBOX_LIST_ITER_SELECT_SUBSCRIBED |
+				      MAILBOX_LIST_ITER_RETURN_NO_FLAGS);
+	while ((info = mailbox_list_iter_next(iter)) != NULL)
+		subscription_add(list, info->vname, sum, result);
+	if (mailbox_list_iter_deinit(&iter) == 0)
+		return 0;
+	result->store = CRDT_VERIFY_UNKNOWN;
+	result->text = t_strdup(mailbox_list_get_last_internal_error(list, NULL));
+	return -1;
+}
+
+/* A row of their own, the last one. */
+static struct crdt_verified *verify_subscriptions(struct verify *v, const struct crdt_line *state)
+{
+	struct crdt_verified *result = array_append_space(v->result);
+	struct mail_namespace *ns;
+	struct crdt_sum sum;
+	uint8_t digest[32];
+
+	i_zero(&sum);
+	result->path = "(subscriptions)";
+	result->text = "";
+	for (ns = v->user->namespaces; ns != NULL; ns = ns->next) {
+		if (ns_is_recorded(ns) && subscriptions_sum(ns->list, &sum, result) < 0)
+			return result;
+	}
+	crdt_sum_get(&sum, digest);
+	if (state == NULL) {
+		result->store = CRDT_VERIFY_UNKNOWN;
+		result->text = "crdt-sync does not tell them";
+	} else if (strcmp(crdt_line_get(state, "digest"), binary_to_hex(digest, sizeof(digest))) != 0) {
+		result->store = CRDT_VERIFY_DIFFERS;
+		result->text = t_strdup_printf("recorded are %s names%s", crdt_line_get(state, "names"),
+			crdt_line_num(state, "names") == result->mails ? ", others" : "");
+	}
+	return result;
+}
+
 /* ---- the daemons ---- */
+
+/* What one daemon said.  silent: why it said nothing; NULL: it did. */
+struct daemon { const char *name; const struct crdt_line *lines; unsigned int n; const char *silent; };
+ARRAY_DEFINE_TYPE(daemon, struct daemon);
+
+static const struct crdt_line *daemon_find(const struct daemon *daemon, const char *kind)
+{
+	for (unsigned int i = 0; i < daemon->n; i++) {
+		if (strcmp(daemon->lines[i].kind, kind) == 0)
+			return &daemon->lines[i];
+	}
+	return NULL;
+}
+
+static void daemon_get(const struct crdt_line *lines, unsigned int n, struct daemon *daemon_r)
+{
+	const struct crdt_line *error;
+
+	i_zero(daemon_r);
+	daemon_r->name = crdt_line_get(&lines[0], "name");
+	daemon_r->lines = lines;
+	daemon_r->n = n;
+	if (daemon_find(daemon_r, "user") != NULL)
+		return;
+	error = daemon_find(daemon_r, "error");
+	daemon_r->silent = error == NULL ? "no answer" : crdt_line_get(error, "text");
+}
+
+static void daemons_get(const struct verify *v, ARRAY_TYPE(daemon) *daemons_r)
+{
+	const struct crdt_line *lines;
+	unsigned int i, n, count;
+
+	t_array_init(daemons_r, 4);
+	lines = array_get(&v->there, &count);
+	for (i = 0; i < count; i += n) {
+		for (n = 1; i + n < count && strcmp(lines[i + n].kind, "storage") != 0; n++)
+			;
+		daemon_get(&lines[i], n, array_append_space(daemons_r));
+	}
+}
+
+/* The worse verdict counts. */
+static void storage_says(struct crdt_verified *r, enum crdt_verdict verdict, const char *text)
+{
+	if (verdict == CRDT_VERIFY_DIFFERS || r->storage == CRDT_VERIFY_EQUAL)
+		r->storage = verdict;
+	r->text = t_strdup_printf("%s%s%s", r->text, *r->text == '\0' ? "" : "; ", text);
+}
 
 static const struct crdt_line *folder_in(const struct crdt_line *lines, unsigned int n, const char *id)
 {
@@ -227,7 +346,7 @@ static const struct crdt_line *folder_in(const struct crdt_line *lines, unsigned
 	return NULL;
 }
 
-static void storage_differs(struct verify *v, const struct crdt_line *folder, const char *storage, const char *what)
+static void folder_differs(struct verify *v, const struct crdt_line *folder, const char *storage, const char *what)
 {
 	const char *path = crdt_line_get(folder, "path");
 	struct crdt_verified *r = result_of(v, path);
@@ -237,15 +356,13 @@ static void storage_differs(struct verify *v, const struct crdt_line *folder, co
 		r->path = path;
 		r->text = "";
 	}
-	r->storage = CRDT_VERIFY_DIFFERS;
-	r->text = t_strdup_printf("%s%s%s %s", r->text, *r->text == '\0' ? "" : "; ", storage, what);
+	storage_says(r, CRDT_VERIFY_DIFFERS, t_strdup_printf("%s %s", storage, what));
 }
 
-/* n lines of one daemon's answer. */
-static void storage_compare(struct verify *v, const char *storage, const struct crdt_line *lines, unsigned int n)
+static void folders_compare(struct verify *v, const struct daemon *daemon)
 {
-	const struct crdt_line *here, *other;
-	unsigned int here_n;
+	const struct crdt_line *here, *other, *lines = daemon->lines;
+	unsigned int here_n, n = daemon->n;
 
 	here = array_get(&v->here, &here_n);
 	for (unsigned int i = 0; i < here_n; i++) {
@@ -253,48 +370,57 @@ static void storage_compare(struct verify *v, const char *storage, const struct 
 			continue;
 		other = folder_in(lines, n, crdt_line_get(&here[i], "id"));
 		if (other == NULL)
-			storage_differs(v, &here[i], storage, "lacks it");
+			folder_differs(v, &here[i], daemon->name, "lacks it");
 		else if (strcmp(crdt_line_get(other, "digest"), crdt_line_get(&here[i], "digest")) != 0)
-			storage_differs(v, &here[i], storage, "has another state of it");
+			folder_differs(v, &here[i], daemon->name, "has another state of it");
 	}
 	for (unsigned int i = 0; i < n; i++) {
 		if (strcmp(lines[i].kind, "folder") == 0 &&
 		    folder_in(here, here_n, crdt_line_get(&lines[i], "id")) == NULL)
-			storage_differs(v, &lines[i], storage, "has it, and nobody here");
+			folder_differs(v, &lines[i], daemon->name, "has it, and nobody here");
 	}
 }
 
-/* Whether the answer is one, and not why there is none. */
-static bool storage_answered(const struct crdt_line *lines, unsigned int n)
+/* state: what crdt-sync says. */
+static void subscriptions_compare(const struct crdt_line *state, const struct daemon *daemon,
+				  struct crdt_verified *r)
 {
-	for (unsigned int i = 0; i < n; i++) {
-		if (strcmp(lines[i].kind, "user") == 0)
-			return TRUE;
-	}
-	return FALSE;
+	const struct crdt_line *other = daemon_find(daemon, "subscriptions");
+
+	if (other == NULL)	/* of another version */
+		storage_says(r, CRDT_VERIFY_UNKNOWN, t_strdup_printf("%s does not tell them", daemon->name));
+	else if (state != NULL && strcmp(crdt_line_get(other, "digest"), crdt_line_get(state, "digest")) != 0)
+		storage_says(r, CRDT_VERIFY_DIFFERS, t_strdup_printf("%s has other ones", daemon->name));
+}
+
+/* Equal is only what all of the daemons were asked for, since each feeds others. */
+static void daemon_is_silent(struct verify *v, const struct daemon *daemon)
+{
+	const char *text = t_strdup_printf("%s: %s", daemon->name, daemon->silent);
+	struct crdt_verified *r;
+
+	array_foreach_modifiable(v->result, r)
+		storage_says(r, CRDT_VERIFY_UNKNOWN, text);
 }
 
 static void verify_storages(struct verify *v)
 {
-	const struct crdt_line *lines;
-	unsigned int i, n, count, answered = 0;
+	const struct crdt_line *state = crdt_lines_find(&v->here, "subscriptions");
+	ARRAY_TYPE(daemon) daemons;
+	const struct daemon *daemon;
 	struct crdt_verified *r;
 
-	lines = array_get(&v->there, &count);
-	for (i = 0; i < count; i += n) {
-		for (n = 1; i + n < count && strcmp(lines[i + n].kind, "storage") != 0; n++)
-			;
-		if (!storage_answered(&lines[i], n))
-			continue;
-		answered++;
-		storage_compare(v, crdt_line_get(&lines[i], "name"), &lines[i], n);
+	daemons_get(v, &daemons);
+	array_foreach(&daemons, daemon) {
+		if (daemon->silent == NULL)
+			folders_compare(v, daemon);
 	}
-	if (answered > 0)
-		return;
-	array_foreach_modifiable(v->result, r) {
-		r->storage = CRDT_VERIFY_UNKNOWN;
-		if (*r->text == '\0')
-			r->text = "no storage daemon answers";
+	r = verify_subscriptions(v, state);
+	array_foreach(&daemons, daemon) {
+		if (daemon->silent == NULL)
+			subscriptions_compare(state, daemon, r);
+		else
+			daemon_is_silent(v, daemon);
 	}
 }
 

@@ -355,15 +355,16 @@ static int verified_print(struct crdt_cmd *cmd, const ARRAY_TYPE(crdt_verified) 
 	return code == 0 ? 0 : -1;
 }
 
-static bool all_equal(const ARRAY_TYPE(crdt_verified) *result)
+/* (Who does not answer is not asked again.) */
+static bool any_differs(const ARRAY_TYPE(crdt_verified) *result)
 {
 	const struct crdt_verified *r;
 
 	array_foreach(result, r) {
-		if (r->store != CRDT_VERIFY_EQUAL || r->storage != CRDT_VERIFY_EQUAL)
-			return FALSE;
+		if (r->store == CRDT_VERIFY_DIFFERS || r->storage == CRDT_VERIFY_DIFFERS)
+			return TRUE;
 	}
-	return TRUE;
+	return FALSE;
 }
 
 /* Somebody may change mail while it is looked at: what differs is looked at again when
@@ -374,7 +375,7 @@ static int cmd_verify_run(struct doveadm_mail_cmd_context *ctx, struct mail_user
 	ARRAY_TYPE(crdt_verified) result;
 	const char *why, *error;
 	unsigned int i;
-	int ret;
+	int ret, code = 0;
 
 	for (i = 0; i < VERIFY_TRIES; i++) {
 		ret = crdt_client_wait(cmd->client, user->username, "sync", NULL, cmd->secs, FALSE, &why);
@@ -383,12 +384,19 @@ static int cmd_verify_run(struct doveadm_mail_cmd_context *ctx, struct mail_user
 			cmd_failed(ctx, EX_TEMPFAIL);
 			return -1;
 		}
-		if (ret == 0 || all_equal(&result))
+		if (ret == 0 || !any_differs(&result))
 			break;
 	}
-	if (ret == 0)
+	if (verified_print(cmd, &result) < 0)
+		code = -1;
+	if (ret == 0) {
+		/* what is still to come, or was not looked at, is in none of the sums */
 		e_warning(user->event, "Not at rest: %s", why);
-	return verified_print(cmd, &result);
+		if (code == 0)
+			cmd_failed(ctx, EX_TEMPFAIL);
+		code = -1;
+	}
+	return code;
 }
 
 static struct doveadm_mail_cmd_context *cmd_verify_alloc(void)

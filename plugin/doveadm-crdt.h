@@ -52,8 +52,8 @@ int crdt_client_wait(struct crdt_client *client, const char *user, const char *w
 
 enum crdt_verdict { CRDT_VERIFY_EQUAL, CRDT_VERIFY_DIFFERS, CRDT_VERIFY_UNKNOWN };
 struct crdt_verified {
-	const char *path;
-	uint64_t mails;			/* in the mail store */
+	const char *path;		/* or "(subscriptions)": the last row */
+	uint64_t mails;			/* in the mail store; or names */
 	enum crdt_verdict store;	/* the mail store against the state here */
 	enum crdt_verdict storage;	/* that against the daemons' */
 	const char *text;		/* what differs, or why nobody knows; "" */

@@ -91,13 +91,25 @@ static void put_user(struct hub *h, struct store_txn *t, const struct hub_user *
 	status_put_user(out, &line);
 }
 
+static void put_subscriptions(struct crdt_rows *rows, struct crdt_buf *out)
+{
+	struct crdt_subscriptions_digest d;
+
+	memset(&d, 0, sizeof(d));
+	if (rows != NULL)
+		crdt_subscriptions_digest(rows, sha256, &d);
+	status_put_subscriptions(out, &d);
+}
+
 /* Only what is committed: that is what others are fed. */
-static void tell_user(struct hub_conn *c, uint64_t id, const struct hub_user *user)
+static void tell_user(struct hub_conn *c, uint64_t id, const struct hub_user *user, bool folders)
 {
 	struct store_txn *t = store_begin(c->h->s);
 	struct crdt_buf out = CRDT_BUF_INIT;
 
 	put_user(c->h, t, user, &out);
+	if (folders)
+		put_subscriptions(NULL, &out);	/* (it knows nothing of him) */
 	store_abort(&t);
 	tell(c, id, &out);
 	crdt_buf_free(&out);
@@ -150,7 +162,7 @@ void asks_on_ask(struct hub_conn *c, const struct crdt_frame *f)
 	if (hub_user(c->h, f, false, &user) && f->code == CRDT_ASK_FOLDERS)
 		ask_add(c, f->id, &user);
 	else
-		tell_user(c, f->id, &user);
+		tell_user(c, f->id, &user, f->code == CRDT_ASK_FOLDERS);
 }
 
 static void folder_cb(void *ctx, const struct crdt_folder_digest *d)
@@ -193,6 +205,8 @@ static void slice(struct hub_conn *c, struct hub_ask *a)
 		begin(h, t, a);
 	store_rows_init(&rows, t, a->user.id);
 	more = crdt_folder_digests(&rows.rows, &a->walk, HUB_ASK_ROWS, sha256, folder_cb, &a->out);
+	if (!more)
+		put_subscriptions(&rows.rows, &a->out);
 	crdt_vv_get_merged(&rows.rows, &now);
 	if (rows.rows.failed) {
 		give_up(c, a, "the stored state of this user is damaged: see DAMAGED DATABASE in crdt-stored(8)");

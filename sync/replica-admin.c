@@ -211,6 +211,7 @@ static void put_mailbox(struct replica *r, const struct path *paths, size_t n, s
 
 void replica_digests(struct replica *r, struct crdt_buf *out)
 {
+	struct crdt_subscriptions_digest subscriptions;
 	struct crdt_digest_walk walk;
 	struct paths l = { NULL, 0, 0 };
 	size_t n;
@@ -225,6 +226,8 @@ void replica_digests(struct replica *r, struct crdt_buf *out)
 			;
 		put_mailbox(r, &l.v[i], n, out);
 	}
+	crdt_subscriptions_digest(rrows(r), sha256, &subscriptions);
+	status_put_subscriptions(out, &subscriptions);
 	store_abort(&r->txn);
 	for (size_t i = 0; i < l.n; i++)
 		free(l.v[i].p);

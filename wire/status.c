@@ -216,6 +216,14 @@ void status_put_folder(struct crdt_buf *b, const struct crdt_folder_digest *d)
 	status_end(b);
 }
 
+void status_put_subscriptions(struct crdt_buf *b, const struct crdt_subscriptions_digest *d)
+{
+	status_begin(b, "subscriptions");
+	status_uint(b, "names", d->n);
+	status_hex(b, "digest", d->digest, sizeof(d->digest));
+	status_end(b);
+}
+
 void status_put_more(struct crdt_buf *b, uint64_t users)
 {
 	status_begin(b, "more");

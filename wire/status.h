@@ -55,6 +55,7 @@ void status_put_node(struct crdt_buf *b, const struct status_node *s);
 void status_put_peer(struct crdt_buf *b, const struct status_peer *s);
 void status_put_user(struct crdt_buf *b, const struct status_user *s);
 void status_put_folder(struct crdt_buf *b, const struct crdt_folder_digest *d);
+void status_put_subscriptions(struct crdt_buf *b, const struct crdt_subscriptions_digest *d);
 void status_put_more(struct crdt_buf *b, uint64_t users);
 void status_put_end(struct crdt_buf *b);	/* of the answer */
 #endif

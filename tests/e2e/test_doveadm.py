@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import threading
 
@@ -22,6 +23,7 @@ from test_damage import wait_log
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 NUMBERS = itertools.count(1)
 DIFFERS, TEMPFAIL, NOPERM = 65, 75, 77
+NAMES = "(subscriptions)"       # verify's row of them
 MAILDIR = os.environ.get("CRDT_MAIL_FORMAT", "maildir") == "maildir"
 
 
@@ -170,7 +172,8 @@ def test_verify(cluster, user):
     fill(cluster, user)
     with Client.login(cluster, "w1", user) as client:
         client.do("create g", "rename g h/i", "copy f a h/i", "create same", "append same x")
-    want = {"INBOX": (1, "ok", "ok"), "f": (2, "ok", "ok"), "h/i": (1, "ok", "ok"), "same": (1, "ok", "ok")}
+    want = {"INBOX": (1, "ok", "ok"), "f": (2, "ok", "ok"), "h/i": (1, "ok", "ok"), "same": (1, "ok", "ok"),
+            NAMES: (1, "ok", "ok")}
     for worker in ("w1", "w2"):
         for argv in ([], ["-c"]):
             rows = verified(crdt(cluster, worker, "verify", *argv, "-u", user))
@@ -209,7 +212,7 @@ def test_verify_finds_a_changed_text(cluster, user):
     code, text = fails(cluster, "w2", "verify", "-c", "-u", user)
     assert code == DIFFERS
     rows = verified(json.loads(text[text.index("["):text.rindex("]") + 1]))
-    assert rows == {"INBOX": (1, "ok", "ok"), "f": (2, "differs", "ok")}
+    assert rows == {"INBOX": (1, "ok", "ok"), "f": (2, "differs", "ok"), NAMES: (1, "ok", "ok")}
     assert verified(crdt(cluster, "w1", "verify", "-c", "-u", user))["f"] == (2, "ok", "ok")
 
 
@@ -238,6 +241,62 @@ def test_verify_finds_what_a_daemon_lacks(own_cluster):
     assert code == DIFFERS and "lacks it" in text, text
     rows = verified(json.loads(text[text.index("["):text.rindex("]") + 1]))
     assert rows["f"] == (2, "ok", "differs")
+    assert rows[NAMES] == (1, "ok", "differs")
+
+
+def endpoint(cluster, storage):
+    return f"tcp://{cluster.node(storage)['cluster_address']}:4590"
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["dead", "stuck"])
+def test_verify_names_a_daemon_that_is_silent(own_cluster, stopped):
+    """One of two: what nobody asked it is not equal."""
+    cluster = own_cluster(users=1, storages=2)
+    fill(cluster, "u1")
+    cluster.wait()
+    pid = cluster.pid("s2", "crdt-stored")
+    if stopped:
+        os.kill(pid, signal.SIGSTOP)
+    else:
+        cluster.kill("s2")
+    try:
+        code, text = fails(cluster, "w1", "verify", "-u", "u1")
+    finally:
+        if stopped:
+            os.kill(pid, signal.SIGCONT)
+    assert code == TEMPFAIL and f"{endpoint(cluster, 's2')}: no answer" in text, text
+    assert endpoint(cluster, "s1") not in text
+    rows = verified(json.loads(text[text.index("["):text.rindex("]") + 1]))
+    assert set(rows.values()) == {(1, "ok", "unknown"), (2, "ok", "unknown")}, rows
+    cluster.start("s2")
+    cluster.wait()
+    assert {row[1:] for row in verified(crdt(cluster, "w1", "verify", "-u", "u1")).values()} == {("ok", "ok")}
+
+
+@pytest.mark.allows_errors
+def test_verify_without_a_worker(own_cluster):
+    """No crdt-worker can be had: nobody says that all is well, and what did not come shows."""
+    cluster = own_cluster(users=1)
+    fill(cluster, "u1")
+    cluster.wait()
+    socket = os.path.join(os.path.dirname(cluster.node("w2")["status_socket"]), "crdt-worker")
+    os.rename(socket, socket + ".aside")
+    cluster.kill("w2", "crdt-worker")
+    code, text = fails(cluster, "w2", "verify", "-w", "1", "-u", "u1")
+    assert code == TEMPFAIL and "Not at rest" in text and socket in text, text
+    with Client.login(cluster, "w1", "u1") as client:
+        client.do("create new", "subscribe INBOX", "unsubscribe f", "subscribe new")
+    cluster.doveadm("w1", "crdt", "sync", "-u", "u1")
+
+    def differs():
+        code, text = fails(cluster, "w2", "verify", "-w", "1", "-u", "u1")
+        rows = verified(json.loads(text[text.index("["):text.rindex("]") + 1]))
+        return code == DIFFERS and "recorded are 2 names" in text and rows[NAMES] == (1, "differs", "ok")
+
+    until(differs)
+    os.rename(socket + ".aside", socket)
+    cluster.wait()
+    assert verified(crdt(cluster, "w2", "verify", "-u", "u1"))[NAMES] == (2, "ok", "ok")
 
 
 @pytest.mark.skipif(not MAILDIR, reason="removes a file of a Maildir")

@@ -2300,7 +2300,9 @@ static void test_ask(void **state)
 	assert_non_null(strstr(text, "member\tname=s2\trole=storage\tslot=-1\t"));
 	/* asking makes nobody known */
 	ask(w, 1, 1, CRDT_ASK_FOLDERS, "u");
-	assert_string_equal(told(&r1, 1), "user\tname=u\tgen=0\tvv=\tunsent=0\tpending=0\theld=0\tbuffered=0\n");
+	assert_string_equal(told(&r1, 1), "user\tname=u\tgen=0\tvv=\tunsent=0\tpending=0\theld=0\tbuffered=0\n"
+			    "subscriptions\tnames=0\tdigest="
+			    "0000000000000000000000000000000000000000000000000000000000000000\n");
 	send_op(w, 1, "u", op_create_inbox(ORIGIN1, 1));
 	send_body(w, 1, "u", "text", 4, 0, 4);
 	send_op(w, 1, "u", op_add(ORIGIN1, 2, "g1", "text", 4));
@@ -2322,6 +2324,14 @@ static void test_ask(void **state)
 	text = told(&r1, 4);
 	assert_non_null(strstr(text, "mails=0"));
 	assert_null(strstr(text, digest));
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 4, "work"));
+	settle(w);
+	expect(&r1, CRDT_FRAME_ACK);
+	ask(w, 1, 5, CRDT_ASK_FOLDERS, "u");
+	settle(w);
+	/* a sum of one: the SHA-256 of the name */
+	assert_non_null(strstr(told(&r1, 5), "subscriptions\tnames=1\tdigest="
+			       "00e13ed7af55b27622f1d6eab5bec0147e68efe28dc2b12461117afa1a5ed40e\n"));
 	/* more questions than there is room for: the oldest give way */
 	for (uint64_t i = 10; i < 10 + HUB_ASKS_MAX + 2; i++)
 		ask(w, 1, i, CRDT_ASK_FOLDERS, "u");

@@ -38,6 +38,12 @@ static void column(const char *key, bool number)
 			     DOVEADM_PRINT_HEADER_FLAG_NUMBER : 0);
 }
 
+/* A number, or nothing: as a number doveadm's JSON takes nothing else. */
+static void column_if_known(const char *key)
+{
+	doveadm_print_header(key, key, DOVEADM_PRINT_HEADER_FLAG_RIGHT_JUSTIFY);
+}
+
 static void cmd_failed(struct doveadm_mail_cmd_context *ctx, int code)
 {
 	/* of several users the worst counts */
@@ -93,7 +99,7 @@ static void status_node_print(const ARRAY_TYPE(crdt_line) *lines)
 	column("replica", FALSE);
 	column("peer", FALSE);
 	column("connected", FALSE);
-	column("last_ack", TRUE);
+	column_if_known("last_ack");
 	column("received", TRUE);
 	column("kept", TRUE);
 	column("dirty", TRUE);
@@ -444,9 +450,9 @@ static void replica_list(void)
 	column("storage", FALSE);
 	column("name", FALSE);
 	column("role", FALSE);
-	column("slot", TRUE);
+	column_if_known("slot");
 	column("state", FALSE);
-	column("behind", TRUE);
+	column_if_known("behind");
 	array_foreach(&lines, line) {
 		if (strcmp(line->kind, "storage") == 0) {
 			storage = line;

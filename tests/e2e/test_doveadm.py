@@ -346,6 +346,26 @@ def test_replica_list(cluster):
     until(lambda: states() == {"w1": "connected", "w2": "connected"})
 
 
+def test_what_is_not_known(own_cluster):
+    """Daemons have no slot, and one that is away says nothing, nor has acknowledged anything:
+    all of it can be told as JSON."""
+    cluster = own_cluster(users=1, storages=2)
+    fill(cluster, "u1")
+    cluster.wait()
+    rows = crdt(cluster, "w1", "replica", "list")
+    assert {(row["name"], row["role"], row["slot"]) for row in rows} == {
+        ("w1", "worker", "1"), ("w2", "worker", "2"), ("s1", "storage", ""), ("s2", "storage", "")}
+    cluster.kill("s2")
+    cluster.kill("w1", "crdt-sync")
+    cluster.start("w1")
+    rows = until(lambda: [row for row in crdt(cluster, "w1", "status") if row["connected"] == "no"])
+    assert [(row["peer"], row["last_ack"]) for row in rows] == [(endpoint(cluster, "s2"), "-")]
+    code, text = fails(cluster, "w1", "replica", "list")
+    assert code == TEMPFAIL
+    rows = json.loads(text[text.index("["):text.rindex("]") + 1])
+    assert [row["state"] for row in rows if row["storage"] == endpoint(cluster, "s2")] == ["not connected"]
+
+
 def test_without_crdt_sync(own_cluster):
     """It says so, and fails."""
     cluster = own_cluster(users=1)

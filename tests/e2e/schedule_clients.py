@@ -6,10 +6,11 @@ import contextlib
 import imaplib
 import re
 import smtplib
+import threading
 import time
 
 from imap_lib import Client, each, quoted
-from schedule_model import text
+from schedule_model import Model, text
 
 FLAGS = ("\\Answered", "\\Draft", "\\Flagged", "\\Seen", "\\Deleted", "work", "$label")
 NAMES = ("a", "b", "c", "d/e", "d/e/f", "R&D", "Entw\u00fcrfe", "with spaces", 'the "quoted"', "x" * 100)
@@ -24,6 +25,23 @@ MIXES = (
 )
 FULL = {"expunge": 4, "move": 1, "store": 2}
 MAILS_MAX = 40              # in the mailbox: then nothing more is put there
+
+
+class User:
+    """A user, of which nothing was known before."""
+
+    def __init__(self, name, chance):
+        self.name = name
+        self.model = Model()
+        self.mix = chance.choice(MIXES)
+        self.names = chance.sample(NAMES, chance.randrange(2, 5))
+        self.lock = threading.Lock()
+        self.number = 0
+
+    def new_subject(self):
+        with self.lock:
+            self.number += 1
+            return f"{self.name}m{self.number}"
 
 
 class Session:

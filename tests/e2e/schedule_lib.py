@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 
-from compare_lib import configure, until
+from compare_lib import configure, see, until
 from crdtlib import CommandFailed
 from crdtcluster import commands
 from crdtcluster.errors import ClusterError
@@ -127,6 +127,22 @@ class Clock:
             file.write(struct.pack("q", seconds))
 
 
+class Plain:
+    """Workers to which clients go, and nothing happens to their disks."""
+
+    def __init__(self, cluster, *workers):
+        self.cluster, self.workers = cluster, list(workers)
+
+    def is_full(self, _worker):
+        return False
+
+    def login(self, worker, user):
+        return self.cluster.imap(worker, user)
+
+    def deliver(self, worker, address, message):
+        self.cluster.deliver(worker, address, message)
+
+
 class Runner:
     """A cluster on which schedules run. (Its commands are called, not run: a process of
     Python takes as long as clients for all they do.)"""
@@ -232,3 +248,29 @@ def wait_progress(sessions, steps, part):
     """Until this part of all steps was taken."""
     while sum(min(session.steps, steps) for session in sessions) < part * steps * len(sessions):
         time.sleep(0.005)
+
+
+def differences(cluster, workers, users):
+    """What is wrong at rest: between workers, and with what each user's model allows."""
+    wrong = []
+    for user in users:
+        views = [look(cluster, worker, user) for worker in workers]
+        user.view = views[0]
+        if any(view != views[0] for view in views):
+            wrong.append(f"I1: {user.name}: " + "\n".join(f"{worker}:\n{view}" for worker, view
+                                                          in zip(workers, views)))
+        wrong += [f"{user.name}: {each}" for each in user.model.check(views[0])]
+    return wrong
+
+
+def look(cluster, worker, user):
+    """What is there; the model hears of the UIDs."""
+    # (A kill may leave Dovecot's index of the list behind what there is.)
+    view = see(cluster, worker, user.name, stale_list=True)
+    # LAYOUT=fs: of a parent that is empty a kill may leave the directory
+    view.folders = {name: folder for name, folder in view.folders.items() if folder.selectable or any(
+        other.selectable and below.startswith(name + "/") for below, other in view.folders.items())}
+    for folder in view.folders.values():
+        for uid, mail in folder.mails.items():
+            user.model.named(worker, folder.uidvalidity, uid, mail.subject)
+    return view

@@ -21,13 +21,12 @@ import time
 
 import pytest
 
-from compare_lib import see, until
+from compare_lib import until
 from crdtlib import TOP, Cluster, CommandFailed
 from imap_lib import Refused
 from kill_lib import stale_locks_go
-from schedule_clients import MIXES, NAMES, Session
-from schedule_lib import Runner, plan, wait_progress
-from schedule_model import Model
+from schedule_clients import Session, User
+from schedule_lib import Runner, differences, plan, wait_progress
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.allows_errors]
 SEED = int(os.environ.get("CRDT_SEED") or random.randrange(1 << 24) * 10)
@@ -37,23 +36,6 @@ GROUP = 10              # schedules on one cluster
 USERS_AT_ONCE = 3
 FORMATS = ("maildir", "maildir,sdbox", "sdbox,maildir", "sdbox", "maildir+zlib,sdbox", "maildir+fs")
 RESTS_IN = 120          # seconds until it must have come to rest
-
-
-class User:
-    """A user, of which nothing was known before."""
-
-    def __init__(self, name, chance):
-        self.name = name
-        self.model = Model()
-        self.mix = chance.choice(MIXES)
-        self.names = chance.sample(NAMES, chance.randrange(2, 5))
-        self.lock = threading.Lock()
-        self.number = 0
-
-    def new_subject(self):
-        with self.lock:
-            self.number += 1
-            return f"{self.name}m{self.number}"
 
 
 class Group:
@@ -117,7 +99,7 @@ class Group:
         def rested():
             try:
                 self.cluster.wait(RESTS_IN)
-                wrong[:] = self.wrong()
+                wrong[:] = differences(self.cluster, self.workers, self.users)
             except (Refused, CommandFailed, OSError, imaplib.IMAP4.error) as error:
                 wrong[:] = [f"{type(error).__name__}: {error}"]
             return not wrong
@@ -131,28 +113,6 @@ class Group:
         assert not wrong, "\n".join(wrong)
         for user in self.users:
             user.model.rest(user.view)
-
-    def wrong(self):
-        wrong = []
-        for user in self.users:
-            views = [self.look(worker, user) for worker in self.workers]
-            user.view = views[0]
-            if any(view != views[0] for view in views):
-                wrong.append(f"I1: {user.name}: " + "\n".join(f"{worker}:\n{view}" for worker, view
-                                                              in zip(self.workers, views)))
-            wrong += [f"{user.name}: {each}" for each in user.model.check(views[0])]
-        return wrong
-
-    def look(self, worker, user):
-        # (A kill may leave Dovecot's index of the list behind what there is.)
-        view = see(self.cluster, worker, user.name, stale_list=True)
-        # LAYOUT=fs: of a parent that is empty a kill may leave the directory
-        view.folders = {name: folder for name, folder in view.folders.items() if folder.selectable or any(
-            other.selectable and below.startswith(name + "/") for below, other in view.folders.items())}
-        for folder in view.folders.values():
-            for uid, mail in folder.mails.items():
-                user.model.named(worker, folder.uidvalidity, uid, mail.subject)
-        return view
 
     def tell(self):
         """For the report of a failure."""

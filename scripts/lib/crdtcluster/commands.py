@@ -132,19 +132,22 @@ def kill(directory, name, kind=None):
         kinds = process.KINDS[node.kind]
         if kind is not None and kind not in kinds:
             raise Refused(f"{name} is a {node.kind} node; it has {', '.join(kinds)}")
+        nodes = cluster.machine(node) if kind is None else [node]
         if kind in (None, node.main_process):
             # Said before it is done: a `wait` must not take it for a crash.
-            node.killed = True
+            for each in nodes:
+                each.killed = True
             cluster.save()
         process.kill(node, kind)
-        process.refresh_pids(node)
+        for each in nodes:
+            process.refresh_pids(each)
         cluster.save()
 
 
 def start(directory, name):
     """Starts what does not run on a node."""
     with layout.locked(directory) as cluster:
-        _start_nodes(cluster, [cluster.node(name)])
+        _start_nodes(cluster, cluster.machine(cluster.node(name)))
 
 
 def _start_nodes(cluster, nodes):
@@ -200,18 +203,28 @@ def _greets(cluster, node, port):
 def cut(directory, name):
     """Separates a node from the other nodes."""
     with layout.locked(directory) as cluster:
-        node = cluster.node(name)
-        netns.cut(cluster, node)
-        node.cut = True
+        nodes = _machine_of(cluster, name)
+        netns.cut(cluster, nodes[0])
+        for node in nodes:
+            node.cut = True
         cluster.save()
+
+
+def _machine_of(cluster, name):
+    """What a cut of the node's cable separates."""
+    node = cluster.node(name)
+    if node.host is not None:
+        raise Refused(f"{name} is on {node.host}'s machine, which has one cable")
+    return cluster.machine(node)
 
 
 def heal(directory, name):
     """Undoes a cut."""
     with layout.locked(directory) as cluster:
-        node = cluster.node(name)
-        netns.heal(cluster, node)
-        node.cut = False
+        nodes = _machine_of(cluster, name)
+        netns.heal(cluster, nodes[0])
+        for node in nodes:
+            node.cut = False
         cluster.save()
 
 

@@ -38,6 +38,7 @@ class Node:
     netns: str
     address: str                    # the one that clients use
     cluster_address: str            # the one that other nodes use
+    host: str | None = None         # the node on whose machine it is, if not on its own
     slot: int | None = None
     imap_port: int | None = None
     imaps_port: int | None = None
@@ -93,6 +94,10 @@ class Cluster:
         """What connects the nodes, as something whose processes can be killed."""
         return Node(name="switch", kind="switch", netns=self.switch_netns, address="",
                     cluster_address="")
+
+    def machine(self, node):
+        """The node, and those that are on its machine."""
+        return [node, *(each for each in self.nodes if each.host == node.name)]
 
     def versions(self):
         """Of Dovecot."""
@@ -226,6 +231,8 @@ def _plan(directory, cluster_id, options):
 
 def check_counts(options):
     """Refuses numbers of nodes and users that cannot be."""
+    if options.storages is None:
+        options.storages = min(2, options.workers) if options.small_site else 1
     for what, low, high in (("workers", 1, MAX_WORKERS), ("storages", 0, MAX_STORAGES),
                             ("proxies", 0, MAX_PROXIES), ("users", 1, 10000)):
         if not low <= getattr(options, what) <= high:
@@ -233,6 +240,9 @@ def check_counts(options):
     if options.plugin == "on" and options.storages == 0:
         raise Refused("the plugin needs a storage node: --storages 1 or more,"
                       " or --plugin off")
+    if options.small_site and options.storages > options.workers:
+        raise Refused("--small-site puts each storage node on a worker's machine: not more"
+                      " --storages than --workers")
 
 
 def _claim_id():
@@ -282,7 +292,8 @@ def _describe(directory, cluster_id, data_dir, options):
         cluster.nodes.append(_worker(cluster, i, subnet, _nth(options.dovecot, i),
                                      _nth(options.mail_format, i)))
     for i in range(1, options.storages + 1):
-        cluster.nodes.append(_storage(cluster, i, subnet))
+        cluster.nodes.append(_storage(cluster, i, subnet, cluster.node(f"w{i}")
+                                      if options.small_site else None))
     if options.director:
         cluster.nodes.append(_director(cluster, subnet))
     for i in range(1, options.proxies + 1):
@@ -320,10 +331,13 @@ def _worker(cluster, i, subnet, version, mail_format):
     return node
 
 
-def _storage(cluster, i, subnet):
+def _storage(cluster, i, subnet, host):
     node = Node(
         name=f"s{i}", kind="storage", netns=f"crdt-{cluster.id}-s{i}",
         address=f"{subnet}.1.{110 + i}", cluster_address=f"{subnet}.2.{110 + i}")
+    if host is not None:
+        node.host, node.netns = host.name, host.netns
+        node.address, node.cluster_address = host.address, host.cluster_address
     if cluster.plugin:
         node.status_socket = f"{cluster.node_runtime_dir(node)}/status.sock"
     return node

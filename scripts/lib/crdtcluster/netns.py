@@ -81,6 +81,8 @@ def create(cluster):
     _cable(switch, "c-clients", cluster.client_netns, "client")
     _connect(switch, "client", cluster.client_netns, "c-clients", cluster.client_address)
     for node in cluster.nodes:
+        if node.host is not None:
+            continue
         _add_netns(node.netns)
         if cluster.delay:
             _long_link(cluster, node)
@@ -136,7 +138,7 @@ def heal(cluster, node):
 
 def destroy(cluster):
     """Removes what there is of the namespaces; links go with them."""
-    names = [node.netns for node in cluster.nodes]
+    names = [node.netns for node in cluster.nodes if node.host is None]
     for name in [*names, cluster.client_netns, cluster.switch_netns]:
         if os.path.lexists(path(name)):
             _ip("netns", "delete", name)

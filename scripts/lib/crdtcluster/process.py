@@ -1,4 +1,5 @@
-"""The processes of a node: those in its network namespace.
+"""The processes of a node: those in its network namespace. (A node without a machine of its
+own has but one.)
 
 A process is killed through a pidfd and only after a look at its namespace
 while the pidfd is held, so a pid that was used again is never hit.
@@ -90,7 +91,7 @@ def _stat(pid):
 def refresh_pids(node):
     """Sets node.pids to what runs now, one pid of each kind."""
     node.pids = {}
-    for kind in _REPORTED:
+    for kind in filter(KINDS[node.kind].__contains__, _REPORTED):
         pids = find(node, kind)
         if pids:
             node.pids[kind] = pids[0]
@@ -120,8 +121,11 @@ def _kill_round(node):
 
 
 def _killable(node, kind=None):
-    """Never our caller, should it have entered the node's namespace."""
+    """Never our caller, should it have entered the node's namespace; nor others of the
+    machine that the node is a guest on."""
     spared = _ancestors()
+    if node.host is not None:
+        kind = node.main_process
     return [pid for pid in find(node, kind) if pid not in spared]
 
 

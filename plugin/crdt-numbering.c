@@ -15,8 +15,12 @@
 #include "fdatasync-path.h"
 #include "mail-index-private.h"
 #include "mail-index-transaction-private.h"
+#include "mail-transaction-log-private.h"
+#include "mailbox-list-private.h"
 #include "maildir-storage.h"
 #include "maildir-uidlist.h"
+
+#include <sys/stat.h>
 
 #define TAKEOVER_TRIES 20
 
@@ -294,6 +298,18 @@ static void forget_uidlist(struct maildir_mailbox *mbox)
 	mbox->uidlist = maildir_uidlist_init(mbox);
 }
 
+/* Under the lock of the list: whether the mailbox still has its name.  locked: the index
+ * log, too, so that its head is the file that was there then. */
+static bool is_in_place(struct mailbox *box, bool locked)
+{
+	const struct mail_transaction_log_file *head = box->index->log->head;
+	struct stat st;
+
+	if (stat(head->filepath, &st) < 0)
+		return errno != ENOENT && errno != ENOTDIR;
+	return !locked || (st.st_ino == head->st_ino && CMP_DEV_T(st.st_dev, head->st_dev));
+}
+
 /* Once: 1, 0 and -1 as takeover_locked(); -2: something is pending. */
 static int try_takeover(struct crdt_mailbox *cbox)
 {
@@ -303,6 +319,8 @@ static int try_takeover(struct crdt_mailbox *cbox)
 	bool unlock;
 	int ret = -1;
 
+	if (!is_in_place(box, FALSE))
+		return 0;
 	if (uidlist != NULL) {
 		if (maildir_uidlist_lock(uidlist) <= 0)
 			return -1;
@@ -314,7 +332,9 @@ static int try_takeover(struct crdt_mailbox *cbox)
 	if (crdt_index_lock(box->index, &unlock) == 0) {
 		T_BEGIN {
 			ret = crdt_modseq_pending(box->index);
-			if (ret == 0)
+			if (!is_in_place(box, TRUE))
+				ret = 0;
+			else if (ret == 0)
 				ret = takeover_locked(cbox);
 			else
 				ret = ret < 0 ? index_error(box) : -2;
@@ -362,7 +382,17 @@ void crdt_numbering_session_opened(struct crdt_mailbox *cbox)
 	if (!cbox->ext_registered || MAIL_INDEX_IS_IN_MEMORY(box->index) ||
 	    !is_numbered_elsewhere(cbox, &numbering))
 		return;
-	if ((ret = takeover(cbox)) < 0) {
+	/* A RENAME or DELETE beside it would carry off the files that it locks with: what
+	 * locks Dovecot's index log for a new one is taken for stale after minutes only,
+	 * and whoever takes that mailbox over next waits for it, with all its locks. */
+	if (mailbox_list_lock(box->list) < 0) {
+		e_error(box->event, "crdt: Can't take over: %s",
+			mailbox_list_get_last_internal_error(box->list, NULL));
+		return;
+	}
+	ret = takeover(cbox);
+	mailbox_list_unlock(box->list);
+	if (ret < 0) {
 		/* UIDs stay unique (own blocks); only I5 is weaker until the
 		 * next session tries again */
 		e_error(box->event, "crdt: Numbering of the mailbox isn't taken over");

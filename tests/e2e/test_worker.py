@@ -7,6 +7,7 @@ CRDT_MAIL_FORMAT=sdbox or mdbox runs what is not for Maildir alone on those; mai
 import contextlib
 import ctypes
 import hashlib
+import imaplib
 import os
 import random
 import re
@@ -560,6 +561,39 @@ def test_rename_to_the_directory_that_it_is_in(dovecot, user, tool):
     assert at == {"a/b": "a", "a/b/x": "a/x", "a/c": "a/c", "a/d/e": "a/d/e"}
     names = check_places(dovecot, user, tool, boxes, at)
     assert set(names) - {"INBOX"} == {"a", "a/x", "a/c", "a/d", "a/d/e"}
+
+
+@pytest.mark.allows_errors
+def test_takeovers_beside_renames(dovecot, user, tool):
+    """A session takes the numbering over while crdt-worker renames the mailbox: the files that
+    it locks with are not carried off, to be in the way elsewhere. (What Dovecot's own syncs
+    lock is; that is stale soon.)"""
+    before = len(dovecot.problems())
+    boxes = [tool.create(f"box{n}", numberer="1:9")["guid"] for n in range(60)]
+
+    def select_all():
+        for n in range(len(boxes)):
+            turn.wait(60)
+            with contextlib.suppress(imaplib.IMAP4.error):
+                client.select(f"box{n}")
+
+    turn = threading.Barrier(2)
+    with dovecot.imap(user) as client:
+        thread = threading.Thread(target=select_all)
+        thread.start()
+        try:
+            for n, box in enumerate(boxes):
+                turn.wait(60)
+                tool.call("rename", guid=box, path=f"box{n}", to=f"moved{n}")
+        finally:
+            thread.join()
+    assert not list((dovecot.mail / user).rglob("*.newlock"))
+    assert not [line for line in dovecot.problems()[before:] if re.search("newlock|take over|taken over", line)]
+    with dovecot.imap(user) as client:
+        for n, box in enumerate(boxes):
+            assert tool.create(f"moved{n}")["guid"] == box
+            ok(client.select(f"moved{n}"))
+            assert in_own_block(append(client, f"moved{n}"), SLOT)
 
 
 def test_subscribe(dovecot, user, tool):

@@ -4,19 +4,20 @@
 
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #define FETCH_ROUNDS_LOGGED 6	/* asking all daemons in vain, 0.2 s doubling */
 #define FETCH_ROUNDS_MAX 7	/* then the pause grows no more: a daemon may get the text at any time */
 #define FETCH_SLOT_MSECS 1000	/* no room to ask again: look again */
 #define SERVE_RETRY_MSECS 500
 
-/* A text that a user's mail waits for.  It takes room (NODE_FETCHES_MAX, of one
- * user NODE_FETCHES_USER_MAX) only while a daemon is asked: texts that nobody has
- * hold up nobody. */
+/* A text that a user's mail waits for.  It takes room (NODE_FETCHES_*) only while a
+ * daemon is asked: texts that nobody has hold up nobody. */
 struct fetch {
 	struct fetch *prev, *next;
 	struct user *u;
-	struct fetch *of_user;
+	struct fetch *user_prev, *user_next, *table_next;
+	bool wanted;			/* by the visit that ended just now */
 	struct crdt_content content;
 	uint64_t size;
 	bool asking;			/* takes room */
@@ -48,9 +49,33 @@ static const char *content_text(const struct crdt_content *c, char text[17])
 
 /* ---- fetching ---- */
 
-static bool fetch_has_room(const struct user *u)
+static uint64_t on_its_way(uint64_t size)
 {
-	return u->n->fetches_asking < NODE_FETCHES_MAX && u->fetches_asking < NODE_FETCHES_USER_MAX;
+	return size < CRDT_BODY_CREDIT ? size : CRDT_BODY_CREDIT;
+}
+
+static bool node_has_room(const struct node *n, uint64_t size)
+{
+	return n->fetches_asking < NODE_FETCHES_MAX && n->bytes_asking + on_its_way(size) <= NODE_FETCHES_BYTES;
+}
+
+static bool fetch_has_room(const struct user *u, uint64_t size)
+{
+	return node_has_room(u->n, size) &&
+		(u->fetches_asking == 0 || (u->fetches_asking < NODE_FETCHES_USER_MAX &&
+					    u->bytes_asking + size <= NODE_FETCHES_USER_BYTES));
+}
+
+/* Room for so much that a visit, which it takes to fill it, is worth it. */
+static bool fetch_has_much_room(const struct user *u)
+{
+	return u->fetches_asking <= NODE_FETCHES_USER_MAX / 2 && u->bytes_asking <= NODE_FETCHES_USER_BYTES / 2;
+}
+
+static bool node_has_much_room(const struct node *n)
+{
+	return n->fetches_asking <= NODE_FETCHES_MAX - NODE_FETCHES_USER_MAX / 2 &&
+		n->bytes_asking <= NODE_FETCHES_BYTES - NODE_FETCHES_USER_BYTES / 2;
 }
 
 static void fetch_set_asking(struct fetch *f, bool asking)
@@ -60,6 +85,16 @@ static void fetch_set_asking(struct fetch *f, bool asking)
 	f->asking = asking;
 	f->u->fetches_asking += asking ? 1 : -1;
 	f->u->n->fetches_asking += asking ? 1 : -1;
+	f->u->bytes_asking += asking ? f->size : -f->size;
+	f->u->n->bytes_asking += asking ? on_its_way(f->size) : -on_its_way(f->size);
+}
+
+static struct fetch **fetch_bucket(struct node *n, const struct crdt_content *c)
+{
+	uint16_t number;
+
+	memcpy(&number, c->b, sizeof(number));	/* of a hash */
+	return &n->fetch_table[number % NODE_FETCH_TABLE];
 }
 
 /* Nobody is asked until due. */
@@ -77,10 +112,15 @@ static void fetch_free(struct fetch *f)
 	struct fetch **p;
 
 	fetch_set_asking(f, false);
-
-	for (p = &f->u->fetches; *p != f; p = &(*p)->of_user)
+	for (p = fetch_bucket(n, &f->content); *p != f; p = &(*p)->table_next)
 		;
-	*p = f->of_user;
+	*p = f->table_next;
+	if (f->user_prev != NULL)
+		f->user_prev->user_next = f->user_next;
+	else
+		f->u->fetches = f->user_next;
+	if (f->user_next != NULL)
+		f->user_next->user_prev = f->user_prev;
 	if (f->prev != NULL)
 		f->prev->next = f->next;
 	else
@@ -95,8 +135,8 @@ static struct fetch *fetch_find(const struct user *u, const struct crdt_content 
 {
 	struct fetch *f;
 
-	for (f = u->fetches; f != NULL; f = f->of_user) {
-		if (memcmp(f->content.b, c->b, sizeof(c->b)) == 0)
+	for (f = *fetch_bucket(u->n, c); f != NULL; f = f->table_next) {
+		if (f->u == u && memcmp(f->content.b, c->b, sizeof(c->b)) == 0)
 			break;
 	}
 	return f;
@@ -112,6 +152,30 @@ static bool fetch_more(struct fetch *f)
 		return false;
 	f->credit_end += CRDT_BODY_CREDIT;
 	return true;
+}
+
+static void apply_again(struct user *u)
+{
+	u->apply = true;
+	node_wake(u, SCHED_NOW);
+}
+
+/* A text came, or will not.  Mails are applied together: a visit costs the same for one
+ * and for many. */
+static void apply_gathered(struct user *u, bool came, uint64_t size)
+{
+	if (came) {
+		u->arrived++;
+		u->bytes_arrived += size;
+		u->text_seen = u->n->now;
+	}
+	if (u->fetches_asking == 0 || u->arrived >= NODE_FETCHES_USER_MAX / 2 ||
+	    u->bytes_arrived >= NODE_FETCHES_USER_BYTES / 2) {
+		apply_again(u);
+	} else {
+		u->apply = true;
+		node_wake_at(u, u->n->now + NODE_FETCH_GATHER_MSECS);
+	}
 }
 
 /* Asks the next daemon that has not said no; if there is none, all again later. */
@@ -135,18 +199,14 @@ static void fetch_ask(struct fetch *f)
 		node_log(n, 1, "user %s: no storage daemon has the text %s... of a mail: it is missing here "
 			 "until one has it", f->u->name, content_text(&f->content, text));
 	fetch_rest(f);
+	if (f->rounds == 1)
+		apply_gathered(f->u, false, 0);	/* who waited for it need not any more */
 }
 
 static void fetch_refused(struct fetch *f)
 {
 	f->tried |= 1u << f->storage;
 	fetch_ask(f);
-}
-
-static void apply_again(struct user *u)
-{
-	u->apply = true;
-	node_wake(u, SCHED_NOW);
 }
 
 /* Users that have more wants than there was room for list them again: whose turn
@@ -160,7 +220,7 @@ static void feed_starved(struct node *n)
 		if (!u->starved)
 			continue;
 		n->starved = true;
-		if (fetch_has_room(u) && (first == NULL || u->fed < first->fed))
+		if (fetch_has_much_room(u) && (first == NULL || u->fed < first->fed))
 			first = u;
 	}
 	if (first == NULL)
@@ -173,9 +233,10 @@ static void feed_starved(struct node *n)
 static void fetch_done(struct fetch *f)
 {
 	struct user *u = f->u;
+	uint64_t size = f->size;
 
 	fetch_free(f);
-	apply_again(u);
+	apply_gathered(u, true, size);
 }
 
 static bool fetch_new(struct user *u, const struct visit_want *w)
@@ -197,14 +258,18 @@ static bool fetch_new(struct user *u, const struct visit_want *w)
 				 u->name, content_text(&w->content, text));
 		return true;
 	}
-	if (!fetch_has_room(u) || n->fetches_n >= NODE_FETCHES_KNOWN_MAX)
+	if (!fetch_has_room(u, w->size) || n->fetches_n >= NODE_FETCHES_KNOWN_MAX)
 		return false;
 	f = xcalloc(1, sizeof(*f));
 	f->u = u;
 	f->content = w->content;
 	f->size = w->size;
-	f->of_user = u->fetches;
+	f->user_next = u->fetches;
+	if (u->fetches != NULL)
+		u->fetches->user_prev = f;
 	u->fetches = f;
+	f->table_next = *fetch_bucket(n, &f->content);
+	*fetch_bucket(n, &f->content) = f;
 	f->next = n->fetches;
 	if (n->fetches != NULL)
 		n->fetches->prev = f;
@@ -218,17 +283,17 @@ void node_fetches_wanted(struct user *u, const struct visit_want *wants, size_t 
 {
 	struct fetch *f, *next;
 
-	/* what is not wanted any more */
+	for (size_t i = 0; i < wants_n && all; i++) {
+		f = fetch_find(u, &wants[i].content);
+		if (f != NULL)
+			f->wanted = true;
+	}
 	for (f = u->fetches; f != NULL && all; f = next) {
-		size_t i;
-
-		next = f->of_user;
-		for (i = 0; i < wants_n; i++) {
-			if (memcmp(wants[i].content.b, f->content.b, sizeof(f->content.b)) == 0)
-				break;
-		}
-		if (i == wants_n)
+		next = f->user_next;
+		if (!f->wanted)
 			fetch_free(f);
+		else
+			f->wanted = false;
 	}
 	u->starved = false;
 	for (size_t i = 0; i < wants_n; i++) {
@@ -237,6 +302,38 @@ void node_fetches_wanted(struct user *u, const struct visit_want *wants, size_t 
 			break;
 		}
 	}
+}
+
+static int content_cmp(const void *a, const void *b)
+{
+	return memcmp(a, b, sizeof(struct crdt_content));
+}
+
+/*
+ * A copy that is not complete is shown to nobody, so its mails wait for texts as long as
+ * these may come; else UIDs would change everywhere.  In another one a mail that
+ * is here is worth more than its UID.
+ */
+void node_fetches_order(struct user *u, struct visit *v)
+{
+	struct node *n = u->n;
+	size_t count = 0;
+
+	u->arrived = 0;
+	u->bytes_arrived = 0;
+	if (!u->wanting)
+		u->text_seen = n->now;
+	v->hold = u->incomplete || n->now - u->text_seen < NODE_FETCH_HOLD_MSECS;
+	for (const struct fetch *f = u->fetches; f != NULL; f = f->user_next)
+		count += f->rounds > 0 ? 1 : 0;
+	if (count == 0)
+		return;
+	v->missing = xcalloc(count, sizeof(*v->missing));
+	for (const struct fetch *f = u->fetches; f != NULL; f = f->user_next) {
+		if (f->rounds > 0)
+			v->missing[v->missing_n++] = f->content;
+	}
+	qsort(v->missing, v->missing_n, sizeof(*v->missing), content_cmp);
 }
 
 void node_fetches_drop(struct user *u)
@@ -260,7 +357,7 @@ static void body_unasked(struct node *n, const char *name, uint32_t gen, const s
 		return;
 	u = node_user_find(n, name, gen);
 	if (u != NULL && u->wanting)
-		apply_again(u);
+		apply_gathered(u, true, size);
 }
 
 void node_body_in(struct node *n, unsigned storage, const char *name, uint32_t gen, const struct crdt_content *c,
@@ -325,7 +422,7 @@ static void fetches_run(struct node *n, int64_t *due)
 		if (f->due <= n->now) {
 			if (f->storage >= 0) {
 				fetch_refused(f);	/* silent for too long */
-			} else if (!fetch_has_room(f->u)) {
+			} else if (!fetch_has_room(f->u, f->size)) {
 				f->due = n->now + FETCH_SLOT_MSECS;
 			} else {
 				/* and is it still wanted? */
@@ -572,7 +669,7 @@ int64_t node_bodies_run(struct node *n)
 	int64_t due = INT64_MAX;
 
 	fetches_run(n, &due);
-	if (n->starved && n->fetches_asking < NODE_FETCHES_MAX)
+	if (n->starved && node_has_much_room(n))
 		feed_starved(n);
 	serves_run(n, &due);
 	return due;

@@ -13,6 +13,8 @@
 #include "xalloc.h"
 
 struct snapshot_view;
+#define NODE_FETCH_TABLE 4096
+
 struct report_entry;
 struct fetch;
 struct serve;
@@ -65,7 +67,11 @@ struct user {
 	bool left_held;			/* just mails that wait for a UID */
 
 	struct fetch *fetches;
-	unsigned fetches_asking;	/* of them a daemon is asked for */
+	unsigned fetches_asking;	/* of them a daemon is asked for, */
+	uint64_t bytes_asking;		/* and how long they are */
+	unsigned arrived;		/* texts since he was woken up for them */
+	uint64_t bytes_arrived;
+	int64_t text_seen;		/* when he got one, or began to want some */
 	uint64_t fed;			/* when it was his turn to ask for more */
 	bool wanting;			/* waits for texts */
 	bool starved;			/* of them some that there was no room to ask for */
@@ -164,7 +170,9 @@ struct node {
 	int64_t feed_sync_due;		/* 0: no feed waits */
 
 	struct fetch *fetches;
+	struct fetch *fetch_table[NODE_FETCH_TABLE];	/* by content */
 	unsigned fetches_n, fetches_asking;
+	uint64_t bytes_asking;		/* a text counts as no more than the credit for it */
 	uint64_t fed;
 	bool starved;			/* some user is */
 	struct serve *serves;
@@ -208,6 +216,7 @@ void node_visits_start(struct node *n);		/* as many as there may be */
 
 /* node-bodies.c */
 void node_fetches_wanted(struct user *u, const struct visit_want *wants, size_t n, bool all);
+void node_fetches_order(struct user *u, struct visit *v);	/* which texts are waited for */
 void node_fetches_drop(struct user *u);		/* nothing is wanted any more */
 void node_bodies_link_down(struct node *n, unsigned storage);
 void node_bodies_free(struct node *n);

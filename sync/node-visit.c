@@ -85,6 +85,7 @@ static struct visit *order(struct user *u)
 		}
 		v->apply = (u->apply || v->survey || v->repair) && n->cfg.apply;
 		v->apply_news = n->cfg.apply;
+		node_fetches_order(u, v);
 		u->survey = u->survey && !v->survey && n->cfg.apply;
 		u->journal = u->apply = false;
 		v->reads = u->reads;
@@ -286,6 +287,10 @@ static void visited_applied(struct user *u, struct visit *v)
 	case REPLICA_AGAIN:
 		u->apply = true;
 		node_wake(u, SCHED_NOW);
+		if (v->wants_n > 0) {
+			u->wanting = true;
+			node_fetches_wanted(u, v->wants, v->wants_n, false);
+		}
 		break;
 	case REPLICA_LATER:
 		if (v->wants_n == 0)
@@ -294,6 +299,11 @@ static void visited_applied(struct user *u, struct visit *v)
 	case REPLICA_WANTS_BODIES:
 		u->wanting = true;
 		node_fetches_wanted(u, v->wants, v->wants_n, v->wants_all);
+		if (v->hold && !u->incomplete) {
+			/* then nothing is held up any more */
+			u->apply = true;
+			node_wake_at(u, u->text_seen + NODE_FETCH_HOLD_MSECS);
+		}
 		break;
 	case REPLICA_DONE:
 		node_fetches_drop(u);

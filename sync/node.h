@@ -33,8 +33,12 @@
 #define NODE_APPLIED_MSECS 1000		/* APPLIED for a user, at most so often */
 #define NODE_NO_USER_MSECS (10 * 60 * 1000)	/* a user whom userdb does not know is tried again */
 #define NODE_GENERATION_MSECS 60000	/* one of a generation that the mail store is not of yet */
-#define NODE_FETCHES_MAX 64		/* texts that are asked for at a time, of all users */
-#define NODE_FETCHES_USER_MAX 16	/* of one user */
+#define NODE_FETCHES_MAX 1024		/* texts that are asked for at a time, of all users, */
+#define NODE_FETCHES_BYTES (32 * 1024 * 1024)	/* and bytes of them that may be on their way */
+#define NODE_FETCHES_USER_MAX 256	/* of one user, */
+#define NODE_FETCHES_USER_BYTES (8 * 1024 * 1024)	/* and how long they are; a longer one is alone */
+#define NODE_FETCH_GATHER_MSECS 200	/* so long texts that came wait for more */
+#define NODE_FETCH_HOLD_MSECS 10000	/* so long mails wait for texts of others where no text comes */
 #define NODE_FETCHES_KNOWN_MAX 16384	/* with those that nobody had, until they are asked for again */
 #define NODE_FETCH_MSECS 30000		/* without a piece: ask another daemon */
 #define NODE_SERVES_MAX 256		/* texts that are being sent, of each daemon */

@@ -7,7 +7,10 @@
 #include <string.h>
 #include "replica-private.h"
 
-enum { SLICE = 256 };
+enum {
+	SLICE = 256,
+	SLICE_WAITS = 2048,	/* mails that one slice lets wait for texts: more would make it long */
+};
 
 /* ---- the UID rule (design of crdt/uid.h) ---- */
 
@@ -271,6 +274,8 @@ struct slice {
 	struct crdt_str **lists;
 	uint8_t **texts;
 	struct crdt_buf *tried;
+	uint64_t barrier;		/* claims above wait for texts of others */
+	unsigned waits;			/* mails that it let wait */
 	bool expunges;			/* this slice removes; else it adds and changes */
 	bool moved;			/* a row went to another place in the queue */
 };
@@ -342,6 +347,7 @@ static bool slice_box(struct slice *s, const struct crdt_id *guid)
 	if (s->have_box)
 		return crdt_id_equal(&s->b.guid, guid);
 	s->have_box = box_get(s->r, guid, &s->b);
+	s->barrier = s->have_box && !s->expunges ? wait_barrier(s->r, guid, s->body, s->body_ctx) : WAIT_NO_BARRIER;
 	return s->have_box;
 }
 
@@ -377,21 +383,32 @@ static void numbering(struct slice *s, struct ms_cmd *c, const struct crdt_mail 
 	}
 }
 
-/* true: a source for the text was found. */
-static bool save_text(struct slice *s, struct ms_cmd *c, const struct crdt_mail *m, size_t index)
+static bool text_is_here(struct slice *s, const struct crdt_mail *m)
+{
+	struct place p;
+	uint64_t size;
+
+	return text_place_get(s->r, &m->content, &p, &size) ||
+		s->body(s->body_ctx, &m->content, m->size, NULL, NULL) == REPLICA_TEXT_HERE;
+}
+
+/* Fills in where the text is, if it is here. */
+static enum replica_text save_text(struct slice *s, struct ms_cmd *c, const struct crdt_mail *m, size_t index)
 {
 	struct replica *r = s->r;
 	const uint8_t *text = NULL;
+	enum replica_text res;
 	struct place p;
 	uint64_t size;
 
 	if (text_place_get(r, &m->content, &p, &size) && box_get(r, &p.box, &s->sources[index])) {
 		c->source = box_ms(&s->sources[index]);
 		c->source_uid = p.uid;
-		return true;
+		return REPLICA_TEXT_HERE;
 	}
-	if (!s->body(s->body_ctx, &m->content, m->size, &text, &c->file))
-		return false;
+	res = s->body(s->body_ctx, &m->content, m->size, &text, &c->file);
+	if (res != REPLICA_TEXT_HERE)
+		return res;
 	if (text != NULL || m->size == 0) {
 		/* Valid until the next call only. */
 		s->texts[index] = malloc(m->size + 1);
@@ -401,19 +418,35 @@ static bool save_text(struct slice *s, struct ms_cmd *c, const struct crdt_mail 
 			memcpy(s->texts[index], text, m->size);
 		c->text = s->texts[index];
 	}
-	return true;
+	return REPLICA_TEXT_HERE;
+}
+
+static void save_wait(struct slice *s, const struct crdt_mail *m, enum replica_text text)
+{
+	if (text == REPLICA_TEXT_COMING && wait_claim(m) < s->barrier)
+		s->barrier = wait_claim(m);
+	wait_put(s->r, &s->b.guid, m, text != REPLICA_TEXT_HERE);
+	s->waits++;
 }
 
 static void save_cmd(struct slice *s, const struct crdt_mail_key *key, struct crdt_mail *m)
 {
 	size_t i = s->n;
-	struct ms_cmd *c = slice_cmd(s, MS_SAVE, key, 0);
+	enum replica_text text;
+	struct ms_cmd *c;
 
+	if (wait_claim(m) > s->barrier && (mail_tried(s->r, key, NULL, NULL) & TRIED_ADD) == 0) {
+		/* Whether its text is here is asked when its turn comes, or it is fetched. */
+		save_wait(s, m, text_is_here(s, m) ? REPLICA_TEXT_HERE : REPLICA_TEXT_NONE);
+		return;
+	}
+	c = slice_cmd(s, MS_SAVE, key, 0);
 	c->content = m->content;
 	c->size = m->size;
 	c->received = m->received;
-	if (!save_text(s, c, m, i)) {
-		mail_row_move(s->r, key, ROW_DIRTY_MAIL, ROW_WAIT_BODY);
+	text = save_text(s, c, m, i);
+	if (text != REPLICA_TEXT_HERE) {
+		save_wait(s, m, text);
 		crdt_buf_free(&s->key_bytes[i]);
 		s->n--;
 		return;
@@ -674,16 +707,20 @@ static void slice_row(struct slice *s, const struct row_key *row)
 	crdt_buf_free(&k);
 }
 
-static void slice_fill(struct slice *s)
+static bool slice_is_full(const struct slice *s)
+{
+	return s->n == SLICE || s->waits >= SLICE_WAITS;
+}
+
+static void slice_rows(struct slice *s, const uint8_t *prefix, size_t plen)
 {
 	struct row_key keys[SLICE];
-	const char first = ROW_BY_CLAIM;
 	uint8_t last[600];
 	size_t n, last_n = 0;
 
 	do {
-		n = row_keys(s->r, &first, 1, last_n == 0 ? NULL : last, last_n, keys, SLICE);
-		for (size_t i = 0; i < n && s->n < SLICE; i++)
+		n = row_keys(s->r, prefix, plen, last_n == 0 ? NULL : last, last_n, keys, SLICE);
+		for (size_t i = 0; i < n && !slice_is_full(s); i++)
 			slice_row(s, &keys[i]);
 		/* Go on right after the last one. */
 		if (n > 0 && keys[n - 1].n < sizeof(last)) {
@@ -692,9 +729,26 @@ static void slice_fill(struct slice *s)
 			last[last_n - 1] = 0;
 		}
 		row_keys_free(keys, n);
-	} while (n == SLICE && s->n < SLICE && last_n > 0);
+	} while (n == SLICE && !slice_is_full(s) && last_n > 0);
+}
+
+/* INBOX first: that is where clients look first. */
+static void slice_fill(struct slice *s)
+{
+	uint8_t prefix[17] = { ROW_BY_CLAIM };
+	struct box inbox;
+
+	if (box_of(s->r, &crdt_inbox_id, &inbox)) {
+		memcpy(prefix + 1, inbox.guid.b, 16);
+		box_free(&inbox);
+		slice_rows(s, prefix, sizeof(prefix));
+	}
+	/* (An add's row is among those of the mailbox that it is for; a removal's need not be.) */
+	if (!slice_is_full(s) && (s->n == 0 || s->expunges))
+		slice_rows(s, prefix, 1);
 	if (s->expunges && s->n < SLICE)
 		slice_extras(s);
+	s->moved = s->moved || s->waits >= SLICE_WAITS;
 }
 
 /* ---- outcomes ---- */
@@ -924,28 +978,20 @@ static int slice_run(struct slice *s, bool *more_r, char **error_r)
 	}
 }
 
-static void rows_retry(struct replica *r, char state, replica_body_cb *body, void *ctx)
+static void rows_retry(struct replica *r, char state)
 {
 	struct row_key keys[1024];
 	size_t n = row_keys(r, &state, 1, NULL, 0, keys, 1024);
 
 	for (size_t i = 0; i < n; i++) {
 		struct crdt_mail_key key;
-		struct crdt_mail m;
-		const uint8_t *text;
-		const char *file;
 
 		if (!crdt_mail_key_decode(keys[i].p + 1, keys[i].n - 1, &key))
 			continue;
 		if (state == ROW_TRIED)
 			replica_mark_mail(r, &key);
-		else if (state == ROW_ASIDE)
+		else
 			mail_row_move(r, &key, state, ROW_DIRTY_MAIL);
-		else if (!crdt_mail_get(rrows(r), &key, NULL, &m) || !m.live ||
-			 body(ctx, &m.content, m.size, &text, &file))
-			mail_row_move(r, &key, state, ROW_DIRTY_MAIL);
-		if (state == ROW_WAIT_BODY)
-			crdt_mail_free(&m);
 	}
 	row_keys_free(keys, n);
 }
@@ -957,10 +1003,10 @@ int replica_apply_mails(struct replica *r, replica_body_cb *body, void *ctx, boo
 
 	*more_r = false;
 	(void)replica_txn_begin(r);
-	rows_retry(r, ROW_WAIT_BODY, body, ctx);
+	wait_retry(r, body, ctx);
 	if (r->retry_aside) {
-		rows_retry(r, ROW_ASIDE, body, ctx);
-		rows_retry(r, ROW_TRIED, body, ctx);
+		rows_retry(r, ROW_ASIDE);
+		rows_retry(r, ROW_TRIED);
 	}
 	r->retry_aside = false;
 	/* Adds before removals: a mail that was moved is copied from where it
@@ -979,29 +1025,4 @@ int replica_apply_mails(struct replica *r, replica_body_cb *body, void *ctx, boo
 		slice_free(&s);
 	}
 	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
-}
-
-struct wants_ctx { struct replica *r; bool (*cb)(void *ctx, const struct crdt_content *c, uint64_t size); void *ctx; };
-
-void replica_wants(struct replica *r, bool (*cb)(void *ctx, const struct crdt_content *c, uint64_t size), void *ctx)
-{
-	struct row_key keys[1024];
-	const char first = ROW_WAIT_BODY;
-	bool go = true;
-	size_t n;
-
-	(void)replica_txn_begin(r);
-	n = row_keys(r, &first, 1, NULL, 0, keys, 1024);
-	for (size_t i = 0; i < n && go; i++) {
-		struct crdt_mail_key key;
-		struct crdt_mail m;
-
-		if (!crdt_mail_key_decode(keys[i].p + 1, keys[i].n - 1, &key))
-			continue;
-		if (crdt_mail_get(rrows(r), &key, NULL, &m))
-			go = cb(ctx, &m.content, m.size);
-		crdt_mail_free(&m);
-	}
-	row_keys_free(keys, n);
-	store_abort(&r->txn);
 }

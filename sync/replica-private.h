@@ -37,6 +37,7 @@
 #define ROW_DIRTY_MAIL 'd'	/* to do */
 #define ROW_BY_CLAIM 'q'	/* mailbox guid, claim(be32), mail key: order of ROW_DIRTY_MAIL */
 #define ROW_WAIT_BODY 'w'	/* waits for its text */
+#define ROW_WAIT_BY_CLAIM '1'	/* mailbox guid, claim(be32), mail key: order of ROW_WAIT_BODY */
 #define ROW_TRIED 'y'		/* mail key: a command was told, its outcome not heard yet */
 #define ROW_HELD 'h'		/* held by the UID rule */
 #define ROW_ASIDE 'a'		/* the mail store refused it: tried again in the next session */
@@ -236,6 +237,20 @@ struct row_key { uint8_t *p; size_t n; };
 size_t row_keys(struct replica *r, const void *prefix, size_t plen, const void *from, size_t flen,
 		struct row_key *keys, size_t max);
 void row_keys_free(struct row_key *keys, size_t n);
+
+/* replica-wait.c */
+/* The order in which a mail is shown in its mailbox. */
+static inline uint32_t wait_claim(const struct crdt_mail *m)
+{
+	return m->uid.claim > 0 ? m->uid.claim : UINT32_MAX;
+}
+/* A dirty mail waits; text: for its text, else only for those of mails before it. */
+void wait_put(struct replica *r, const struct crdt_id *box, const struct crdt_mail *m, bool text);
+/* Those that need not wait any more become dirty again. */
+void wait_retry(struct replica *r, replica_body_cb *body, void *ctx);
+/* Mails of the mailbox with a claim above that have to wait. */
+#define WAIT_NO_BARRIER UINT64_MAX
+uint64_t wait_barrier(struct replica *r, const struct crdt_id *box, replica_body_cb *body, void *ctx);
 
 /* replica-journal.c */
 int replica_journal_record(struct replica *r, const struct ms_record *rec);

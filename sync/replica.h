@@ -94,16 +94,23 @@ static inline enum replica_progress replica_outbound_progress(int n)
 }
 
 /* [9] One slice: outbound first, then up to 256 mails; then a slice of comparing.  body(): where the text
- * of a content id is (a file, or memory valid until the next call); false:
- * not here. */
-typedef bool replica_body_cb(void *ctx, const struct crdt_content *c, uint64_t size,
+ * of a content id is (a file, or memory valid until the next call); with text_r NULL only
+ * whether it is here. */
+enum replica_text {
+	REPLICA_TEXT_NONE,	/* not here, and nobody is to wait for it */
+	REPLICA_TEXT_HERE,
+	REPLICA_TEXT_COMING,	/* mails of the same mailbox with higher UIDs wait for it, too */
+};
+typedef enum replica_text replica_body_cb(void *ctx, const struct crdt_content *c, uint64_t size,
 			     const uint8_t **text_r, const char **file_r);
 enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r);
 /* The mail store is to be looked through for changes without a record, by
  * replica_apply().  So it is once without being asked.  0 or -1. */
 int replica_survey(struct replica *r, char **error_r);
-/* Texts that apply waits for. */
-void replica_wants(struct replica *r, bool (*cb)(void *ctx, const struct crdt_content *c, uint64_t size), void *ctx);
+/* Texts that apply waits for, in the order in which they are to be fetched, until cb returns
+ * false.  false: there may be more. */
+typedef bool replica_want_cb(void *ctx, const struct crdt_content *c, uint64_t size);
+bool replica_wants(struct replica *r, replica_want_cb *cb, void *ctx);
 
 /* Own ops with seq > after, in order, until cb returns false. */
 void replica_unsent(struct replica *r, uint64_t after,

@@ -2,6 +2,8 @@
 #include "visit.h"
 #include "xalloc.h"
 
+#include <stdlib.h>
+
 struct visit_feed *visit_feed_new(unsigned storage, uint64_t daemon_id, uint64_t gsn,
 				  const struct crdt_bytes *ops, size_t n)
 {
@@ -82,6 +84,7 @@ void visit_free(struct visit *v)
 	free(v->error);
 	free(v->applied_vv);
 	free(v->wants);
+	free(v->missing);
 	free(v->repair_path);
 	crdt_buf_free(&v->lines);
 	free(v->st);
@@ -244,38 +247,65 @@ static bool read_bodies(struct run *run)
 	return news;
 }
 
-static bool find_text(void *ctx, const struct crdt_content *c, uint64_t size,
-		      const uint8_t **text_r, const char **file_r)
+static int content_cmp(const void *a, const void *b)
+{
+	return memcmp(a, b, sizeof(struct crdt_content));
+}
+
+static bool is_missing(const struct visit *v, const struct crdt_content *c)
+{
+	return v->missing_n > 0 && bsearch(c, v->missing, v->missing_n, sizeof(*c), content_cmp) != NULL;
+}
+
+/* An op that lies about its size is for the engine to report: there is no such text. */
+static bool text_is_here(struct run *run, const struct crdt_content *c, uint64_t size)
+{
+	struct spool_text *t = spool_get(run->spool, run->v->user, run->v->gen, c);
+	bool here = t != NULL && spool_text_size(t) == size;
+
+	if (t != NULL)
+		spool_release(run->spool, &t, false);
+	return here;
+}
+
+/* What the slice is given is dropped when it is done: so what is only asked for is
+ * not kept. */
+static enum replica_text find_text(void *ctx, const struct crdt_content *c, uint64_t size,
+				   const uint8_t **text_r, const char **file_r)
 {
 	struct run *run = ctx;
-	struct spool_text *t = spool_get(run->spool, run->v->user, run->v->gen, c);
+	struct spool_text *t;
 
-	*text_r = NULL;
-	*file_r = NULL;
+	if (!text_is_here(run, c, size))
+		return run->v->hold && !is_missing(run->v, c) ? REPLICA_TEXT_COMING : REPLICA_TEXT_NONE;
+	if (text_r == NULL)
+		return REPLICA_TEXT_HERE;
+	t = spool_get(run->spool, run->v->user, run->v->gen, c);
 	if (t == NULL)
-		return false;
+		return REPLICA_TEXT_NONE;	/* it made room just now */
 	if (run->texts_n == run->texts_cap) {
 		run->texts_cap = run->texts_cap == 0 ? 16 : run->texts_cap * 2;
 		run->texts = xrealloc(run->texts, run->texts_cap * sizeof(*run->texts));
 	}
 	run->texts[run->texts_n++] = t;
-	if (spool_text_size(t) != size)
-		return false;	/* an op that lies about its size is for the engine to report */
 	*text_r = spool_text_memory(t);
 	*file_r = spool_text_file(t);
-	return true;
+	return REPLICA_TEXT_HERE;
 }
 
 static bool add_want(void *ctx, const struct crdt_content *c, uint64_t size)
 {
-	struct visit *v = ctx;
+	struct run *run = ctx;
+	struct visit *v = run->v;
 
-	if (v->wants_n == VISIT_WANTS_MAX) {
+	if (text_is_here(run, c, size))
+		return true;	/* and waits for others */
+	if (v->wants_n == VISIT_WANTS_MAX + v->missing_n) {
 		v->wants_all = false;
 		return false;
 	}
 	if (v->wants == NULL)
-		v->wants = xcalloc(VISIT_WANTS_MAX, sizeof(*v->wants));
+		v->wants = xcalloc(VISIT_WANTS_MAX + v->missing_n, sizeof(*v->wants));
 	v->wants[v->wants_n++] = (struct visit_want){ *c, size };
 	return true;
 }
@@ -306,10 +336,12 @@ static void apply(struct run *run)
 		mail_trouble(v, error);
 	else
 		free(error);
-	/* also when a folder has to wait: the mails of others may only lack a text */
-	if (v->progress == REPLICA_WANTS_BODIES || v->progress == REPLICA_LATER) {
+	/* also when a folder has to wait: the mails of others may only lack a text; and
+	 * when more is to be applied, so that texts come meanwhile */
+	if (!v->failed && v->progress != REPLICA_DONE) {
 		v->wants_all = true;
-		replica_wants(run->r, add_want, v);
+		if (!replica_wants(run->r, add_want, run) || v->progress == REPLICA_AGAIN)
+			v->wants_all = false;
 	}
 }
 

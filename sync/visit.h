@@ -17,7 +17,7 @@
 
 #define VISIT_FEEDS_MAX (2 * 1024 * 1024)	/* bytes of feeds in one visit */
 #define VISIT_OPS_ROOM (2 * UPLINK_ASK)		/* bytes of own ops handed over at once */
-#define VISIT_WANTS_MAX 1024			/* texts that one user is known to want: more than nobody has, hopefully */
+#define VISIT_WANTS_MAX 512			/* texts that one user is known to want, beside those that nobody had */
 
 #define VISIT_STORAGES_MAX 8
 
@@ -85,6 +85,10 @@ struct visit {
 	bool apply;			/* one slice */
 	bool survey;			/* with apply: look for changes without a record, too */
 	bool acknowledge;		/* forget own ops up to acked; with mail: trim the journal, too */
+	/* With apply: mails whose texts are not here hold up those with higher UIDs, but
+	 * for texts that nobody had; ascending. */
+	bool hold;
+	struct crdt_content *missing; size_t missing_n;	/* owned */
 	struct visit_read *reads;
 	bool apply_news;		/* apply also when the journal had something */
 	crdt_origin origin;		/* of the seqs below; 0 unknown */

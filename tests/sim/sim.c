@@ -189,24 +189,26 @@ static void step_deliver(void)
 
 /* ---- engine ---- */
 
-static bool body(void *ctx, const struct crdt_content *c, uint64_t size, const uint8_t **text_r, const char **file_r)
+static enum replica_text body(void *ctx, const struct crdt_content *c, uint64_t size, const uint8_t **text_r, const char **file_r)
 {
 	static char text[64];
 	struct crdt_content have;
 
 	(void)ctx;
 	(void)size;
-	*file_r = NULL;
+	if (file_r != NULL)
+		*file_r = NULL;
 	if (sim.bodies_away && rnd(3) == 0)
-		return false;
+		return rnd(2) == 0 ? REPLICA_TEXT_COMING : REPLICA_TEXT_NONE;
 	for (uint64_t n = 0; n < sim.mails; n++) {
 		vmail_text(n, text, &have);
 		if (memcmp(have.b, c->b, 32) == 0) {
-			*text_r = (const uint8_t *)text;
-			return true;
+			if (text_r != NULL)
+				*text_r = (const uint8_t *)text;
+			return REPLICA_TEXT_HERE;
 		}
 	}
-	return false;
+	return REPLICA_TEXT_NONE;
 }
 
 static enum replica_progress apply(unsigned i)

@@ -7,6 +7,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <cmocka.h>
+#include <openssl/sha.h>
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,6 +22,8 @@ struct fix {
 	unsigned bodies, nones;
 	unsigned wants[2];		/* texts that user a, that another one asked for */
 	struct crdt_content wanted;	/* the last one */
+	struct crdt_content asked[2 * NODE_FETCHES_MAX];	/* all */
+	unsigned asked_n;
 	uint64_t body_size;		/* of the last one */
 	struct crdt_content content;
 };
@@ -42,6 +45,8 @@ static bool on_send(void *ctx, unsigned storage, const void *p, size_t n)
 	} else if (f.type == CRDT_FRAME_BODY_WANT) {
 		x->wants[f.user.p[0] == 'a' ? 0 : 1]++;
 		x->wanted = f.content;
+		assert_true(x->asked_n < 2 * NODE_FETCHES_MAX);
+		x->asked[x->asked_n++] = f.content;
 	}
 	crdt_frame_free(&f);
 	return true;
@@ -68,6 +73,16 @@ static void in(struct fix *x, struct crdt_frame *f)
 	crdt_buf_free(&b);
 }
 
+static void link_up(struct fix *x)
+{
+	struct crdt_frame welcome = { .type = CRDT_FRAME_WELCOME, .daemon_id = 5 };
+
+	node_link_up(x->n, x->now, 0);
+	welcome.name.p = (const uint8_t *)"s1";
+	welcome.name.n = 2;
+	in(x, &welcome);
+}
+
 static int setup(void **state)
 {
 	static const char *const storages[] = { "tcp://s1" };
@@ -77,7 +92,6 @@ static int setup(void **state)
 	struct node_callbacks cb = { on_send, on_reconnect, on_visit, on_sync, on_log, x };
 	struct node_config cfg = { .name = "w1", .slot = 1, .storages = storages, .storages_n = 1, .visits = 2,
 				   .apply = true };
-	struct crdt_frame welcome = { .type = CRDT_FRAME_WELCOME, .daemon_id = 5 };
 	char *error;
 
 	x->store = cfg.store = store_open(NULL, &opts, &error);
@@ -85,10 +99,7 @@ static int setup(void **state)
 	x->sent = cfg.sent = spool_new(NULL, &limits, &error);
 	x->n = node_new(&cfg, &cb, &error);
 	assert_non_null(x->n);
-	node_link_up(x->n, x->now, 0);
-	welcome.name.p = (const uint8_t *)"s1";
-	welcome.name.n = 2;
-	in(x, &welcome);
+	link_up(x);
 	*state = x;
 	return 0;
 }
@@ -282,7 +293,7 @@ static void nobody_has(void **state)
 	struct fix *x = *state;
 
 	wanted_by(x, "a", 500);
-	assert_int_equal(x->wants[0], NODE_FETCHES_USER_MAX);
+	assert_int_equal(x->wants[0], NODE_FETCHES_USER_BYTES / 100000);
 	wanted_by(x, "b", 500);
 	assert_int_equal(x->wants[1], 1);
 	/* The daemon has none of them: each is asked for in its turn, once. */
@@ -301,6 +312,186 @@ static void nobody_has(void **state)
 	run(x);
 	carry_out(x, 500);
 	assert_true(x->wants[0] > 500 && x->wants[0] <= 500 + NODE_FETCHES_USER_MAX);
+}
+
+/* ---- how much is asked for ---- */
+
+/* A visit of the user that wants n texts: text i is this one, */
+static size_t text(unsigned i, char out[16])
+{
+	return (size_t)snprintf(out, 16, "text %u", i);
+}
+
+/* and its size, or another one that it claims to have. */
+static void visit_wants(struct fix *x, struct visit *v, unsigned first, unsigned n, uint64_t size)
+{
+	v->mail_result = VISIT_MAIL_OK;
+	v->applied = v->wants_all = true;
+	v->progress = REPLICA_WANTS_BODIES;
+	v->wants = calloc(n, sizeof(*v->wants));
+	v->wants_n = n;
+	for (unsigned i = 0; i < n; i++) {
+		char buf[16];
+		size_t len = text(first + i, buf);
+
+		v->wants[i].size = size > 0 ? size : len;
+		SHA256((const uint8_t *)buf, len, v->wants[i].content.b);
+	}
+	visited(x, v);
+}
+
+static void user_wants(struct fix *x, const char *user, unsigned n, uint64_t size)
+{
+	node_changed(x->n, x->now, user);
+	run(x);
+	visit_wants(x, take_visit(x), 0, n, size);
+}
+
+static void text_comes(struct fix *x, const char *user, unsigned i)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_BODY };
+	char buf[16];
+
+	f.data.p = (const uint8_t *)buf;
+	f.data.n = text(i, buf);
+	f.size = f.data.n;
+	SHA256((const uint8_t *)buf, f.size, f.content.b);
+	f.user.p = (const uint8_t *)user;
+	f.user.n = (uint16_t)strlen(user);
+	in(x, &f);
+	run(x);
+}
+
+/* Of one user so many, or so many bytes; of all so many. */
+static void window(void **state)
+{
+	struct fix *x = *state;
+	char user[8];
+
+	user_wants(x, "a", 2000, 1000);
+	assert_int_equal(x->asked_n, NODE_FETCHES_USER_MAX);
+	user_wants(x, "b", 2000, 100000);
+	assert_int_equal(x->asked_n, NODE_FETCHES_USER_MAX + NODE_FETCHES_USER_BYTES / 100000);
+	for (unsigned i = 0; i < 20; i++) {
+		(void)snprintf(user, sizeof(user), "c%u", i);
+		user_wants(x, user, 2000, 1000);
+		assert_true(x->asked_n <= NODE_FETCHES_MAX);
+	}
+	assert_int_equal(x->asked_n, NODE_FETCHES_MAX);
+	assert_int_equal(x->n->fetches_asking, NODE_FETCHES_MAX);
+	/* nothing more when one of them comes again and wants others, too */
+	user_wants(x, "a", 3000, 1000);
+	assert_int_equal(x->asked_n, NODE_FETCHES_MAX);
+}
+
+/* A text that is longer than all that a user may have on its way is alone. */
+static void large_texts(void **state)
+{
+	struct fix *x = *state;
+	char user[8];
+
+	for (unsigned i = 0; i < 2 * NODE_FETCHES_BYTES / CRDT_BODY_CREDIT; i++) {
+		(void)snprintf(user, sizeof(user), "b%u", i);
+		user_wants(x, user, 5, NODE_FETCHES_USER_BYTES + 1);
+		assert_int_equal(x->asked_n, i < NODE_FETCHES_BYTES / CRDT_BODY_CREDIT ? i + 1 :
+				 NODE_FETCHES_BYTES / CRDT_BODY_CREDIT);
+	}
+}
+
+/* Texts that came are taken together, by few visits, and make room for as many. */
+static void gathered(void **state)
+{
+	struct fix *x = *state;
+	unsigned half = NODE_FETCHES_USER_MAX / 2;
+
+	user_wants(x, "a", 500, 0);
+	assert_int_equal(x->asked_n, NODE_FETCHES_USER_MAX);
+	for (unsigned i = 0; i < half; i++) {
+		assert_null(x->visits);
+		text_comes(x, "a", i);
+	}
+	visit_wants(x, take_visit(x), half, 500 - half, 0);
+	assert_int_equal(x->asked_n, NODE_FETCHES_USER_MAX + half);
+	/* a few that came are not kept waiting for long, */
+	text_comes(x, "a", half);
+	assert_null(x->visits);
+	x->now += NODE_FETCH_GATHER_MSECS;
+	run(x);
+	visit_wants(x, take_visit(x), half + 1, 1, 0);
+	/* and the last one not at all */
+	text_comes(x, "a", half + 1);
+	assert_non_null(x->visits);
+}
+
+/* The connection is lost: what is missing is asked for again, and nothing else. */
+static void connection_lost(void **state)
+{
+	enum { CAME = 100 };
+	struct fix *x = *state;
+	struct crdt_content c;
+	char buf[16];
+
+	user_wants(x, "a", NODE_FETCHES_USER_MAX, 0);
+	for (unsigned i = 0; i < CAME; i++)
+		text_comes(x, "a", i);
+	node_link_down(x->n, x->now, 0);
+	run(x);
+	x->asked_n = 0;
+	link_up(x);
+	/* (a visit ends with what it found before) */
+	x->now += NODE_FETCH_GATHER_MSECS;
+	run(x);
+	visit_wants(x, take_visit(x), CAME, NODE_FETCHES_USER_MAX - CAME, 0);
+	for (unsigned i = 0; i < 10; i++) {
+		x->now += 1000;
+		run(x);
+		while (x->visits != NULL)
+			visit_wants(x, take_visit(x), CAME, NODE_FETCHES_USER_MAX - CAME, 0);
+	}
+	assert_int_equal(x->asked_n, NODE_FETCHES_USER_MAX - CAME);
+	for (unsigned i = 0; i < CAME; i++) {
+		size_t len = text(i, buf);
+
+		SHA256((const uint8_t *)buf, len, c.b);
+		for (unsigned k = 0; k < x->asked_n; k++)
+			assert_memory_not_equal(x->asked[k].b, c.b, sizeof(c.b));
+	}
+}
+
+/* Mails wait for texts of others: not for one that no daemon has, and where the copy
+ * is shown not for long. */
+static void held_up(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_content c;
+	struct visit *v;
+	char buf[16];
+	size_t len = text(1, buf);
+
+	SHA256((const uint8_t *)buf, len, c.b);
+	user_wants(x, "a", 5, 0);
+	none(x, "a", &c);
+	x->now += NODE_FETCH_GATHER_MSECS;
+	run(x);
+	v = take_visit(x);
+	assert_true(v->apply && v->hold);
+	assert_int_equal(v->missing_n, 1);
+	assert_memory_equal(v->missing[0].b, c.b, sizeof(c.b));
+	visit_wants(x, v, 0, 5, 0);
+	x->now += NODE_FETCH_HOLD_MSECS;
+	run(x);
+	v = take_visit(x);
+	assert_true(v->apply);
+	assert_false(v->hold);
+	/* it is not complete, and is shown to nobody */
+	v->incomplete = true;
+	visit_wants(x, v, 0, 5, 0);
+	x->now += 100 * NODE_FETCH_HOLD_MSECS;
+	node_changed(x->n, x->now, "a");
+	run(x);
+	v = take_visit(x);
+	assert_true(v->hold);
+	visit_free(v);
 }
 
 /* A daemon that names ever more users does not fill the memory. */
@@ -914,7 +1105,8 @@ static void copy_is_stuck(void **state)
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many), TEST(nobody_has), TEST(many_users),
+	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many), TEST(nobody_has), TEST(window),
+		TEST(large_texts), TEST(gathered), TEST(connection_lost), TEST(held_up), TEST(many_users),
 		TEST(name_used_again), TEST(generation_to_come), TEST(removed_user),
 		TEST(drop_user), TEST(dropped_user_is_fed),
 		TEST(session_waits), TEST(session_does_not_wait_for_ever), TEST(session_without_a_copy),

@@ -337,14 +337,14 @@ static int failing_subscribe(struct mailstore *ms, const char *path, bool on)
 	return strcmp(path, "0") == 0 ? MS_TEMP : MS_OK;
 }
 
-static bool no_text(void *ctx, const struct crdt_content *c, uint64_t size, const uint8_t **text_r, const char **file_r)
+static enum replica_text no_text(void *ctx, const struct crdt_content *c, uint64_t size, const uint8_t **text_r, const char **file_r)
 {
 	(void)ctx;
 	(void)c;
 	(void)size;
 	(void)text_r;
 	(void)file_r;
-	return false;
+	return REPLICA_TEXT_NONE;
 }
 
 /* Until there is nothing to do now. */
@@ -467,15 +467,30 @@ static int counting_apply(struct mailstore *ms, struct ms_apply *a)
 	return MS_OK;
 }
 
-static bool empty_text(void *ctx, const struct crdt_content *c, uint64_t size, const uint8_t **text_r,
+static enum replica_text empty_text(void *ctx, const struct crdt_content *c, uint64_t size, const uint8_t **text_r,
 		       const char **file_r)
 {
 	(void)ctx;
 	(void)c;
 	assert_int_equal(size, 0);
-	*text_r = NULL;
-	*file_r = NULL;
-	return true;
+	if (text_r != NULL) {
+		*text_r = NULL;
+		*file_r = NULL;
+	}
+	return REPLICA_TEXT_HERE;
+}
+
+static void put_box(struct fix *x, const char *guid, const struct crdt_op_folder *f)
+{
+	struct box b = { .uidvalidity = f->validity, .uidnext = 1 };
+	char *error;
+
+	(void)snprintf((char *)b.guid.b, sizeof(b.guid.b), "%s", guid);
+	(void)replica_txn_begin(x->r);
+	box_set_path(x->r, &b, f->path.p, f->path.n);
+	box_attach(x->r, &b, &f->id);
+	box_free(&b);
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
 }
 
 /* A folder that cannot be made leaves others' mails alone: all of them, not a slice
@@ -487,16 +502,10 @@ static void folder_that_fails_beside_mails(void **state)
 	struct crdt_op_folder f = { .id.b = "there", .path = { (const uint8_t *)"there", 5 }, .counter = 1,
 				    .validity = 64 };
 	struct crdt_op op = { .kind = CRDT_OP_CREATE, .folders_n = 1, .folders = &f };
-	struct box b = { .guid.b = "box", .uidvalidity = 64, .uidnext = 1 };
-	char *error;
 
 	empty_mailstore(x);
 	x->ms.apply = counting_apply;
-	(void)replica_txn_begin(x->r);
-	box_set_path(x->r, &b, "there", 5);
-	box_attach(x->r, &b, &f.id);
-	box_free(&b);
-	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+	put_box(x, "box", &f);
 	deliver(x, &op, 1);
 	for (unsigned i = 0; i < MAILS; i++) {
 		char guid[16];
@@ -513,6 +522,151 @@ static void folder_that_fails_beside_mails(void **state)
 	assert_int_equal(apply_all(x, empty_text), REPLICA_LATER);
 	assert_int_equal(x->asked[0], MAILS);
 	assert_true(x->asked[1] > 0);
+}
+
+/* ---- texts ---- */
+
+enum { WAITING = 300, FIRST_CLAIM = 64 };
+/* Of INBOX's mails, then of another folder's. */
+static enum replica_text texts[2 * WAITING];
+static unsigned wanted[2 * WAITING], wanted_n;
+static uint32_t saved[2 * WAITING];
+static unsigned saved_n;
+
+static unsigned text_number(const struct crdt_content *c)
+{
+	return (unsigned)atoi((const char *)c->b);
+}
+
+static enum replica_text some_text(void *ctx, const struct crdt_content *c, uint64_t size, const uint8_t **text_r,
+				   const char **file_r)
+{
+	(void)ctx;
+	(void)size;
+	if (text_r != NULL) {
+		*text_r = NULL;
+		*file_r = NULL;
+	}
+	return texts[text_number(c)];
+}
+
+static bool note_want(void *ctx, const struct crdt_content *c, uint64_t size)
+{
+	(void)ctx;
+	(void)size;
+	assert_true(wanted_n < 2 * WAITING);
+	wanted[wanted_n++] = text_number(c);
+	return true;
+}
+
+static int noting_apply(struct mailstore *ms, struct ms_apply *a)
+{
+	(void)ms;
+	for (size_t i = 0; i < a->n; i++) {
+		assert_int_equal(a->cmds[i].kind, MS_SAVE);
+		saved[saved_n++] = a->cmds[i].want_uid;
+		a->cmds[i].outcome = MS_CMD_FAILED;
+	}
+	return MS_OK;
+}
+
+/* Mails whose order of GUIDs is not that of their UIDs. */
+static void put_mails(struct fix *x, struct crdt_op_folder *f, unsigned first_text, uint64_t seq)
+{
+	struct crdt_op op = { .kind = CRDT_OP_CREATE, .folders_n = 1, .folders = f };
+
+	deliver(x, &op, seq++);
+	for (unsigned i = 0; i < WAITING; i++) {
+		char guid[16];
+		struct crdt_op_mail m = { .uid = FIRST_CLAIM + i };
+
+		(void)snprintf((char *)m.content.b, sizeof(m.content.b), "%u", first_text + i);
+		(void)snprintf(guid, sizeof(guid), "guid%u", i * 7919 % 1000);
+		m.guid = (struct crdt_str){ (const uint8_t *)guid, (uint16_t)strlen(guid) };
+		op = (struct crdt_op){ .kind = CRDT_OP_ADD, .folders_n = 1, .folders = f, .mails_n = 1, .mails = &m };
+		deliver(x, &op, seq++);
+	}
+}
+
+static void without_texts(struct fix *x)
+{
+	struct crdt_op_folder inbox = { .path = { (const uint8_t *)"INBOX", 5 }, .counter = 1, .validity = 64 };
+	struct crdt_op_folder other = { .id.b = "A", .path = { (const uint8_t *)"A", 1 }, .counter = 1, .validity = 64 };
+
+	inbox.id = crdt_inbox_id;
+	empty_mailstore(x);
+	x->ms.apply = noting_apply;
+	put_box(x, "z", &inbox);	/* the last one in the order of GUIDs */
+	put_box(x, "a", &other);
+	put_mails(x, &other, WAITING, 1);
+	put_mails(x, &inbox, 0, WAITING + 2);
+	for (unsigned i = 0; i < 2 * WAITING; i++)
+		texts[i] = REPLICA_TEXT_COMING;
+	wanted_n = saved_n = 0;
+	assert_int_equal(apply_all(x, some_text), REPLICA_WANTS_BODIES);
+	assert_int_equal(saved_n, 0);
+}
+
+/* INBOX's, and each mailbox's in the order of UIDs. */
+static void wants_in_order(void **state)
+{
+	struct fix *x = *state;
+
+	without_texts(x);
+	assert_true(replica_wants(x->r, note_want, NULL));
+	assert_int_equal(wanted_n, 2 * WAITING);
+	for (unsigned i = 0; i < wanted_n; i++)
+		assert_int_equal(wanted[i], i);
+}
+
+/* Texts come in any order: no mail is shown before one that has a lower UID and may
+ * still come, or it would cost that one its UID.  One that nobody has holds up nobody. */
+static void waits_for_lower_uids(void **state)
+{
+	struct fix *x = *state;
+
+	without_texts(x);
+	for (unsigned i = 4; i < WAITING; i++)
+		texts[i] = REPLICA_TEXT_HERE;
+	texts[1] = REPLICA_TEXT_HERE;
+	assert_int_equal(apply_all(x, some_text), REPLICA_WANTS_BODIES);
+	assert_int_equal(saved_n, 0);
+	texts[0] = REPLICA_TEXT_NONE;
+	assert_int_equal(apply_all(x, some_text), REPLICA_WANTS_BODIES);
+	assert_int_equal(saved_n, 1);
+	assert_int_equal(saved[0], FIRST_CLAIM + 1);
+	/* another mailbox does not wait for this one */
+	texts[WAITING] = REPLICA_TEXT_HERE;
+	assert_int_equal(apply_all(x, some_text), REPLICA_WANTS_BODIES);
+	assert_int_equal(saved_n, 2);
+	assert_int_equal(saved[1], FIRST_CLAIM);
+	texts[2] = REPLICA_TEXT_NONE;
+	texts[3] = REPLICA_TEXT_HERE;
+	assert_int_equal(apply_all(x, some_text), REPLICA_WANTS_BODIES);
+	assert_int_equal(saved_n, WAITING - 1);
+	for (unsigned i = 2; i < saved_n; i++)
+		assert_int_equal(saved[i], FIRST_CLAIM + i + 1);
+}
+
+/* A mail that came with its text waits as well. */
+static void waits_for_one_before(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op_folder f = { .path = { (const uint8_t *)"INBOX", 5 }, .counter = 1, .validity = 64 };
+	struct crdt_op_mail m = { .uid = FIRST_CLAIM + WAITING, .guid = { (const uint8_t *)"new", 3 }, .content.b = "1" };
+	struct crdt_op op = { .kind = CRDT_OP_ADD, .folders_n = 1, .folders = &f, .mails_n = 1, .mails = &m };
+
+	f.id = crdt_inbox_id;
+	without_texts(x);
+	texts[1] = REPLICA_TEXT_HERE;
+	deliver(x, &op, 2 * WAITING + 3);
+	assert_int_equal(apply_all(x, some_text), REPLICA_WANTS_BODIES);
+	assert_int_equal(saved_n, 0);
+	for (unsigned i = 0; i < WAITING; i++)
+		texts[i] = REPLICA_TEXT_HERE;
+	assert_int_equal(apply_all(x, some_text), REPLICA_WANTS_BODIES);
+	assert_int_equal(saved_n, WAITING + 1);
+	assert_int_equal(saved[WAITING], FIRST_CLAIM + WAITING);
 }
 
 /* A tree is renamed by its root: the mail store takes the rest along. */
@@ -1025,7 +1179,8 @@ int main(void)
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places), TEST(wrong_places), TEST(applied_has_all_own), TEST(first_what_is_here),
 		TEST(folders_that_fail), TEST(many_subscriptions),
-		TEST(folder_that_fails_beside_mails), TEST(parents_first),
+		TEST(folder_that_fails_beside_mails), TEST(wants_in_order), TEST(waits_for_lower_uids),
+		TEST(waits_for_one_before), TEST(parents_first),
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
 		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_that_is_staged_anew), TEST(state_with_our_ops),
 		TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent) };

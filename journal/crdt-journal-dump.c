@@ -77,16 +77,30 @@ static void print_uids(const struct crdt_jrec *rec)
 	}
 }
 
+static const char *const names[] = {
+	[CRDT_JREC_CREATE] = "CREATE", [CRDT_JREC_DELETE] = "DELETE",
+	[CRDT_JREC_RENAME] = "RENAME", [CRDT_JREC_SUBSCRIBE] = "SUBSCRIBE",
+	[CRDT_JREC_UNSUBSCRIBE] = "UNSUBSCRIBE", [CRDT_JREC_APPEND] = "APPEND",
+	[CRDT_JREC_FLAGS] = "FLAGS", [CRDT_JREC_EXPUNGE] = "EXPUNGE",
+	[CRDT_JREC_TAKEOVER] = "TAKEOVER", [CRDT_JREC_ABORT] = "ABORT",
+	[CRDT_JREC_RELEASE] = "RELEASE", [CRDT_JREC_REVALIDATE] = "REVALIDATE",
+	[CRDT_JREC_OBSERVED] = "OBSERVED",
+};
+
+static void print_observed(const struct crdt_observed *o)
+{
+	if (o->kind >= CRDT_JREC_CREATE && o->kind <= CRDT_OBSERVED_KINDS)
+		printf(" change=%s", names[o->kind]);
+	else
+		printf(" change=%u", o->kind);
+	printf(" mails=%" PRIu64, o->mails);
+	if (o->bytes > 0)
+		printf(" bytes=%" PRIu64, o->bytes);
+	printf(" time=%" PRIu64, o->time);
+}
+
 static bool print_rec(void *ctx, const struct crdt_jrec *rec)
 {
-	static const char *const names[] = {
-		[CRDT_JREC_CREATE] = "CREATE", [CRDT_JREC_DELETE] = "DELETE",
-		[CRDT_JREC_RENAME] = "RENAME", [CRDT_JREC_SUBSCRIBE] = "SUBSCRIBE",
-		[CRDT_JREC_UNSUBSCRIBE] = "UNSUBSCRIBE", [CRDT_JREC_APPEND] = "APPEND",
-		[CRDT_JREC_FLAGS] = "FLAGS", [CRDT_JREC_EXPUNGE] = "EXPUNGE",
-		[CRDT_JREC_TAKEOVER] = "TAKEOVER", [CRDT_JREC_ABORT] = "ABORT",
-		[CRDT_JREC_RELEASE] = "RELEASE", [CRDT_JREC_REVALIDATE] = "REVALIDATE",
-	};
 	static const struct crdt_id no_mailbox;
 
 	(void)ctx;
@@ -148,6 +162,9 @@ static bool print_rec(void *ctx, const struct crdt_jrec *rec)
 		printf(" of=%" PRIu64, rec->abort_seq);
 		break;
 	case CRDT_JREC_REVALIDATE:
+		break;
+	case CRDT_JREC_OBSERVED:
+		print_observed(&rec->observed);
 		break;
 	}
 	putchar('\n');

@@ -65,6 +65,8 @@ enum crdt_jrec_kind {
 	CRDT_JREC_RELEASE = 11,	/* mailbox, uidvalidity, seen, numberer, uidnext */
 	CRDT_JREC_REVALIDATE = 12,	/* applier only: mailbox, uidvalidity (the new one); all its
 				 * mails follow as applier APPENDs with their new UIDs */
+	CRDT_JREC_OBSERVED = 13,	/* observed: crdt_mode = observe, a change that was only
+				 * seen.  To be counted, and never taken for the change itself */
 };
 
 struct crdt_uid_range { uint32_t first, last; };	/* inclusive */
@@ -77,6 +79,15 @@ struct crdt_jrec_mail {			/* APPEND */
 	struct crdt_str key;		/* applier only: which mail of the state this is
 					 * (crdt_mail_key_encode() without first byte); else empty */
 };
+
+struct crdt_observed {			/* OBSERVED */
+	uint8_t kind;			/* of the record that the change would have had */
+	uint64_t mails;			/* that it was about; 0: a mailbox or a subscription */
+	uint64_t bytes;			/* of them; 0: not known */
+	uint64_t time;			/* seconds since 1970 */
+};
+/* Kinds that a change has are 1 to this. */
+#define CRDT_OBSERVED_KINDS CRDT_JREC_EXPUNGE
 
 struct crdt_jrec {
 	uint64_t seq;			/* set by crdt_journal_append() */
@@ -98,6 +109,7 @@ struct crdt_jrec {
 	struct crdt_numberer numberer;
 	uint32_t uidnext;
 	uint64_t abort_seq;
+	struct crdt_observed observed;
 	/* The stamp that the mailbox's index had before this change (mailbox-ext.h), in
 	 * the first record of an index transaction; seq 0: none, or of another journal.
 	 * Not the mailbox's last record: its change did not happen.  After decoding only

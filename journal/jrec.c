@@ -11,7 +11,7 @@
 
 bool crdt_jrec_kind_known(uint8_t kind)
 {
-	return kind >= CRDT_JREC_CREATE && kind <= CRDT_JREC_REVALIDATE;
+	return kind >= CRDT_JREC_CREATE && kind <= CRDT_JREC_OBSERVED;
 }
 
 static void put_strs(struct crdt_buf *b, const struct crdt_str *strs, unsigned n)
@@ -116,6 +116,12 @@ void crdt_jrec_encode(struct crdt_buf *b, const struct crdt_jrec *rec)
 		crdt_buf_varint(b, rec->abort_seq);
 		break;
 	case CRDT_JREC_REVALIDATE:
+		break;
+	case CRDT_JREC_OBSERVED:
+		crdt_buf_u8(b, rec->observed.kind);
+		crdt_buf_varint(b, rec->observed.mails);
+		crdt_buf_varint(b, rec->observed.bytes);
+		crdt_buf_varint(b, rec->observed.time);
 		break;
 	}
 	if (rec->before.seq > 0)
@@ -271,6 +277,13 @@ int crdt_jrec_decode(const void *p, size_t n, struct crdt_jrec *rec_r, const cha
 		rec_r->abort_seq = crdt_get_varint(&r);
 		break;
 	case CRDT_JREC_REVALIDATE:
+		break;
+	case CRDT_JREC_OBSERVED:
+		/* any kind: one of a newer version is for who counts to leave out */
+		rec_r->observed.kind = crdt_get_u8(&r);
+		rec_r->observed.mails = crdt_get_varint(&r);
+		rec_r->observed.bytes = crdt_get_varint(&r);
+		rec_r->observed.time = crdt_get_varint(&r);
 		break;
 	default:
 		/* a newer minor version's: the caller sees kind and seq */

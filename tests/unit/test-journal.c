@@ -217,7 +217,7 @@ static void test_record_roundtrip(void **state)
 	assert_true(crdt_vv_raise(&rec.seen, CRDT_ORIGIN(7, 99), 12345));
 	rec.path = (struct crdt_str)STR("a/b");
 	rec.new_path = (struct crdt_str)STR("c");
-	for (unsigned kind = CRDT_JREC_CREATE; kind <= CRDT_JREC_REVALIDATE; kind++) {
+	for (unsigned kind = CRDT_JREC_CREATE; kind <= CRDT_JREC_OBSERVED; kind++) {
 		rec.kind = (uint8_t)kind;
 		rec.mails = mails;
 		rec.mails_n = 2;
@@ -232,6 +232,7 @@ static void test_record_roundtrip(void **state)
 		rec.numberer = (struct crdt_numberer){ 5, 63 };
 		rec.uidnext = 262144;
 		rec.abort_seq = 299;
+		rec.observed = (struct crdt_observed){ CRDT_JREC_FLAGS, 70000, UINT64_C(1) << 40, 1700000000 };
 		rec.before.seq = kind % 2 == 0 ? 0 : 200 + kind;
 		roundtrip(&rec, &out, &b);
 		assert_int_equal(out.before.seq, rec.before.seq);
@@ -267,6 +268,12 @@ static void test_record_roundtrip(void **state)
 			break;
 		case CRDT_JREC_ABORT:
 			assert_int_equal(out.abort_seq, 299);
+			break;
+		case CRDT_JREC_OBSERVED:
+			assert_int_equal(out.observed.kind, CRDT_JREC_FLAGS);
+			assert_int_equal(out.observed.mails, 70000);
+			assert_int_equal(out.observed.bytes, UINT64_C(1) << 40);
+			assert_int_equal(out.observed.time, 1700000000);
 			break;
 		}
 		crdt_jrec_free(&out);
@@ -362,7 +369,82 @@ static void test_record_golden(void **state)
 	crdt_jrec_free(&rec);
 }
 
+/* The same. */
+static void test_observed_golden(void **state)
+{
+	static const uint8_t bytes[] = {
+		0x0d, 0x00, 0xac, 0x02,			/* OBSERVED, seq 300 */
+		0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+		0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,	/* mailbox: none */
+		0x00, 0x00,				/* UIDVALIDITY, seen: none */
+		0x06, 0x80, 0x02, 0x03,			/* APPEND of 256 mails, 3 bytes */
+		0x80, 0xe2, 0xcf, 0xaa, 0x06,		/* at 1700000000 */
+	};
+	struct crdt_jrec rec;
+	struct crdt_buf b = CRDT_BUF_INIT;
+	const char *error = "?";
+
+	(void)state;
+	if (crdt_jrec_decode(bytes, sizeof(bytes), &rec, &error) < 0)
+		fail_msg("%s", error);
+	assert_int_equal(rec.kind, CRDT_JREC_OBSERVED);
+	assert_int_equal(rec.seq, 300);
+	assert_int_equal(rec.observed.kind, CRDT_JREC_APPEND);
+	assert_int_equal(rec.observed.mails, 256);
+	assert_int_equal(rec.observed.bytes, 3);
+	assert_int_equal(rec.observed.time, 1700000000);
+	crdt_jrec_encode(&b, &rec);
+	assert_int_equal(b.len, sizeof(bytes));
+	assert_memory_equal(b.data, bytes, sizeof(bytes));
+	for (size_t n = 0; n < sizeof(bytes); n++) {
+		crdt_jrec_free(&rec);
+		assert_int_equal(crdt_jrec_decode(bytes, n, &rec, &error), -1);
+	}
+	crdt_jrec_free(&rec);
+	crdt_buf_free(&b);
+}
+
 /* ---- the file ---- */
+
+static bool kinds_cb(void *ctx, const struct crdt_jrec *rec)
+{
+	char *kinds = ctx;
+	size_t len = strlen(kinds);
+
+	snprintf(kinds + len, 64 - len, " %u", rec->kind);
+	return true;
+}
+
+/* In a journal of a version that did not know them, between its records. */
+static void test_observed_in_old_journal(void **state)
+{
+	struct crdt_jrec rec = { .kind = CRDT_JREC_OBSERVED, .observed = { CRDT_JREC_EXPUNGE, 1, 0, 1 } };
+	struct crdt_journal *j = open_ok(&ident_a);
+	char kinds[64] = "";
+	const char *error = "?";
+	uint8_t minor;
+	int fd;
+
+	(void)state;
+	append_names(j, "a", 1);
+	crdt_journal_close(&j);
+	fd = open(journal_path, O_RDONLY);
+	assert_int_equal(pread(fd, &minor, 1, 9), 1);
+	close(fd);
+	assert_int_equal(minor, 0);
+
+	j = open_ok(&ident_a);
+	lock_ok(j);
+	assert_int_equal(crdt_journal_append(j, &rec, 1, &error), 0);
+	crdt_journal_unlock(j);
+	assert_int_equal(rec.seq, 2);
+	append_names(j, "b", 1);
+	assert_int_equal(crdt_journal_read(j, 1, kinds_cb, kinds, &error), 0);
+	assert_string_equal(kinds, " 4 13 4");
+	assert_int_equal(crdt_journal_trim(j, 2, &error), 0);
+	assert_names(j, 0, "b0");
+	crdt_journal_close(&j);
+}
 
 static void test_open_and_append(void **state)
 {
@@ -1356,7 +1438,8 @@ int main(void)
 {
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 	const struct CMUnitTest tests[] = {
-		T(test_record_roundtrip), T(test_record_limits), T(test_record_golden),
+		T(test_record_roundtrip), T(test_record_limits), T(test_record_golden), T(test_observed_golden),
+		T(test_observed_in_old_journal),
 		T(test_open_and_append), T(test_read_stops), T(test_header_updates),
 		T(test_torn_tail), T(test_readonly), T(test_read_half_batch), T(test_damage_in_the_middle),
 		T(test_damage_at_the_end),

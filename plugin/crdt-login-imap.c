@@ -102,7 +102,7 @@ static void client_created(struct client **_client)
 	struct client *client = *_client;
 	struct crdt_user *cuser = crdt_user_get(client->user);
 
-	if (cuser != NULL && held.cuser == NULL) {
+	if (cuser != NULL && !crdt_user_observes(cuser) && held.cuser == NULL) {
 		held.cuser = cuser;
 		held.client = client;
 		held.answer = str_new(default_pool, 256);

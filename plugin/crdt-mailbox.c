@@ -60,7 +60,7 @@ static bool is_maildir(const struct mailbox *box)
 
 static bool is_observing(const struct crdt_mailbox *cbox)
 {
-	return cbox->cuser->set.mode == CRDT_MODE_OBSERVE;
+	return crdt_user_observes(cbox->cuser);
 }
 
 /* ---- the mailbox's GUID ---- */
@@ -178,6 +178,15 @@ static int open_born(struct crdt_mailbox *cbox)
 	return cbox->module_ctx.super.open(box);
 }
 
+/* How much mail there is is worth a look when somebody logs in. */
+static void observe_session(struct crdt_user *cuser)
+{
+	if (!cuser->session || cuser->survey_asked)
+		return;
+	cuser->survey_asked = TRUE;
+	crdt_record_survey(cuser, FALSE);
+}
+
 /*
  * What is not found Dovecot makes, INBOX at least.  For the list index it opens what is
  * new in a directory, with the index locked: an INBOX, say, that another process is just
@@ -202,6 +211,8 @@ static int crdt_mailbox_open(struct mailbox *box)
 	}
 	if (is_session_open(cbox))
 		crdt_numbering_session_opened(cbox);
+	else if (is_observing(cbox))
+		observe_session(cbox->cuser);
 	return 0;
 }
 
@@ -361,6 +372,16 @@ static bool is_made_all_the_same(struct crdt_mailbox *cbox, const struct mailbox
 	return cbox->module_ctx.super.update_box(box, update) == 0;
 }
 
+static int observe_create(struct crdt_mailbox *cbox, const struct mailbox_update *update, bool directory)
+{
+	bool counts = !directory || (cbox->box->list->props & MAILBOX_LIST_PROP_NO_NOSELECT) != 0;
+	int ret = cbox->module_ctx.super.create_box(cbox->box, update, directory);
+
+	if (ret == 0 && counts)
+		crdt_record_observed(cbox->cuser, CRDT_JREC_CREATE, 0, 0);
+	return ret;
+}
+
 static int crdt_mailbox_create(struct mailbox *box, const struct mailbox_update *update,
 			       bool directory)
 {
@@ -368,7 +389,9 @@ static int crdt_mailbox_create(struct mailbox *box, const struct mailbox_update 
 	struct mailbox_update new_update;
 	const char *error;
 
-	if (is_observing(cbox) || exists_already(box) ||
+	if (is_observing(cbox))
+		return observe_create(cbox, update, directory);
+	if (exists_already(box) ||
 	    (directory && (box->list->props & MAILBOX_LIST_PROP_NO_NOSELECT) == 0)) {
 		/* or only a directory: it is implied by what is in it */
 		return cbox->module_ctx.super.create_box(box, update, directory);
@@ -421,6 +444,20 @@ static void delete_failed(struct crdt_mailbox *cbox, const struct crdt_vv *seen,
 		(void)crdt_messages_record_expunges(cbox, &cbox->deleting.uids, seen, uidvalidity);
 }
 
+static int observe_delete(struct crdt_mailbox *cbox)
+{
+	bool counts = cbox->box->opened;	/* else a directory without a mailbox */
+	int ret;
+
+	cbox->observing_delete = counts;
+	cbox->observed_mails = 0;
+	ret = cbox->module_ctx.super.delete_box(cbox->box);
+	cbox->observing_delete = FALSE;
+	if (ret == 0 && counts)
+		crdt_record_observed(cbox->cuser, CRDT_JREC_DELETE, cbox->observed_mails, 0);
+	return ret;
+}
+
 /*
  * The DELETE record is written when the mailbox is gone: until then Dovecot may
  * find that it is not empty and keep it.  The list is locked, so nobody has made
@@ -440,7 +477,9 @@ static int crdt_mailbox_delete(struct mailbox *box)
 	bool unlock;
 	int ret;
 
-	if (cbox->unrecorded || is_observing(cbox) || !box->opened || path == NULL ||
+	if (is_observing(cbox))
+		return observe_delete(cbox);
+	if (cbox->unrecorded || !box->opened || path == NULL ||
 	    !cbox->ext_registered) {
 		/* not opened: a directory without a mailbox */
 		return cbox->module_ctx.super.delete_box(box);
@@ -482,6 +521,15 @@ static int crdt_mailbox_delete(struct mailbox *box)
 
 /* ---- rename ---- */
 
+static int observe_rename(struct crdt_mailbox *cbox, struct mailbox *src, struct mailbox *dest)
+{
+	int ret = cbox->module_ctx.super.rename_box(src, dest);
+
+	if (ret == 0)
+		crdt_record_observed(cbox->cuser, CRDT_JREC_RENAME, 0, 0);
+	return ret;
+}
+
 static int crdt_mailbox_rename(struct mailbox *src, struct mailbox *dest)
 {
 	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(src);
@@ -492,7 +540,7 @@ static int crdt_mailbox_rename(struct mailbox *src, struct mailbox *dest)
 	struct crdt_dot last;
 
 	if (is_observing(cbox))
-		return cbox->module_ctx.super.rename_box(src, dest);
+		return observe_rename(cbox, src, dest);
 	if (cdest == NULL || path == NULL || new_path == NULL) {
 		/* To where nothing is recorded: for the other replicas it would be
 		   a DELETE of mails that still exist.  Dovecot itself allows it
@@ -557,13 +605,24 @@ static int set_subscribed_locked(struct crdt_mailbox *cbox, bool set, const char
 	return 0;
 }
 
+static int observe_set_subscribed(struct crdt_mailbox *cbox, bool set)
+{
+	int ret = cbox->module_ctx.super.set_subscribed(cbox->box, set);
+
+	if (ret == 0)
+		crdt_record_observed(cbox->cuser, set ? CRDT_JREC_SUBSCRIBE : CRDT_JREC_UNSUBSCRIBE, 0, 0);
+	return ret;
+}
+
 static int crdt_mailbox_set_subscribed(struct mailbox *box, bool set)
 {
 	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(box);
 	const char *path = crdt_path(box);
 	int ret;
 
-	if (is_observing(cbox) || path == NULL)
+	if (is_observing(cbox))
+		return observe_set_subscribed(cbox, set);
+	if (path == NULL)
 		return cbox->module_ctx.super.set_subscribed(box, set);
 	/* Dovecot locks only its file: the record has to have the same order. */
 	if (mailbox_list_lock(box->list) < 0) {
@@ -630,6 +689,8 @@ void crdt_mailbox_allocated(struct mailbox *box)
 	v->set_subscribed = crdt_mailbox_set_subscribed;
 	v->transaction_save_commit_pre = crdt_numbering_save_commit_pre;
 	v->transaction_commit = crdt_mailbox_transaction_commit;
+	if (crdt_user_observes(cuser))
+		v->save_finish = crdt_messages_observe_save;
 	MODULE_CONTEXT_SET(box, crdt_mailbox_module, cbox);
 	DLLIST_PREPEND(&crdt_mailboxes, cbox);
 }
@@ -641,7 +702,7 @@ void crdt_mailbox_opened(struct mailbox *box)
 	if (cbox == NULL)
 		return;
 	cbox->ext_registered = FALSE;
-	if (MAIL_INDEX_IS_IN_MEMORY(box->index))
+	if (MAIL_INDEX_IS_IN_MEMORY(box->index) || is_observing(cbox))
 		return;
 	cbox->ext_id = mail_index_ext_register(box->index, CRDT_MAILBOX_EXT_NAME,
 					       CRDT_MAILBOX_EXT_SIZE, 0, 0);

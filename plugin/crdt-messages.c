@@ -18,12 +18,14 @@
 #include "mail-index-private.h"
 #include "mail-index-transaction-private.h"
 #include "mail-transaction-log.h"
+#include "ostream.h"
 
 #define CRDT_INDEX_TRANSACTION_CONTEXT(obj) \
 	MODULE_CONTEXT_REQUIRE(obj, crdt_index_transaction_module)
 
 struct crdt_index_transaction {
 	union mail_index_transaction_module_context module_ctx;
+	uint64_t saved_bytes;		/* crdt_mode = observe */
 };
 
 static MODULE_CONTEXT_DEFINE_INIT(crdt_index_transaction_module, &mail_index_module_register);
@@ -498,7 +500,7 @@ static void build_own(struct records *r, struct crdt_mailbox *cbox, struct mail_
 	}
 }
 
-/* ---- committing ---- */
+/* ---- what is recorded of a transaction ---- */
 
 /* Committed by the sync of a mailbox (mdbox has a transaction of its own for
  * its expunges there), not by somebody who changes it. */
@@ -591,6 +593,88 @@ static void note_record_error(struct crdt_mailbox *cbox)
 	}
 }
 
+/* ---- crdt_mode = observe ---- */
+
+struct observed { unsigned int appended, flagged, expunged; };
+
+static unsigned int count_flagged(struct mail_index_transaction *t)
+{
+	struct mail_index_view *head = mail_index_view_open(t->view->index);
+	ARRAY_TYPE(request) requests;
+	const struct request *reqs;
+	struct flag_change change;
+	unsigned int i, n, count, flagged = 0;
+
+	t_array_init(&requests, 64);
+	get_requests(t, &requests);
+	reqs = array_get(&requests, &count);
+	for (i = 0; i < count; i += n) {
+		for (n = 1; i + n < count && reqs[i + n].seq == reqs[i].seq; n++) ;
+		flagged += get_flag_change(t, head, &reqs[i], n, &change) ? 1 : 0;
+	}
+	mail_index_view_close(&head);
+	return flagged;
+}
+
+/* What build_own() would tell of.  No lock is taken for it: another session may have been
+ * first with a flag. */
+static void observe(struct mail_index_transaction *t, struct observed *o)
+{
+	ARRAY_TYPE(seq_range) uids;
+
+	i_zero(o);
+	if (array_is_created(&t->appends))
+		(void)appends_sorted(t, &o->appended);
+	if (is_sync(t))
+		return;
+	o->flagged = count_flagged(t);
+	if (array_is_created(&t->expunges)) {
+		t_array_init(&uids, 64);
+		get_expunged_uids(t, &uids);
+		o->expunged = seq_range_count(&uids);
+	}
+}
+
+static int observe_commit(struct crdt_mailbox *cbox, struct mail_index_transaction *t, uint64_t saved_bytes,
+			  int (*commit)(struct mail_index_transaction *t,
+					struct mail_index_transaction_commit_result *result_r),
+			  struct mail_index_transaction_commit_result *result_r)
+{
+	struct observed o;
+	int ret;
+
+	T_BEGIN {
+		observe(t, &o);
+	} T_END;
+	if ((ret = commit(t, result_r)) < 0)
+		return ret;
+	if (cbox->observing_delete) {
+		cbox->observed_mails += o.expunged;
+		o.expunged = 0;
+	}
+	if (o.appended > 0)
+		crdt_record_observed(cbox->cuser, CRDT_JREC_APPEND, o.appended, saved_bytes);
+	if (o.flagged > 0)
+		crdt_record_observed(cbox->cuser, CRDT_JREC_FLAGS, o.flagged, 0);
+	if (o.expunged > 0)
+		crdt_record_observed(cbox->cuser, CRDT_JREC_EXPUNGE, o.expunged, 0);
+	return ret;
+}
+
+int crdt_messages_observe_save(struct mail_save_context *save_ctx)
+{
+	struct mailbox_transaction_context *t = save_ctx->transaction;
+	struct crdt_index_transaction *ct = MODULE_CONTEXT(t->itrans, crdt_index_transaction_module);
+	uint64_t bytes = save_ctx->data.output == NULL ? 0 : save_ctx->data.output->offset;
+	int ret = crdt_mailbox_get(t->box)->module_ctx.super.save_finish(save_ctx);
+
+	if (ret == 0 && ct != NULL)
+		ct->saved_bytes += bytes;
+	return ret;
+}
+
+/* ---- committing ---- */
+
 static int
 crdt_index_transaction_commit(struct mail_index_transaction *t,
 			      struct mail_index_transaction_commit_result *result_r)
@@ -602,6 +686,7 @@ crdt_index_transaction_commit(struct mail_index_transaction *t,
 	struct crdt_mailbox *cbox;
 	struct crdt_user *cuser;
 	struct crdt_dot last;
+	uint64_t saved_bytes = ct->saved_bytes;
 	unsigned int n;
 	bool unlock;
 	int ret;
@@ -610,6 +695,8 @@ crdt_index_transaction_commit(struct mail_index_transaction *t,
 	/* The mailbox object is looked up now: several share an index, and the
 	 * one that was found when the transaction began may be gone. */
 	cbox = mt != NULL ? crdt_mailbox_get(mt->box) : crdt_mailbox_find_index(index);
+	if (cbox != NULL && crdt_user_observes(cbox->cuser) && may_have_records(t))
+		return observe_commit(cbox, t, saved_bytes, super.commit, result_r);
 	if (cbox != NULL && may_have_records(t) && MAIL_INDEX_IS_IN_MEMORY(index)) {
 		/* lazy_expunge: the mailbox's own index hears of it later */
 		ret = super.commit(t, result_r);

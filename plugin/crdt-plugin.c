@@ -42,12 +42,18 @@ static void crdt_user_created(struct mail_user *user)
 	if (user->autocreated)
 		return;
 	if (crdt_settings_read(user, &set, &error) < 0) {
+		if (set.mode == CRDT_MODE_OBSERVE) {
+			e_error(user->event, "%s: changes of this user are not counted", error);
+			return;
+		}
 		user->error = p_strdup(user->pool, error);
 		return;
 	}
 	if (set.mode == CRDT_MODE_OFF)
 		return;
 	if (strlen(user->username) > CRDT_JOURNAL_USER_MAX || strchr(user->username, '\n') != NULL) {
+		if (set.mode == CRDT_MODE_OBSERVE)
+			return;
 		user->error = p_strdup_printf(user->pool,
 			"crdt: User name is longer than %u bytes or has a line break",
 			CRDT_JOURNAL_USER_MAX);

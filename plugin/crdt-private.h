@@ -39,6 +39,7 @@ struct crdt_user {
 	bool survey_asked;		/* by this session */
 	bool is_new;			/* nobody has anything of him */
 	bool unavailable;		/* the copy is not complete: no mailbox can be opened */
+	bool observe_failed;		/* said that changes are not counted */
 	/* Mailboxes that this session opened for a STATUS: no need to look at their
 	 * numberers again while the journal's generation is this. */
 	uint64_t checked_generation;
@@ -67,6 +68,10 @@ struct crdt_mailbox {
 	enum mail_error record_error;
 	const char *record_errstr;
 
+	/* crdt_mode = observe: while the mailbox is being deleted; mails expunged for it */
+	bool observing_delete;
+	unsigned int observed_mails;
+
 	/* While the mailbox is being deleted */
 	struct {
 		bool seen_known;
@@ -79,6 +84,11 @@ struct crdt_mailbox {
 
 /* NULL: this user's changes are not recorded. */
 struct crdt_user *crdt_user_get(struct mail_user *user);
+/* Changes are counted, and nothing else is different from a Dovecot without the plugin. */
+static inline bool crdt_user_observes(const struct crdt_user *cuser)
+{
+	return cuser->set.mode == CRDT_MODE_OBSERVE;
+}
 
 /* ---- crdt-mailbox.c ---- */
 
@@ -107,6 +117,8 @@ void crdt_index_read_ext(struct crdt_mailbox *cbox, struct crdt_mailbox_ext *ext
 /* Writes the stamp (the last record of this mailbox) with the transaction. */
 void crdt_index_write_stamp(struct crdt_mailbox *cbox, struct mail_index_transaction *t,
 			    const struct crdt_dot *stamp);
+/* v.save_finish under crdt_mode = observe: counts bytes. */
+int crdt_messages_observe_save(struct mail_save_context *save_ctx);
 /* Records EXPUNGE of these UIDs.  0 or -1, logged. */
 int crdt_messages_record_expunges(struct crdt_mailbox *cbox, const ARRAY_TYPE(seq_range) *uids,
 				  const struct crdt_vv *seen, uint32_t uidvalidity);
@@ -129,11 +141,13 @@ void crdt_numbering_session_opened(struct crdt_mailbox *cbox);
 /* Makes room for a record of this size.  0; -1: a change that adds something
  * must not be made; *error_r for the log, errno for the user. */
 int crdt_record_reserve(struct crdt_user *cuser, size_t bytes, const char **error_r);
-/* Appends the records in order (mode observe: only talks about them).  0, with
- * *last_r, or -1: none was appended.  Under the index-log lock for changes of
+/* Appends the records in order.  0, with *last_r, or -1: none was appended.  Under the index-log lock for changes of
  * mails, under the mailbox-list lock for those of mailboxes. */
 int crdt_record(struct crdt_user *cuser, struct crdt_jrec *recs, unsigned int n,
 		struct crdt_dot *last_r, const char **error_r);
+/* crdt_mode = observe: a change of this kind was made, and is to be counted.  What fails
+ * is logged, once. */
+void crdt_record_observed(struct crdt_user *cuser, enum crdt_jrec_kind kind, uint64_t mails, uint64_t bytes);
 /* The n records that end with last did not happen after all. */
 void crdt_record_abort(struct crdt_user *cuser, const struct crdt_dot *last, unsigned int n);
 /* Asks the sync service to look for changes without a record; changed: there is

@@ -2,15 +2,19 @@
 /* [2] What was captured goes into the user's journal. */
 #include "crdt-private.h"
 #include "crdt-copy.h"
+#include "crdt-generation.h"
 #include "mail-namespace.h"
 #include "mailbox-list.h"
 #include "mail-user.h"
 #include "../crdt/plant.h"
 
 #include <fcntl.h>
+#include <time.h>
 #include <unistd.h>
 
 #define NOTIFY_FIFO "crdt-notify"
+/* crdt-sync reads them at once.  Where it does not run, the journal is not to grow. */
+#define OBSERVED_UNREAD_MAX 65536
 
 /* Of the process: it has nothing of a user in it. */
 static int notify_fd = -1;
@@ -41,7 +45,7 @@ static int record_open(struct crdt_user *cuser, const char **error_r)
 		return -1;
 	}
 	/* The first record comes before what it tells of. */
-	if (access(t_strconcat(dir, "/" CRDT_JOURNAL_NAME, NULL), F_OK) < 0)
+	if (!crdt_user_observes(cuser) && access(t_strconcat(dir, "/" CRDT_JOURNAL_NAME, NULL), F_OK) < 0)
 		ident.empty = !cuser->is_new && !crdt_copy_is_here(mail_namespace_find_inbox(cuser->user->namespaces));
 	cuser->journal = crdt_journal_open(dir, &ident, error_r);
 	if (cuser->journal == NULL && errno == ENOENT &&
@@ -66,38 +70,37 @@ static int record_lock(struct crdt_user *cuser, const char **error_r)
 
 int crdt_record_reserve(struct crdt_user *cuser, size_t bytes, const char **error_r)
 {
-	if (cuser->set.mode == CRDT_MODE_OBSERVE)
-		return 0;
 	if (record_open(cuser, error_r) < 0)
 		return -1;
 	return crdt_journal_reserve(cuser->journal, bytes, error_r);
 }
 
-int crdt_record(struct crdt_user *cuser, struct crdt_jrec *recs, unsigned int n,
-		struct crdt_dot *last_r, const char **error_r)
+static int append_locked(struct crdt_user *cuser, struct crdt_jrec *recs, unsigned int n, const char **error_r)
 {
-	const struct crdt_journal_info *info;
+	const struct crdt_journal_info *info = crdt_journal_info(cuser->journal);
 	const char *error;
-	int ret;
 
-	crdt_plant("plugin");
-	i_zero(last_r);
-	if (cuser->set.mode == CRDT_MODE_OBSERVE) {
-		e_debug(cuser->user->event, "crdt: %u changes seen, first of kind %u", n, recs[0].kind);
-		return 0;
-	}
-	if (record_lock(cuser, error_r) < 0)
-		return -1;
-	info = crdt_journal_info(cuser->journal);
 	if (info->base_seq == info->next_seq &&
 	    crdt_dirty_mark(cuser->set.state_dir, cuser->user->username, &error) < 0) {
 		/* Found later all the same: this process wakes the service. */
 		e_error(cuser->user->event, "crdt: %s (does crdt_state_dir have a directory "
 			"dirty/ with mode 1733?)", error);
 	}
-	ret = crdt_journal_append(cuser->journal, recs, n, error_r);
+	return crdt_journal_append(cuser->journal, recs, n, error_r);
+}
+
+int crdt_record(struct crdt_user *cuser, struct crdt_jrec *recs, unsigned int n,
+		struct crdt_dot *last_r, const char **error_r)
+{
+	int ret;
+
+	crdt_plant("plugin");
+	i_zero(last_r);
+	if (record_lock(cuser, error_r) < 0)
+		return -1;
+	ret = append_locked(cuser, recs, n, error_r);
 	if (ret == 0) {
-		last_r->origin = info->origin;
+		last_r->origin = crdt_journal_info(cuser->journal)->origin;
 		last_r->seq = recs[n - 1].seq;
 	}
 	crdt_journal_unlock(cuser->journal);
@@ -152,16 +155,75 @@ static void notify(struct crdt_user *cuser, const char *prefix)
 
 void crdt_record_survey(struct crdt_user *cuser, bool changed)
 {
-	if (cuser->set.mode == CRDT_MODE_ON) T_BEGIN {
+	T_BEGIN {
 		notify(cuser, changed ? "!\t" : "\t");
 	} T_END;
+}
+
+/* What is here before crdt_mode = on is this worker's own, also if it is made while it is
+ * only observed.  Where nothing is, that must not be made to look so by a journal: a copy
+ * may have to come. */
+static bool is_observable(struct crdt_user *cuser)
+{
+	struct mailbox_list *list = journal_list(cuser);
+	const char *dir;
+
+	return cuser->journal != NULL || !mailbox_list_get_root_path(list, MAILBOX_LIST_PATH_TYPE_CONTROL, &dir) ||
+		access(t_strconcat(dir, "/" CRDT_JOURNAL_NAME, NULL), F_OK) == 0 ||
+		crdt_copy_is_here(mail_namespace_find_inbox(cuser->user->namespaces));
+}
+
+static int record_observed(struct crdt_user *cuser, struct crdt_jrec *rec, const char **error_r)
+{
+	const struct crdt_journal_info *info;
+	uint32_t gen;
+	int ret = -1;
+
+	if (!is_observable(cuser))
+		return 0;
+	/* A predecessor's journal stays what it is. */
+	if (cuser->journal == NULL && cuser->set.generation > 0 &&
+	    crdt_generation_check(cuser->user, &cuser->set, &gen, error_r) <= 0)
+		return -1;
+	if (record_lock(cuser, error_r) < 0)
+		return -1;
+	info = crdt_journal_info(cuser->journal);
+	if (info->next_seq - info->base_seq < OBSERVED_UNREAD_MAX)
+		ret = append_locked(cuser, rec, 1, error_r);
+	else
+		*error_r = "crdt-sync does not read the journal";
+	crdt_journal_unlock(cuser->journal);
+	return ret;
+}
+
+void crdt_record_observed(struct crdt_user *cuser, enum crdt_jrec_kind kind, uint64_t mails, uint64_t bytes)
+{
+	struct crdt_jrec rec;
+	const char *error;
+	int old_errno = errno;
+
+	i_zero(&rec);
+	rec.kind = CRDT_JREC_OBSERVED;
+	rec.observed.kind = kind;
+	rec.observed.mails = mails;
+	rec.observed.bytes = bytes;
+	rec.observed.time = time(NULL);
+	T_BEGIN {
+		if (record_observed(cuser, &rec, &error) == 0) {
+			notify(cuser, "");
+		} else if (!cuser->observe_failed) {
+			cuser->observe_failed = TRUE;
+			e_error(cuser->user->event, "crdt: Changes of this user are not counted: %s", error);
+		}
+	} T_END;
+	errno = old_errno;
 }
 
 void crdt_record_finish(struct crdt_user *cuser)
 {
 	const char *error;
 
-	if (cuser->set.mode == CRDT_MODE_OBSERVE || cuser->journal == NULL)
+	if (cuser->journal == NULL)
 		return;
 	if (cuser->set.fsync_always && crdt_journal_sync(cuser->journal, &error) < 0)
 		e_error(cuser->user->event, "crdt: %s", error);

@@ -13,6 +13,7 @@ import select
 import shutil
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -813,19 +814,132 @@ def test_required_settings():
         assert result.returncode != 0 and "crdt_slot is not set" in result.stderr
 
 
-def test_mode_off_and_observe(dovecot, user):
+def observed(dovecot, user):
+    """(change, mails) of each record; there are no others."""
+    recs = dovecot.records(user)
+    assert {r.kind for r in recs} <= {"OBSERVED"}, recs
+    return [(r.change, int(r.mails)) for r in recs]
+
+
+def act_by_doveadm(dovecot, user, mode):
+    def doveadm(*args, **kwargs):
+        return dovecot.doveadm(*args, plugin_settings=[f"crdt_mode={mode}"], **kwargs)
+    for args in (["mailbox", "create"], ["mailbox", "subscribe"], ["mailbox", "delete"]):
+        doveadm(*args, "-u", user, "Box")
+    doveadm("save", "-u", user, input="Subject: x\n\nbody\n")
+    doveadm("flags", "add", "-u", user, r"\Seen", "mailbox", "INBOX", "all")
+    doveadm("flags", "add", "-u", user, r"\Seen", "mailbox", "INBOX", "all")     # changes nothing
+
+
+def mail_store(dovecot, user):
+    """What there is of it, but for the journal: names without what is of this moment, UIDs."""
+    names = sorted(re.sub(r"^[0-9]+\.[^,:]*|dovecot-uidvalidity\.[0-9a-f]+", "*", path.name)
+                   for path in dovecot.control_dir(user).rglob("*") if "crdt" not in path.name)
+    uids = dovecot.doveadm("-f", "flow", "fetch", "-u", user, "uid flags mailbox", "all",
+                           plugin_settings=["crdt_mode=off"]).stdout
+    assert "uid=1 " in uids
+    return names, uids
+
+
+def index_has_extension(dovecot, user):
+    return any(b"crdt" in path.read_bytes() for path in dovecot.control_dir(user).rglob("dovecot.index*"))
+
+
+def test_mode_off_and_observe(any_format, user):
+    """Dovecot's own UIDs, index and files in both; observed changes are told of, and nothing else."""
+    dovecot = any_format
     for mode in ("off", "observe"):
-        name = mode + "-" + user
-        for args in (["mailbox", "create"], ["mailbox", "subscribe"], ["mailbox", "delete"]):
-            dovecot.doveadm(*args, "-u", name, "Box", plugin_settings=[f"crdt_mode={mode}"])
-        dovecot.doveadm("save", "-u", name, input="Subject: x\n\nbody\n",
-                        plugin_settings=[f"crdt_mode={mode}"])
-        dovecot.doveadm("flags", "add", "-u", name, r"\Seen", "mailbox", "INBOX", "all",
-                        plugin_settings=[f"crdt_mode={mode}"])
-        assert not dovecot.journal(name).exists()
-        uid = dovecot.doveadm("-f", "flow", "fetch", "-u", name, "uid", "all",
-                              plugin_settings=["crdt_mode=off"]).stdout
-        assert "uid=1" in uid
+        act_by_doveadm(dovecot, mode + "-" + user, mode)
+    assert not dovecot.journal("off-" + user).exists()
+    seen = observed(dovecot, "observe-" + user)
+    assert [each for each in seen if each[0] in ("APPEND", "FLAGS")] == [("APPEND", 1), ("FLAGS", 1)]
+    assert {each[0] for each in seen} <= {"CREATE", "SUBSCRIBE", "DELETE", "APPEND", "FLAGS"}
+    assert mail_store(dovecot, "observe-" + user) == mail_store(dovecot, "off-" + user)
+    assert not index_has_extension(dovecot, "observe-" + user)
+    act_by_doveadm(dovecot, "on-" + user, "on")
+    assert index_has_extension(dovecot, "on-" + user)
+
+
+@pytest.fixture(scope="module", params=["maildir", "sdbox", "mdbox"])
+def observing(request):
+    with Dovecot(slot=SLOT, mail_format=request.param, plugin_extra="crdt_mode = observe") as d:
+        yield d
+
+
+def test_observed_by_sessions(observing):
+    """Each kind of change of a session, with the number of mails, and when."""
+    before = int(time.time())
+    client = observing.imap("u", "INBOX")
+    for n in range(3):
+        assert append(client, "INBOX", n) == n + 1
+    ok(client.noop())
+    ok(client.create("Box"))
+    ok(client.copy("1:3", "Box"))
+    ok(client.store("1:2", "+FLAGS", r"(\Deleted keyword)"))
+    ok(client.store("1:3", "+FLAGS", r"(\Deleted)"))
+    ok(client.expunge())
+    ok(client.subscribe("Box"))
+    ok(client.unsubscribe("Box"))
+    ok(client.rename("Box", "Box2"))
+    ok(client.delete("Box2"))
+    client.logout()
+    observing.lmtp(["u"])
+    seen = observed(observing, "u")
+    if observing.mail_format != "maildir":      # there Dovecot's INBOX is made by opening it
+        assert seen.pop(0) == ("CREATE", 0)
+    assert seen == [
+        ("APPEND", 1), ("APPEND", 1), ("APPEND", 1), ("CREATE", 0), ("APPEND", 3),
+        ("FLAGS", 2), ("FLAGS", 1), ("EXPUNGE", 3), ("SUBSCRIBE", 0), ("UNSUBSCRIBE", 0), ("RENAME", 0),
+        ("DELETE", 3), ("APPEND", 1)]
+    recs = observing.records("u")
+    assert all(before <= int(r.time) <= time.time() for r in recs)
+    appends = [r for r in recs if r.change == "APPEND"]
+    assert all(int(r["bytes"]) >= len(message().replace(b"\r", b"")) for r in appends[:3]), appends
+    assert not index_has_extension(observing, "u")
+    assert observing.problems() == []
+
+
+@pytest.mark.parametrize("obstacle", ["a directory", "another version's", "a link"])
+def test_observing_fails_no_command(observing, obstacle, user):
+    """What cannot be counted is not, and the log says so once for each session."""
+    client = observing.imap(user, "INBOX")
+    assert append(client, "INBOX") == 1
+    client.logout()
+    journal = observing.journal(user)
+    journal.unlink()
+    before = len(observing.problems())
+    if obstacle == "a directory":
+        journal.mkdir()
+    elif obstacle == "a link":
+        journal.symlink_to("/dev/full")
+    else:
+        journal.write_bytes(b"CRDTJRNL\x02" + b"x" * 9000)
+        os.chown(journal, MAIL_UID, MAIL_UID)
+    client = observing.imap(user, "INBOX")
+    assert append(client, "INBOX") == 2
+    ok(client.create("Box"))
+    ok(client.subscribe("Box"))
+    ok(client.store("1", "+FLAGS", r"(\Deleted)"))
+    ok(client.expunge())
+    ok(client.rename("Box", "Box2"))
+    ok(client.delete("Box2"))
+    client.logout()
+    observing.lmtp([user])
+    client = observing.imap(user, "INBOX")
+    assert ok(client.uid("SEARCH", "ALL")) == [b"2 3"]
+    client.logout()
+    problems = observing.problems()[before:]
+    assert len(problems) == 2 and all("Changes of this user are not counted" in line for line in problems)
+
+
+def test_observing_with_wrong_settings():
+    """They are of no concern to who is only observed."""
+    with Dovecot(slot=64, plugin_extra="crdt_mode = observe") as d:
+        client = d.imap("u", "INBOX")
+        assert append(client, "INBOX") == 1
+        client.logout()
+        assert not d.journal("u").exists()
+        assert any("crdt_slot" in line for line in d.problems())
 
 
 def test_virtual_mailboxes_are_not_recorded():

@@ -44,8 +44,9 @@ static int record_open(struct crdt_user *cuser, const char **error_r)
 		errno = 0;
 		return -1;
 	}
-	/* The first record comes before what it tells of. */
-	if (!crdt_user_observes(cuser) && access(t_strconcat(dir, "/" CRDT_JOURNAL_NAME, NULL), F_OK) < 0)
+	/* The first record comes before what it tells of (but for observed changes: of a user
+	 * who begins here like that, a daemon is asked when he is to be replicated). */
+	if (access(t_strconcat(dir, "/" CRDT_JOURNAL_NAME, NULL), F_OK) < 0)
 		ident.empty = !cuser->is_new && !crdt_copy_is_here(mail_namespace_find_inbox(cuser->user->namespaces));
 	cuser->journal = crdt_journal_open(dir, &ident, error_r);
 	if (cuser->journal == NULL && errno == ENOENT &&
@@ -160,27 +161,12 @@ void crdt_record_survey(struct crdt_user *cuser, bool changed)
 	} T_END;
 }
 
-/* What is here before crdt_mode = on is this worker's own, also if it is made while it is
- * only observed.  Where nothing is, that must not be made to look so by a journal: a copy
- * may have to come. */
-static bool is_observable(struct crdt_user *cuser)
-{
-	struct mailbox_list *list = journal_list(cuser);
-	const char *dir;
-
-	return cuser->journal != NULL || !mailbox_list_get_root_path(list, MAILBOX_LIST_PATH_TYPE_CONTROL, &dir) ||
-		access(t_strconcat(dir, "/" CRDT_JOURNAL_NAME, NULL), F_OK) == 0 ||
-		crdt_copy_is_here(mail_namespace_find_inbox(cuser->user->namespaces));
-}
-
 static int record_observed(struct crdt_user *cuser, struct crdt_jrec *rec, const char **error_r)
 {
 	const struct crdt_journal_info *info;
 	uint32_t gen;
 	int ret = -1;
 
-	if (!is_observable(cuser))
-		return 0;
 	/* A predecessor's journal stays what it is. */
 	if (cuser->journal == NULL && cuser->set.generation > 0 &&
 	    crdt_generation_check(cuser->user, &cuser->set, &gen, error_r) <= 0)

@@ -281,15 +281,29 @@ static int not_here_yet(struct crdt_client *client, const char *user, const char
 	return 0;
 }
 
+static bool is_observed(const ARRAY_TYPE(crdt_line) *lines)
+{
+	const struct crdt_line *user = crdt_lines_find(lines, "user");
+
+	return user != NULL && crdt_line_num(user, "observing") != 0;
+}
+
 /* One look.  1: all is done; 0: *why_r; -1. */
 static int wait_look(struct crdt_client *client, const char *user, const char *const *words, const char **why_r)
 {
 	ARRAY_TYPE(crdt_line) lines;
 	const char *error;
 
-	if (crdt_client_ask(client, words, &lines, &error) < 0 ||
-	    ((*why_r = unfinished(&lines)) == NULL &&
-	     not_here_yet(client, user, crdt_line_get(crdt_lines_find(&lines, "user"), "vv"), why_r, &error) < 0)) {
+	if (crdt_client_ask(client, words, &lines, &error) < 0) {
+		*why_r = error;
+		return -1;
+	}
+	if (is_observed(&lines)) {
+		*why_r = "crdt_mode is observe for this user: nothing of his is sent or applied";
+		return -1;
+	}
+	if ((*why_r = unfinished(&lines)) == NULL &&
+	    not_here_yet(client, user, crdt_line_get(crdt_lines_find(&lines, "user"), "vv"), why_r, &error) < 0) {
 		*why_r = error;
 		return -1;
 	}

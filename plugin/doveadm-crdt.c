@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* doveadm crdt status | sync | verify | repair | import | replica */
+/* doveadm crdt status | observed | sync | verify | repair | import | replica */
 #include "doveadm-crdt.h"
 #include "module-dir.h"
 #include "mail-user.h"
@@ -175,6 +175,10 @@ static void cmd_status_init(CRDT_COMPAT_DOVEADM_INIT_ARGS(ctx))
 	column("held", TRUE);
 	column("buffered", TRUE);
 	column("compare", TRUE);
+	column("mode", FALSE);
+	column("observed", TRUE);
+	column("import_mails", TRUE);
+	column("import_bytes", TRUE);
 	column("trouble", FALSE);
 	(void)ctx;
 }
@@ -198,6 +202,10 @@ static void status_user_print(const struct crdt_line *user, const struct crdt_li
 	doveadm_print_num(crdt_line_num(user, "held"));
 	doveadm_print_num(crdt_line_num(user, "buffered"));
 	doveadm_print_num(crdt_line_num(user, "looks") + crdt_line_num(user, "survey"));
+	doveadm_print(crdt_line_num(user, "observing") != 0 ? "observe" : "on");
+	doveadm_print_num(crdt_line_num(user, "observed"));
+	doveadm_print_num(crdt_line_num(user, "import_mails"));
+	doveadm_print_num(crdt_line_num(user, "import_bytes"));
 	doveadm_print(trouble);
 }
 
@@ -234,6 +242,60 @@ static struct doveadm_mail_cmd_context *cmd_status_alloc(void)
 
 	cmd->ctx.v.init = cmd_status_init;
 	cmd->ctx.v.run = cmd_status_run;
+	return &cmd->ctx;
+}
+
+/* ---- observed ---- */
+
+static void cmd_observed_init(CRDT_COMPAT_DOVEADM_INIT_ARGS(ctx))
+{
+	column("what", FALSE);
+	column("count", TRUE);
+	column("mails", TRUE);
+	column("bytes", TRUE);
+	column("last", FALSE);
+	(void)ctx;
+}
+
+static void observed_print(const char *what, const struct crdt_line *line, const char *prefix, const char *count)
+{
+	time_t when = crdt_line_num(line, t_strconcat(prefix, *prefix == '\0' ? "last" : "time", NULL));
+
+	doveadm_print(what);
+	doveadm_print_num(crdt_line_num(line, t_strconcat(prefix, count, NULL)));
+	doveadm_print_num(crdt_line_num(line, t_strconcat(prefix, "mails", NULL)));
+	doveadm_print_num(crdt_line_num(line, t_strconcat(prefix, "bytes", NULL)));
+	doveadm_print(unixdate2str(when));
+}
+
+static int cmd_observed_run(struct doveadm_mail_cmd_context *ctx, struct mail_user *user)
+{
+	const char *const words[] = { "user", user->username, NULL };
+	const struct crdt_line *head, *line;
+	ARRAY_TYPE(crdt_line) lines;
+	const char *error;
+
+	if (crdt_client_ask(cmd_get(ctx)->client, words, &lines, &error) < 0) {
+		e_error(user->event, "%s", error);
+		cmd_failed(ctx, EX_TEMPFAIL);
+		return -1;
+	}
+	array_foreach(&lines, line) {
+		if (strcmp(line->kind, "observed") == 0)
+			observed_print(crdt_line_get(line, "kind"), line, "", "changes");
+	}
+	head = crdt_lines_find(&lines, "user");
+	if (head != NULL && crdt_line_num(head, "import_time") != 0)
+		observed_print("import", head, "import_", "mailboxes");
+	return 0;
+}
+
+static struct doveadm_mail_cmd_context *cmd_observed_alloc(void)
+{
+	struct crdt_cmd *cmd = cmd_alloc(DOVEADM_PRINT_TYPE_TABLE);
+
+	cmd->ctx.v.init = cmd_observed_init;
+	cmd->ctx.v.run = cmd_observed_run;
 	return &cmd->ctx;
 }
 
@@ -494,6 +556,14 @@ static struct doveadm_cmd_ver2 commands[] = {
 	.name = "crdt status",
 	.cmd = cmd_status,
 	.mail_cmd = cmd_status_alloc,
+	.usage = DOVEADM_CMD_MAIL_USAGE_PREFIX,
+DOVEADM_CMD_PARAMS_START
+DOVEADM_CMD_MAIL_COMMON
+DOVEADM_CMD_PARAMS_END
+},
+{
+	.name = "crdt observed",
+	.mail_cmd = cmd_observed_alloc,
 	.usage = DOVEADM_CMD_MAIL_USAGE_PREFIX,
 DOVEADM_CMD_PARAMS_START
 DOVEADM_CMD_MAIL_COMMON

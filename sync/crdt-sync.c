@@ -607,7 +607,7 @@ static void node_init(void)
 	const char *endpoints[NODE_STORAGES_MAX];
 	struct node_config cfg = {
 		.name = set.replica, .slot = set.slot, .storages = endpoints, .storages_n = set.storages_n,
-		.visits = POOL_THREADS, .apply = set.mode == SYNC_MODE_ON,
+		.visits = POOL_THREADS, .apply = TRUE,	/* for each user as crdt-worker says */
 		.store = store, .spool = spool, .sent = sent_texts,
 	};
 	char *error;
@@ -649,8 +649,7 @@ static void sync_init(void *ctx ATTR_UNUSED)
 	to_pool = timeout_add(POOL_AGE_MSECS, pool_timeout, NULL);
 	to_spool = timeout_add(SPOOL_AGE_MSECS, spool_timeout, NULL);
 	to_markers = timeout_add_short(0, markers_timeout, NULL);
-	if (set.mode == SYNC_MODE_ON)
-		sweep_init(node, pool, set.survey_secs);
+	sweep_init(node, pool, set.survey_secs);
 }
 
 /* One process has the database at a time.  After a reload the old one may need

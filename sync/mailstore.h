@@ -153,6 +153,9 @@ struct ms_note {
 	struct crdt_uid_range lost[MS_RANGES_MAX]; uint16_t lost_n;
 };
 
+/* How much there is.  bytes: on disk. */
+struct ms_measure { uint64_t print, mailboxes, mails, bytes; };
+
 struct mailstore {
 	/* Reads the set-aside journals and the current one from after pos[] (a
 	 * journal not in pos: from its start), oldest first; calls cb for each
@@ -221,6 +224,12 @@ struct mailstore {
 	int (*note)(struct mailstore *ms, struct ms_note *note);
 	/* A SUBSCRIBE record, if that name is subscribed. */
 	int (*note_subscription)(struct mailstore *ms, struct crdt_str path);
+	/*
+	 * Counts mailboxes and mails, and changes nothing.  In, print: of the last time (0:
+	 * none).  An equal one says that nothing was changed: then the rest stays as it is.
+	 */
+	int (*measure)(struct mailstore *ms, struct ms_measure *m);
+	bool observe;			/* crdt_mode = observe for this user: as of connecting */
 	bool incomplete;		/* the journal says that this copy is not complete: as of read() */
 	char error[256];		/* of the last call that did not return MS_OK */
 };

@@ -175,14 +175,24 @@ static void put_user(struct crdt_buf *out, const struct user *u, const struct re
 	line.unsent = node_unsent(u, s);
 	line.absent = node_user_is_absent(u);
 	line.incomplete = u->incomplete;
-	line.pending = line.absent ? 0 : s->pending;
-	line.held = line.absent ? 0 : s->held;
+	line.observing = s->observed.on || u->observing;
+	line.observed = s->observed.changes;
+	if (!node_user_shows_nothing(u, s)) {
+		line.pending = s->pending;
+		line.held = s->held;
+	}
 	line.buffered = s->buffered;
 	status_put_user(out, &line);
 	/* the same line goes on */
 	out->len--;
 	status_uint(out, "known", known ? 1 : 0);
 	status_uint(out, "busy", known && st == NULL ? 1 : 0);
+	if (s->observed.on && s->observed.import_time != 0) {
+		status_uint(out, "import_mailboxes", s->observed.import.mailboxes);
+		status_uint(out, "import_mails", s->observed.import.mails);
+		status_uint(out, "import_bytes", s->observed.import.bytes);
+		status_uint(out, "import_time", s->observed.import_time);
+	}
 	status_uint(out, "looks", s->looks);
 	status_uint(out, "survey", u->survey || u->repair || s->survey_due ? 1 : 0);
 	if (u->no_user)
@@ -190,6 +200,29 @@ static void put_user(struct crdt_buf *out, const struct user *u, const struct re
 	else if (u->trouble != NULL)
 		status_str(out, "trouble", u->trouble);
 	status_end(out);
+}
+
+static void put_observed(struct crdt_buf *out, const struct replica_observed *o)
+{
+	static const char *const names[CRDT_OBSERVED_KINDS + 1] = {
+		[CRDT_JREC_CREATE] = "create", [CRDT_JREC_DELETE] = "delete", [CRDT_JREC_RENAME] = "rename",
+		[CRDT_JREC_SUBSCRIBE] = "subscribe", [CRDT_JREC_UNSUBSCRIBE] = "unsubscribe",
+		[CRDT_JREC_APPEND] = "append", [CRDT_JREC_FLAGS] = "flags", [CRDT_JREC_EXPUNGE] = "expunge",
+	};
+
+	for (unsigned kind = 1; kind <= CRDT_OBSERVED_KINDS; kind++) {
+		const struct replica_observed_kind *k = &o->kinds[kind];
+
+		if (k->changes == 0)
+			continue;
+		status_begin(out, "observed");
+		status_str(out, "kind", names[kind]);
+		status_uint(out, "changes", k->changes);
+		status_uint(out, "mails", k->mails);
+		status_uint(out, "bytes", k->bytes);
+		status_uint(out, "last", k->last);
+		status_end(out);
+	}
 }
 
 static void user_answer(struct node_question *q, const struct visit *v, bool known)
@@ -205,6 +238,8 @@ static void user_answer(struct node_question *q, const struct visit *v, bool kno
 		return;
 	}
 	put_user(&out, u, v == NULL ? NULL : v->st, known);
+	if (v != NULL && v->st != NULL)
+		put_observed(&out, &v->st->observed);
 	for (unsigned i = 0; v != NULL && v->st != NULL && i < v->acks_n; i++)
 		put_ack(&out, u, i, &v->backlogs[i]);
 	if (v != NULL && q->what == NODE_ASK_DIGESTS)
@@ -240,7 +275,7 @@ void node_questions_move(struct user *u, struct user *other)
 		q->u = other;
 		q->ordered = false;
 		q->origin = 0;
-		q->hurried = q->surveyed = q->confirmed = false;
+		q->hurried = q->surveyed = q->confirmed = q->mode_known = false;
 		q->stale = true;
 	}
 }

@@ -56,6 +56,7 @@ struct user {
 	unsigned failures;		/* in a row */
 	char *trouble;			/* text of the last one; NULL: none */
 	bool no_user;			/* userdb does not know him */
+	bool observing;			/* crdt_mode = observe: nothing of him is applied */
 	bool waits;			/* for the mail store to be of his generation */
 
 	/* ---- is this copy all that there is? ---- */
@@ -118,6 +119,7 @@ struct node_question {
 	enum node_copy here;
 	bool stale;			/* what the database has of him is to be looked at */
 	bool hurried;			/* a visit was asked for */
+	bool mode_known;		/* the same, and crdt_mode was looked at */
 	bool surveyed, confirmed;	/* by visits that were ordered since he asked */
 
 	node_answer *done;
@@ -210,6 +212,9 @@ int node_cursor_begin(struct node *n, struct storage *st, uint64_t gsn, char **e
 /* There is a reason to try his mail store again soon, or at once. */
 void node_mail_hurry(struct user *u, bool at_once);
 void node_log(struct node *n, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+
+/* Nothing of what came is to be shown here: no user of userdb, or only observed. */
+bool node_user_shows_nothing(const struct user *u, const struct replica_status *st);
 
 /* node-visit.c */
 void node_visits_start(struct node *n);		/* as many as there may be */

@@ -94,7 +94,12 @@ void node_copy_visited(struct user *u, const struct visit *v)
 {
 	struct node *n = u->n;
 
-	if (v->mail_result != VISIT_MAIL_OK || !(v->applied || v->read_journal))
+	if (v->mail_result == VISIT_MAIL_OK && v->observing) {
+		/* who says so is of another time, and nobody waits for it now */
+		u->incomplete = false;
+		u->left_since = 0;
+	}
+	if (v->mail_result != VISIT_MAIL_OK || v->observing || !(v->applied || v->read_journal))
 		return;
 	if (v->complete && v->anyway && u->left > 0)
 		node_log(n, 1, "user %s: this copy counts as complete, and lacks %llu mails that %s", u->name,
@@ -160,6 +165,16 @@ static bool is_ready(struct node_question *q)
 
 	if (!q->n->cfg.apply)
 		return true;
+	/* His mail process says that he is to be replicated, and asks for one who was only
+	 * observed: what does userdb say now? */
+	if (u->observing && !q->mode_known) {
+		if (!q->hurried) {
+			u->survey = true;
+			u->survey_due = 0;
+			hurry(q);
+		}
+		return false;
+	}
 	if (!node_is_fed(q->n) || u->feeds != NULL || u->merging || !q->stale)
 		return false;
 	q->stale = false;
@@ -199,6 +214,7 @@ int64_t node_ready_run(struct node_question *q)
 void node_ready_visited(struct node_question *q, const struct visit *v)
 {
 	q->stale = true;
+	q->mode_known = q->mode_known || (q->ordered && v->mail_result == VISIT_MAIL_OK);
 	if (!q->ordered || v->mail_result != VISIT_MAIL_OK || !v->applied)
 		return;
 	/* before the daemon was heard to its end: once more */

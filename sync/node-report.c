@@ -82,6 +82,11 @@ uint64_t node_unsent(const struct user *u, const struct replica_status *st)
 	return u->last_seq > acked ? u->last_seq - acked : 0;
 }
 
+bool node_user_shows_nothing(const struct user *u, const struct replica_status *st)
+{
+	return node_user_is_absent(u) || u->observing || st->observed.on;
+}
+
 static void put_behind(struct node_report *r, const struct status_user *line)
 {
 	if (line->unsent + line->pending + line->held + line->buffered == 0)
@@ -104,7 +109,9 @@ static void put_user(struct node_report *r, const struct user *u, const struct r
 	line.vv = &st->vv;
 	line.absent = node_user_is_absent(u);
 	line.incomplete = u->incomplete;
-	if (!line.absent) {
+	line.observing = st->observed.on || u->observing;
+	line.observed = st->observed.changes;
+	if (!node_user_shows_nothing(u, st)) {
 		line.pending = st->pending;
 		line.held = st->held;
 	}
@@ -113,7 +120,7 @@ static void put_user(struct node_report *r, const struct user *u, const struct r
 		put_behind(r, &line);
 		return;
 	}
-	if (!line.absent)
+	if (!node_user_shows_nothing(u, st))
 		line.pending += u->survey ? 1 : 0;
 	line.digest = r->what == NODE_REPORT_DIGEST ? digest : NULL;
 	status_put_user(&r->out, &line);

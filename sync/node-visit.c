@@ -278,6 +278,23 @@ static void visited_mail(struct user *u, struct visit *v)
 		node_trim_soon(u);
 }
 
+static void visited_mode(struct user *u, const struct visit *v)
+{
+	if (v->mail_result != VISIT_MAIL_OK)
+		return;
+	u->observing = v->observing;
+	if (v->observing) {
+		u->wanting = false;
+		node_fetches_drop(u);
+	} else if (v->observe_ended || v->mode_doubted) {
+		/* what was ordered has to be done with what is so now */
+		u->apply = true;
+		u->survey = u->survey || v->survey || v->observe_ended;
+		u->survey_due = 0;
+		node_wake(u, SCHED_NOW);
+	}
+}
+
 static void visited_applied(struct user *u, struct visit *v)
 {
 	if (!v->applied)
@@ -407,6 +424,7 @@ int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
 	if (v->snapshot != NULL)
 		node_snap_visited(u, v);
 	visited_mail(u, v);
+	visited_mode(u, v);
 	visited_applied(u, v);
 	visited_engine(u, v);
 	node_copy_visited(u, v);

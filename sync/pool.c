@@ -308,6 +308,12 @@ static void carry_out(struct pool *p, struct visit *v)
 		e = &brief;	/* no mail store: nothing worth to be kept */
 	mail = v->drop ? drop(p, e, v) : engine_open(p, e, v);
 	visit_run(v, e->r, mail, p->cfg.spool, &hooks);
+	/* userdb is asked each time, so that it shows at once when he is to be replicated */
+	if ((v->observing || v->mode_doubted) && e->ms != NULL) {
+		p->cfg.close_mail(p->cfg.ctx, &e->ms);
+		if (e->r != NULL)
+			replica_set_mailstore(e->r, NULL);
+	}
 	if (e == &brief || v->mail_result == VISIT_MAIL_NO_USER || v->mail_result == VISIT_MAIL_GENERATION)
 		engine_close(p, e);
 	if (e != &brief) {

@@ -24,6 +24,7 @@ void replica_status(struct replica *r, struct replica_status *st_r)
 	st_r->buffered = replica_rows_count(r, 'B') + replica_rows_count(r, ROW_REFUSED);
 	st_r->last_seq = r->last_seq;
 	st_r->acked_seq = r->acked_seq;
+	observe_status(r, &st_r->observed);
 	store_abort(&r->txn);
 }
 

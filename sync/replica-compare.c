@@ -238,6 +238,13 @@ void compare_survey_due(struct replica *r)
 	survey_put(r, rebuild_is_on(r) ? REBUILD_DUE : compare_is_first(r) ? SURVEY_NEVER : SURVEY_DUE);
 }
 
+void compare_begin_anew(struct replica *r)
+{
+	if (!rebuild_is_on(r))
+		survey_put(r, SURVEY_NEVER);
+	compare_free(r);
+}
+
 void compare_look(struct replica *r, const void *path, size_t len)
 {
 	look_put(r, LOOK_AT, path, len, 0);

@@ -974,7 +974,9 @@ int replica_journal_record(struct replica *r, const struct ms_record *mrec)
 			    (unsigned long long)rec->abort_seq);
 		return 0;
 	case CRDT_JREC_RELEASE:
+		return 0;
 	case CRDT_JREC_OBSERVED:
+		observe_record(r, &rec->observed);
 		return 0;
 	}
 	replica_log(r, 0, "journal record %llu is of the unknown kind %u: skipped",

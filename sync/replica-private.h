@@ -30,6 +30,7 @@
 #define ROW_CHECKED 'e'		/* mailbox guid: how it was when it was found in order */
 #define ROW_LAST_RECORD 'r'	/* mailbox guid: its last record of the journal */
 #define ROW_REFUSED 'g'		/* origin(be64), seq(be64): op for which the state has no room now */
+#define ROW_OBSERVED '0'	/* -: whether he is only observed, and what there is; kind: how many changes (letters are used up) */
 #define ROW_EXTRA 'x'		/* mailbox guid, uid(be32): a second record of a mail, to be removed */
 /* What differs from the mail store; values: the dots that are not applied. */
 #define ROW_DIRTY_FOLDER 'f'
@@ -92,6 +93,9 @@ struct replica {
 	bool surveyed;			/* since that was asked for */
 	bool survey_asked;		/* since what cannot be applied was tried last */
 	bool refused_logged;
+	bool observing;			/* nothing is applied, crdt_mode being observe */
+	bool observed_news;		/* the journal told of observed changes */
+	bool ms_used;			/* by an earlier visit: what it says of the mode is of then */
 	/* Claims and floors that are due: made into ops before the commit. */
 	struct claim {
 		enum { CLAIM_UID, CLAIM_FLOOR, CLAIM_VALIDITY } kind;
@@ -252,6 +256,11 @@ void wait_retry(struct replica *r, replica_body_cb *body, void *ctx);
 #define WAIT_NO_BARRIER UINT64_MAX
 uint64_t wait_barrier(struct replica *r, const struct crdt_id *box, replica_body_cb *body, void *ctx);
 
+/* replica-observe.c: all within a transaction */
+void observe_load(struct replica *r);
+void observe_record(struct replica *r, const struct crdt_observed *o);
+void observe_status(struct replica *r, struct replica_observed *o_r);
+
 /* replica-journal.c */
 int replica_journal_record(struct replica *r, const struct ms_record *rec);
 /* Own ops that remove mails of a mailbox, at most CRDT_OP_MAILS_MAX; puts keys in
@@ -278,6 +287,8 @@ bool compare_survey_is_due(struct replica *r);
 bool compare_is_first(struct replica *r);
 bool compare_has_to_wait(struct replica *r);	/* for the outcome of a command that was told */
 void compare_survey_due(struct replica *r);
+/* As if it had never been looked: before anything of others is applied. */
+void compare_begin_anew(struct replica *r);
 /* The mailbox at this path is to be compared. */
 void compare_look(struct replica *r, const void *path, size_t len);
 /* The last record that an index transaction of the mailbox brought. */

@@ -112,6 +112,7 @@ struct replica *replica_open(struct store *s, const struct replica_config *cfg, 
 		if (cfg->rebuilt)
 			rebuild_begin(r);
 	}
+	observe_load(r);
 	if (replica_txn_commit(r, false, error_r) < 0) {
 		replica_close(&r);
 		return NULL;
@@ -137,6 +138,7 @@ void replica_close(struct replica **_r)
 void replica_set_mailstore(struct replica *r, struct mailstore *ms)
 {
 	r->ms = ms;
+	r->ms_used = false;
 	r->retry_aside = true;
 }
 
@@ -216,7 +218,9 @@ static void sink_flush(struct merge_sink *s)
 			replica_mark_folder_mails(r, &n->folder);
 			break;
 		case CRDT_EFFECT_MAIL:
-			if (!replica_mail_settled(r, &n->mail))
+			/* (to settle one may take an op; it is looked at when he is observed
+			 * no more) */
+			if (r->observing || !replica_mail_settled(r, &n->mail))
 				dirty_mail(r, &n->mail, &s->dots);
 			break;
 		case CRDT_EFFECT_SUBSCRIPTION:

@@ -111,6 +111,18 @@ int replica_survey(struct replica *r, char **error_r);
  * false.  false: there may be more. */
 typedef bool replica_want_cb(void *ctx, const struct crdt_content *c, uint64_t size);
 bool replica_wants(struct replica *r, replica_want_cb *cb, void *ctx);
+/*
+ * crdt_mode = observe (replica-observe.c).  Notes what crdt-worker says of it, before anything else is
+ * done with the mail store; *ended_r: it has just ended.  0 or -1.
+ */
+int replica_observe(struct replica *r, bool *ended_r, char **error_r);
+/* Nothing may be applied, and nothing is to be compared. */
+bool replica_is_observed(const struct replica *r);
+/* The journal told of observed changes, and what crdt-worker said is not of now: it is to be
+ * connected to anew.  Once for each visit. */
+bool replica_observe_doubted(struct replica *r);
+/* Looks what an import would bring: anew, or if that was never done.  REPLICA_DONE, _LATER or _FAILED. */
+enum replica_progress replica_measure(struct replica *r, bool anew, char **error_r);
 
 /* Own ops with seq > after, in order, until cb returns false. */
 void replica_unsent(struct replica *r, uint64_t after,
@@ -150,6 +162,15 @@ bool replica_surveyed(struct replica *r);
  */
 enum replica_progress replica_complete(struct replica *r, bool anyway, bool *complete_r, char **error_r);
 
+struct replica_observed_kind { uint64_t changes, mails, bytes, last; };
+struct replica_observed {
+	bool on;			/* he is only observed now */
+	uint64_t changes;		/* of all kinds, since there is this database */
+	struct replica_observed_kind kinds[CRDT_OBSERVED_KINDS + 1];	/* by crdt_jrec_kind */
+	struct ms_measure import;	/* what an import would bring, */
+	uint64_t import_time;		/* as of then; 0: not looked yet */
+};
+
 struct replica_status {
 	struct crdt_vv vv;		/* merged */
 	/* dirty rows; of them held by the UID rule; ops that wait, or are put by */
@@ -158,6 +179,7 @@ struct replica_status {
 	bool survey_due;		/* the mail store is to be looked through */
 	uint64_t last_seq;
 	uint64_t acked_seq;		/* own ops that every daemon has: not sent again */
+	struct replica_observed observed;
 };
 void replica_status(struct replica *r, struct replica_status *st_r);
 void replica_digest(struct replica *r, uint8_t digest_r[32]);

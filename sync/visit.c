@@ -345,13 +345,44 @@ static void apply(struct run *run)
 	}
 }
 
+/* Returns false if the database failed. */
+static bool note_mode(struct run *run)
+{
+	struct visit *v = run->v;
+	char *error = NULL;
+
+	if (replica_observe(run->r, &v->observe_ended, &error) < 0) {
+		failed(v, error);
+		return false;
+	}
+	v->observing = replica_is_observed(run->r);
+	return true;
+}
+
+static void measure(struct run *run)
+{
+	struct visit *v = run->v;
+	char *error = NULL;
+
+	switch (replica_measure(run->r, v->survey, &error)) {
+	case REPLICA_LATER:
+		mail_trouble(v, error);
+		break;
+	case REPLICA_FAILED:
+		failed(v, error);
+		break;
+	default:
+		break;
+	}
+}
+
 /* After applying: is this all that there is? */
 static void judge(struct run *run)
 {
 	struct visit *v = run->v;
 	char *error = NULL;
 
-	if (v->mail_result != VISIT_MAIL_OK || !(v->applied || v->read_journal))
+	if (v->mail_result != VISIT_MAIL_OK || v->observing || !(v->applied || v->read_journal))
 		return;
 	v->incomplete = replica_is_incomplete(run->r);
 	v->surveyed = replica_surveyed(run->r);
@@ -429,6 +460,8 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 		failed(v, error);
 		return;
 	}
+	if (mail == VISIT_MAIL_OK && !note_mode(&run))
+		return;
 	merge(&run);
 	if (v->failed)
 		return;
@@ -440,7 +473,12 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 		return;
 	if (read_bodies(&run))
 		give_ops(&run, false);
-	if ((v->apply || (v->news && v->apply_news)) && v->mail_result == VISIT_MAIL_OK) {
+	v->mode_doubted = mail == VISIT_MAIL_OK && replica_observe_doubted(r);
+	if (v->mode_doubted) {
+		;
+	} else if (v->observing && v->mail_result == VISIT_MAIL_OK) {
+		measure(&run);
+	} else if ((v->apply || (v->news && v->apply_news)) && v->mail_result == VISIT_MAIL_OK) {
 		apply(&run);
 		give_ops(&run, false);
 	}

@@ -117,6 +117,9 @@ struct visit {
 	char *error;			/* owned; of failed or of mail */
 	enum visit_mail mail_result;
 	uint32_t mail_gen;		/* of VISIT_MAIL_GENERATION: what it is */
+	bool observing;			/* crdt_mode = observe: nothing was applied; with mail */
+	bool observe_ended;		/* since the last visit */
+	bool mode_doubted;		/* the same, but the mode is to be asked for anew */
 	bool applied;			/* applying was tried: progress says how it ended */
 	enum replica_progress progress;
 	bool read_journal;		/* it was read to its end */

@@ -226,6 +226,7 @@ int worker_client_connect(struct mailstore *ms)
 			return ret;
 	}
 	ret = result(c);
+	ms->observe = ret == MS_OK && c->msg.flag;
 	if (ret == MS_OK)
 		c->ready = true;
 	else
@@ -787,6 +788,23 @@ static int ms_survey(struct mailstore *ms, bool (*cb)(void *ctx, struct crdt_str
 	return ret != MS_OK ? ret : result(c);
 }
 
+static int ms_measure(struct mailstore *ms, struct ms_measure *measure)
+{
+	struct worker_client *c = client(ms);
+	struct worker_msg m = { .type = WORKER_MEASURE, .measure = *measure };
+	int ret;
+
+	if ((ret = request(c, &m)) != MS_OK || (ret = recv_msg(c)) != MS_OK)
+		return ret;
+	if (c->msg.type == WORKER_RESULT && c->msg.code != MS_OK)
+		return result(c);
+	if (c->msg.type != WORKER_MEASURED)
+		return unexpected(c);
+	if (measure->print == 0 || c->msg.measure.print != measure->print)
+		*measure = c->msg.measure;
+	return (ret = recv_msg(c)) != MS_OK ? ret : result(c);
+}
+
 static int ms_check(struct mailstore *ms, struct crdt_str path, const struct ms_position *known,
 		    const struct ms_mark *mark, struct ms_checked *checked_r)
 {
@@ -900,6 +918,7 @@ struct mailstore *worker_client_new(const char *socket_path, const char *user, u
 	c->ms.body = ms_body;
 	c->ms.list = ms_list;
 	c->ms.survey = ms_survey;
+	c->ms.measure = ms_measure;
 	c->ms.check = ms_check;
 	c->ms.look = ms_look;
 	c->ms.note = ms_note;

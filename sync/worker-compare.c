@@ -56,7 +56,7 @@ static uint64_t sum(const buffer_t *buf)
 
 /* Survey */
 
-static uint64_t box_print(struct mailbox *box)
+uint64_t worker_box_print(struct mailbox *box)
 {
 	buffer_t *buf = t_buffer_create(256);
 	const char *path;
@@ -74,23 +74,19 @@ static uint64_t box_print(struct mailbox *box)
 	return sum(buf);
 }
 
-static void survey_name(struct worker_conn *conn, struct mailbox_list *list, const char *vname, bool subscription)
+static void each_name(struct mailbox_list *list, const char *vname, bool subscription, worker_box_cb *cb, void *ctx)
 {
 	struct mailbox *box = mailbox_alloc(list, vname, MAILBOX_FLAG_IGNORE_ACLS);
-	struct worker_msg msg = { .type = WORKER_NAME, .flag = subscription };
 	const char *path = crdt_path(box), *error;
 
 	/* the name that records have, if any */
-	if (path != NULL && (subscription || worker_box_exists(box, &error) != MS_GONE)) {
-		msg.path = worker_str(path);
-		msg.print = subscription ? 0 : box_print(box);
-		worker_send(conn, &msg);
-	}
+	if (path != NULL && (subscription || worker_box_exists(box, &error) != MS_GONE))
+		cb(ctx, box, path);
 	mailbox_free(&box);
 }
 
-static int survey_list(struct worker_conn *conn, struct mailbox_list *list, bool subscriptions,
-		       const char **error_r)
+static int each_of_list(struct worker_conn *conn, struct mailbox_list *list, bool subscriptions,
+			worker_box_cb *cb, void *ctx, const char **error_r)
 {
 	enum mailbox_list_iter_flags flags = subscriptions ?
 		MAILBOX_LIST_ITER_SELECT_SUBSCRIBED | MAILBOX_LIST_ITER_RETURN_NO_FLAGS :
@@ -102,7 +98,7 @@ static int survey_list(struct worker_conn *conn, struct mailbox_list *list, bool
 	while (!worker_conn_failed(conn) && (info = mailbox_list_iter_next(iter)) != NULL) T_BEGIN {
 		if (subscriptions || ((info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) == 0 &&
 				      !worker_is_alias(list, info->vname)))
-			survey_name(conn, list, info->vname, subscriptions);
+			each_name(list, info->vname, subscriptions, cb, ctx);
 		worker_alive(conn);
 	} T_END;
 	if (mailbox_list_iter_deinit(&iter) < 0) {
@@ -112,18 +108,38 @@ static int survey_list(struct worker_conn *conn, struct mailbox_list *list, bool
 	return MS_OK;
 }
 
-int worker_survey(struct worker_conn *conn, struct worker_user *user, const char **error_r)
+int worker_boxes_each(struct worker_conn *conn, struct worker_user *user, bool subscriptions,
+		      worker_box_cb *cb, void *ctx, const char **error_r)
 {
 	struct mail_namespace *ns;
 	int ret = MS_OK;
 
-	for (int subscriptions = 0; subscriptions < 2; subscriptions++) {
-		for (ns = user->user->namespaces; ret == MS_OK && ns != NULL; ns = ns->next) {
-			if (worker_ns_is_recorded(user, ns))
-				ret = survey_list(conn, ns->list, subscriptions == 1, error_r);
-		}
+	for (ns = user->user->namespaces; ret == MS_OK && ns != NULL; ns = ns->next) {
+		if (worker_ns_is_recorded(user, ns))
+			ret = each_of_list(conn, ns->list, subscriptions, cb, ctx, error_r);
 	}
 	return ret;
+}
+
+static void survey_box(void *ctx, struct mailbox *box, const char *path)
+{
+	struct worker_msg msg = { .type = WORKER_NAME, .path = worker_str(path), .print = worker_box_print(box) };
+
+	worker_send(ctx, &msg);
+}
+
+static void survey_subscription(void *ctx, struct mailbox *box ATTR_UNUSED, const char *path)
+{
+	struct worker_msg msg = { .type = WORKER_NAME, .path = worker_str(path), .flag = TRUE };
+
+	worker_send(ctx, &msg);
+}
+
+int worker_survey(struct worker_conn *conn, struct worker_user *user, const char **error_r)
+{
+	int ret = worker_boxes_each(conn, user, FALSE, survey_box, conn, error_r);
+
+	return ret != MS_OK ? ret : worker_boxes_each(conn, user, TRUE, survey_subscription, conn, error_r);
 }
 
 /* Check */

@@ -326,7 +326,8 @@ int worker_want_text(struct worker_conn *conn, struct worker_user *user, unsigne
 
 static void conn_input(struct worker_conn *conn);
 
-static int handle_hello(struct worker_conn *conn, const struct worker_msg *msg, const char **error_r)
+static int handle_hello(struct worker_conn *conn, const struct worker_msg *msg, struct worker_msg *result,
+			const char **error_r)
 {
 	struct worker_msg other = { .type = WORKER_GENERATION, .gen = msg->gen };
 	const char *name = worker_cstr(&msg->user);
@@ -344,6 +345,7 @@ static int handle_hello(struct worker_conn *conn, const struct worker_msg *msg, 
 		event_unref(&conn->event);
 		conn->event = conn->user->event;
 		event_ref(conn->event);
+		result->flag = conn->user->observe;
 		/* again, so that it gets the user's context: log prefix */
 		io_remove(&conn->io);
 		conn->io = io_add(conn->fd, IO_READ, conn_input, conn);
@@ -422,6 +424,8 @@ static int handle(struct worker_conn *conn, const struct worker_msg *msg,
 		return worker_list(conn, user, msg, error_r);
 	case WORKER_SURVEY:
 		return worker_survey(conn, user, error_r);
+	case WORKER_MEASURE:
+		return worker_measure(conn, user, msg, error_r);
 	case WORKER_CHECK:
 		return worker_check(conn, user, msg, error_r);
 	case WORKER_LOOK:
@@ -446,7 +450,7 @@ static void request_run(struct worker_conn *conn, const struct worker_msg *msg)
 	crdt_plant("worker");
 	conn->last_sent = now_secs();
 	if (msg->type == WORKER_HELLO)
-		ret = handle_hello(conn, msg, &error);
+		ret = handle_hello(conn, msg, &result, &error);
 	else if (msg->type == WORKER_USERS && conn->user == NULL)
 		ret = worker_users(conn, &error);
 	else if (conn->user == NULL) {

@@ -155,6 +155,14 @@ static void put_note(struct crdt_buf *b, const struct worker_msg *m)
 		put_ranges(b, m, i);
 }
 
+static void put_measured(struct crdt_buf *b, const struct ms_measure *measure)
+{
+	crdt_buf_u64(b, measure->print);
+	crdt_buf_varint(b, measure->mailboxes);
+	crdt_buf_varint(b, measure->mails);
+	crdt_buf_varint(b, measure->bytes);
+}
+
 static void put_looks(struct crdt_buf *b, const struct worker_msg *m)
 {
 	crdt_buf_varint(b, m->looks_n);
@@ -304,6 +312,12 @@ static void put_fields(struct crdt_buf *b, const struct worker_msg *m)
 		break;
 	case WORKER_LOST:
 		put_ranges(b, m, 0);
+		break;
+	case WORKER_MEASURE:
+		crdt_buf_u64(b, m->measure.print);
+		break;
+	case WORKER_MEASURED:
+		put_measured(b, &m->measure);
 		break;
 	}
 }
@@ -587,6 +601,14 @@ static void get_looks(struct crdt_reader *r, struct worker_msg *m)
 	}
 }
 
+static void get_measured(struct crdt_reader *r, struct ms_measure *measure)
+{
+	measure->print = crdt_get_u64(r);
+	measure->mailboxes = crdt_get_varint(r);
+	measure->mails = crdt_get_varint(r);
+	measure->bytes = crdt_get_varint(r);
+}
+
 static void get_result(struct crdt_reader *r, struct worker_msg *m)
 {
 	m->code = (int8_t)crdt_get_u8(r);
@@ -742,6 +764,12 @@ static bool get_fields(struct crdt_reader *r, struct worker_msg *m)
 		break;
 	case WORKER_LOST:
 		get_ranges(r, m, 0);
+		break;
+	case WORKER_MEASURE:
+		m->measure.print = crdt_get_u64(r);
+		break;
+	case WORKER_MEASURED:
+		get_measured(r, &m->measure);
 		break;
 	default:
 		return false;

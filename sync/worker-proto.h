@@ -11,7 +11,7 @@
  * here and one RESULT; then the client may ask again.  A connection begins with
  * HELLO (but for USERS).  ALIVE may come at any time while the worker works.
  *
- *  HELLO                RESULT (MS_GONE: no such user); or GENERATION, RESULT
+ *  HELLO                RESULT (MS_GONE: no such user; more: crdt_mode is observe); or GENERATION, RESULT
  *                       (MS_GENERATION): the mail store is of that one
  *  READ                 for each record MAIL* RECORD; then JOURNALS RESULT.  A
  *                       batch: RESULT.more says that there are further records
@@ -24,6 +24,7 @@
  *  BODY                 TEXT* RESULT
  *  LIST                 FOUND* RESULT
  *  SURVEY               NAME* RESULT
+ *  MEASURE              MEASURED RESULT
  *  CHECK                CHECKED RESULT
  *  LOOK                 LOOKED* RESULT
  *  NOTE                 LOST RESULT
@@ -62,6 +63,7 @@ enum worker_msg_type {
 	WORKER_SURVEY, WORKER_CHECK, WORKER_LOOK, WORKER_NOTE, WORKER_NOTE_SUBSCRIPTION,
 	WORKER_NAME, WORKER_CHECKED, WORKER_LOOKED, WORKER_LOST,
 	WORKER_USERS, WORKER_GENERATION, WORKER_COMPLETE,
+	WORKER_MEASURE, WORKER_MEASURED,
 };
 
 /* NOTE */
@@ -89,7 +91,7 @@ struct worker_msg {
 	uint32_t n;				/* APPLY: commands; REVALIDATE: entries; WANT_TEXT, OUTCOME: index */
 	bool flag;				/* APPLY: verify; CREATE: used; SUBSCRIBE: on; MADE: existed; RESULT: more;
 						 * NAME: a subscription; CHECKED: all; JOURNALS: the copy is
-						 * not complete */
+						 * not complete; RESULT of HELLO: only observed */
 	struct ms_cmd cmd;			/* CMD but text, file and outcome; OUTCOME: outcome, error;
 						 * NOTE: kw_remove */
 	uint8_t text_source;			/* CMD of kind MS_SAVE */
@@ -103,6 +105,7 @@ struct worker_msg {
 	size_t reuid_n; struct ms_reuid *reuid;	/* REUID */
 	size_t found_n; struct ms_found *found;	/* FOUND */
 	uint64_t print;				/* NAME */
+	struct ms_measure measure;		/* MEASURED; MEASURE: print */
 	struct ms_mark mark;			/* CHECK, CHECKED */
 	struct crdt_dot stamp;			/* CHECKED */
 	uint64_t identity;			/* CHECKED, NOTE */

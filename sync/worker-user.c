@@ -56,6 +56,7 @@ static int user_open(struct worker_user *user, uint32_t *gen, const char **error
 		*error_r = "crdt_mode is off for this user";
 		return MS_GONE;
 	}
+	user->observe = set.mode == CRDT_MODE_OBSERVE;
 	user->ident.slot = set.slot;
 	user->ident.replica = set.replica;
 	user->ident.user = user->user->username;

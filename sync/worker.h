@@ -12,6 +12,7 @@
  *  worker-mail.c        reading mails: GUIDs, texts, digests
  *  worker-journal.c     read, trim
  *  worker-compare.c     finding changes that have no record
+ *  worker-measure.c     how much mail there is
  *  apply-intent.c       what a killed applier leaves
  *  apply-txn.c          transactions: index header, UIDs, journal records, locks
  *  apply-mails.c        SAVE, MOVE, FLAGS, EXPUNGE
@@ -51,6 +52,7 @@ struct worker_user {
 
 	struct crdt_journal_ident ident;
 	const char *state_dir, *control_dir;
+	bool observe;			/* crdt_mode */
 	bool outdated;			/* the name has passed to another generation meanwhile */
 	struct crdt_journal *journal;	/* NULL: not opened yet */
 	int lock_fd;			/* locked file, -1: none */
@@ -177,6 +179,12 @@ int worker_journal_unchanged(struct worker_user *user, const struct crdt_id *mai
 /* worker-compare.c: looking for what has no record (mailstore.h) */
 
 int worker_survey(struct worker_conn *conn, struct worker_user *user, const char **error_r);
+/* All mailboxes that are replicated, not opened, with their paths; or all subscriptions. */
+typedef void worker_box_cb(void *ctx, struct mailbox *box, const char *path);
+int worker_boxes_each(struct worker_conn *conn, struct worker_user *user, bool subscriptions,
+		      worker_box_cb *cb, void *ctx, const char **error_r);
+/* From times and sizes of its files: an equal one, and nothing was changed. */
+uint64_t worker_box_print(struct mailbox *box);
 int worker_check(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
 		 const char **error_r);
 int worker_look(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
@@ -184,6 +192,11 @@ int worker_look(struct worker_conn *conn, struct worker_user *user, const struct
 int worker_note(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
 		const char **error_r);
 int worker_note_subscription(struct worker_user *user, const struct worker_msg *req, const char **error_r);
+
+/* worker-measure.c */
+
+int worker_measure(struct worker_conn *conn, struct worker_user *user, const struct worker_msg *req,
+		   const char **error_r);
 
 /* worker-connection.c */
 

@@ -200,6 +200,10 @@ void status_put_user(struct crdt_buf *b, const struct status_user *s)
 		status_uint(b, "absent", 1);
 	if (s->incomplete)
 		status_uint(b, "incomplete", 1);
+	if (s->observing)
+		status_uint(b, "observing", 1);
+	if (s->observing || s->observed > 0)
+		status_uint(b, "observed", s->observed);
 	if (s->digest != NULL)
 		status_hex(b, "digest", s->digest, 32);
 	status_end(b);

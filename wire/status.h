@@ -49,6 +49,8 @@ struct status_user {
 	const struct crdt_vv *vv;
 	uint64_t unsent, pending, held, buffered;
 	bool absent, incomplete;
+	bool observing;			/* crdt_mode = observe */
+	uint64_t observed;		/* changes that were seen then */
 	const uint8_t *digest;		/* 32 bytes, or NULL */
 };
 void status_put_node(struct crdt_buf *b, const struct status_node *s);

@@ -77,6 +77,7 @@ static void sample_common(struct worker_msg *m, uint8_t type)
 	m->looks_n = 2;
 	m->what = WORKER_NOTE_MADE | WORKER_NOTE_PROVEN;
 	m->print = UINT64_MAX;
+	m->measure = (struct ms_measure){ 1, 2, UINT64_C(1) << 50, UINT64_MAX };
 	m->identity = 5;
 	m->stamp = (struct crdt_dot){ 6, 7 };
 	m->mark = (struct ms_mark){ 8, UINT32_MAX, UINT64_C(1) << 33 };
@@ -109,7 +110,7 @@ static void test_each_type(void **state)
 	const char *error;
 
 	(void)state;
-	for (uint8_t type = WORKER_HELLO; type <= WORKER_COMPLETE; type++) {
+	for (uint8_t type = WORKER_HELLO; type <= WORKER_MEASURED; type++) {
 		sample(&m, type);
 		crdt_buf_clear(&once);
 		crdt_buf_clear(&twice);
@@ -176,7 +177,7 @@ static void break_user(struct worker_msg *m) { m->user = (struct crdt_str){ (con
 static void break_empty_user(struct worker_msg *m) { m->user.n = 0; }
 static void break_position(struct worker_msg *m) { m->pos_n = 2; }
 static void break_size(struct worker_msg *m) { m->mail.size = 5; }
-static void break_type(struct worker_msg *m) { m->type = WORKER_COMPLETE + 1; }
+static void break_type(struct worker_msg *m) { m->type = WORKER_MEASURED + 1; }
 static void break_what(struct worker_msg *m) { m->what = 4; }
 static void break_ranges(struct worker_msg *m) { m->ranges[1] = backwards; m->ranges_n[1] = 2; }
 static void break_look(struct worker_msg *m) { m->looks = bad_look; m->looks_n = 1; }

@@ -67,6 +67,21 @@ static void read_mail(struct replica *r)
 	crdt_buf_free(&words);
 }
 
+static void read_observed(struct replica *r)
+{
+	const struct crdt_observed one = { .kind = CRDT_JREC_APPEND, .mails = 1 };
+	struct replica_observed o;
+	uint64_t changes;
+
+	observe_load(r);
+	observe_status(r, &o);
+	changes = o.kinds[CRDT_JREC_APPEND].changes;
+	observe_record(r, &one);
+	observe_status(r, &o);
+	if (!rrows(r)->failed && o.kinds[CRDT_JREC_APPEND].changes != changes + 1)
+		abort();
+}
+
 static void read_dots(struct replica *r)
 {
 	struct crdt_vv ctx;
@@ -107,6 +122,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	case ROW_HELD:
 		row_put(r, ROW_HELD, k.data + 1, k.len - 1, data + 1, size - 1);
 		read_dots(r);
+		break;
+	case ROW_OBSERVED:
+		row_put(r, ROW_OBSERVED, "", 0, data + 1, size - 1);
+		row_put(r, ROW_OBSERVED, "\6", 1, data + 1, size - 1);
+		read_observed(r);
 		break;
 	case ROW_UIDNEXT:
 		row_put(r, ROW_UIDNEXT, "\0\0\0\1", 4, data + 1, size - 1);

@@ -1174,6 +1174,154 @@ static void renamed_beside_delete_unsent(void **state)
 	assert_false(lives_by_rename(*state, false));
 }
 
+/* ---- crdt_mode = observe ---- */
+
+static unsigned measured;
+
+static int some_mail(struct mailstore *ms, struct ms_measure *m)
+{
+	(void)ms;
+	measured++;
+	*m = (struct ms_measure){ .print = 5, .mailboxes = 2, .mails = 30, .bytes = 4000 };
+	return MS_OK;
+}
+
+static void visit(struct fix *x, bool observe, bool ended)
+{
+	char *error;
+	bool e;
+
+	x->ms.observe = observe;
+	assert_int_equal(replica_observe(x->r, &e, &error), 0);
+	assert_int_equal(e, ended);
+	assert_int_equal(replica_is_observed(x->r), observe);
+}
+
+static void observed_counts(struct fix *x, struct replica_observed *o)
+{
+	struct replica_status st;
+
+	replica_status(x->r, &st);
+	*o = st.observed;
+}
+
+/* Counted, and kept; a mail process of a later version may know more kinds. */
+static void observed_is_counted(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_jrec recs[] = {
+		{ .seq = 1, .kind = CRDT_JREC_OBSERVED, .observed = { CRDT_JREC_APPEND, 3, 100, 1000 } },
+		{ .seq = 2, .kind = CRDT_JREC_OBSERVED, .observed = { CRDT_JREC_APPEND, 1, 0, 999 } },
+		{ .seq = 3, .kind = CRDT_JREC_OBSERVED, .observed = { CRDT_JREC_DELETE, 7, 0, 1001 } },
+		{ .seq = 4, .kind = CRDT_JREC_OBSERVED, .observed = { 77, 1, 1, 1 } },
+		{ .seq = 5, .kind = CRDT_JREC_OBSERVED, .observed = { 0, 1, 1, 1 } },
+	};
+	const struct ms_record records[] = { { 9, &recs[0], NULL }, { 9, &recs[1], NULL }, { 9, &recs[2], NULL },
+					     { 9, &recs[3], NULL }, { 9, &recs[4], NULL } };
+	struct replica_observed o;
+	char *error;
+
+	script = records;
+	script_n = 5;
+	set_mailstore(x);
+	x->ms.read = script_read;
+	x->ms.measure = some_mail;
+	measured = 0;
+	visit(x, true, false);
+	assert_int_equal(replica_outbound(x->r, &error), 5);
+	assert_false(replica_observe_doubted(x->r));
+	assert_int_equal(replica_measure(x->r, false, &error), REPLICA_DONE);
+	assert_int_equal(replica_measure(x->r, false, &error), REPLICA_DONE);
+	assert_int_equal(measured, 1);
+	assert_int_equal(replica_measure(x->r, true, &error), REPLICA_DONE);
+	assert_int_equal(measured, 2);
+	for (unsigned i = 0; i < 2; i++) {
+		observed_counts(x, &o);
+		assert_true(o.on);
+		assert_int_equal(o.changes, 3);
+		assert_int_equal(o.kinds[CRDT_JREC_APPEND].changes, 2);
+		assert_int_equal(o.kinds[CRDT_JREC_APPEND].mails, 4);
+		assert_int_equal(o.kinds[CRDT_JREC_APPEND].bytes, 100);
+		assert_int_equal(o.kinds[CRDT_JREC_APPEND].last, 1000);
+		assert_int_equal(o.kinds[CRDT_JREC_DELETE].mails, 7);
+		assert_int_equal(o.import.mailboxes, 2);
+		assert_int_equal(o.import.mails, 30);
+		assert_int_equal(o.import.bytes, 4000);
+		assert_true(o.import_time != 0);
+		reopen(x);
+	}
+	(void)replica_txn_begin(x->r);
+	assert_int_equal(replica_rows_count(x->r, ROW_OBSERVED), 3);
+	store_abort(&x->r->txn);
+	/* none of it was a change */
+	assert_int_equal(replica_last_seq(x->r), 0);
+	assert_int_equal(replica_outbound(x->r, &error), 0);
+	assert_int_equal(x->errors + x->warnings, 0);
+	visit(x, false, true);
+	observed_counts(x, &o);
+	assert_false(o.on);
+	assert_int_equal(o.changes, 3);
+}
+
+/* What crdt-worker said when it was connected to is doubted when the journal has news of this
+ * kind; not what it says now, to somebody whose old sessions go on. */
+static void observed_beside_on(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_jrec recs[] = {
+		{ .seq = 1, .kind = CRDT_JREC_OBSERVED, .observed = { CRDT_JREC_APPEND, 1, 0, 1 } },
+		{ .seq = 2, .kind = CRDT_JREC_OBSERVED, .observed = { CRDT_JREC_APPEND, 1, 0, 1 } },
+	};
+	const struct ms_record records[] = { { 9, &recs[0], NULL }, { 9, &recs[1], NULL } };
+	char *error;
+
+	script = records;
+	script_n = 1;
+	set_mailstore(x);
+	x->ms.read = script_read;
+	visit(x, false, false);
+	assert_int_equal(replica_outbound(x->r, &error), 1);
+	assert_false(replica_observe_doubted(x->r));
+	assert_int_equal(replica_outbound(x->r, &error), 0);
+	assert_false(replica_observe_doubted(x->r));
+	script_n = 2;
+	assert_int_equal(replica_outbound(x->r, &error), 1);
+	assert_true(replica_observe_doubted(x->r));
+	assert_false(replica_observe_doubted(x->r));
+	replica_set_mailstore(x->r, &x->ms);
+	assert_false(replica_observe_doubted(x->r));
+}
+
+static int name_a(struct mailstore *ms, bool (*cb)(void *ctx, struct crdt_str path, bool subscription, uint64_t print),
+		  void *ctx)
+{
+	(void)ms;
+	return cb(ctx, (struct crdt_str){ (const uint8_t *)"0", 1 }, false, 1) ? MS_OK : MS_TEMP;
+}
+
+/* What others did waits until what was done here meanwhile has been looked for. */
+static void observed_then_on(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"1", 1 } };
+	struct replica_status st;
+
+	empty_mailstore(x);
+	deliver(x, &op, 1);
+	assert_int_equal(apply_all(x, no_text), REPLICA_DONE);
+	assert_int_equal(x->asked[1], 1);
+	visit(x, true, false);
+	op.name.p = (const uint8_t *)"2";
+	deliver(x, &op, 2);
+	replica_status(x->r, &st);
+	assert_true(st.pending > 0);
+	/* somebody else's change has an op, too: it waits for the look, which fails here */
+	visit(x, false, true);
+	x->ms.survey = name_a;
+	assert_int_equal(apply_all(x, no_text), REPLICA_LATER);
+	assert_int_equal(x->asked[2], 0);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
@@ -1183,7 +1331,8 @@ int main(void)
 		TEST(waits_for_one_before), TEST(parents_first),
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
 		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_that_is_staged_anew), TEST(state_with_our_ops),
-		TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent) };
+		TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent),
+		TEST(observed_is_counted), TEST(observed_beside_on), TEST(observed_then_on) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

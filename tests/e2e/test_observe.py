@@ -156,6 +156,42 @@ def test_on_then_observe_then_on(cluster):
     assert "\\Answered" in flags["b"] and "\\Flagged" in flags["c"]
 
 
+def tree(directory):
+    """{path: (size, time)} of all that is in it."""
+    found = {}
+    for path, _, names in os.walk(directory):
+        for name in ["", *names]:
+            status = os.lstat(os.path.join(path, name))
+            found[os.path.join(path, name)] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+@pytest.mark.parametrize("mail_format", ["maildir", "sdbox", "mdbox"])
+def test_looking_changes_nothing(own_cluster, mail_format):
+    """A mail store from before the plugin: what an import would bring is found by looking only."""
+    cluster = own_cluster(users=1, mail_format=mail_format)
+    configure(cluster, "w1", "crdt_mode", "off")
+    fill(cluster, "w1")
+    with login(cluster, "w1", USER) as client:
+        client.do("create g", "create f/g", "append f/g e")
+        client.ok(client.imap.append("g", None, None, message("large", 100000)))
+    home = cluster.home("w1", USER)
+    if mail_format == "maildir":
+        path = os.path.join(home, "Maildir", "new", "1.by.another")
+        with open(path, "wb") as file:
+            file.write(message("another"))
+        shutil.chown(path, os.stat(home).st_uid, os.stat(home).st_gid)
+    before = tree(home)
+    observe(cluster, "w1")
+    mails = 6 if mail_format == "maildir" else 5
+    wait_observed(cluster, "w1", USER, **{"import": (4, mails)})
+    row, = crdt(cluster, "w1", "status", "-u", USER)
+    size = sum(size for path, (size, _) in before.items() if "/u." in path or "/m." in path or "/cur/" in path or
+               "/new/" in path) - sum(size for path, (size, _) in before.items() if path.endswith(("/cur/", "/new/")))
+    assert row["import_bytes"] == size > 90000
+    assert tree(home) == before
+
+
 def set_mode(cluster, worker, user, mode):
     """By userdb, with no reload."""
     path = users_file(cluster, worker)

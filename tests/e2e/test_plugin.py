@@ -3,6 +3,7 @@
 
 Needs root (Dovecot's master) and what was built; see plugin_lib.find_built().
 """
+import contextlib
 import hashlib
 import imaplib
 import itertools
@@ -1231,8 +1232,8 @@ def test_fsync_always():
         assert d.problems() == []
 
 
-@pytest.fixture
-def small_disk(tmp_path):
+@contextlib.contextmanager
+def dovecot_on_small_disk(tmp_path, plugin_extra=""):
     """A Dovecot whose journals are on a small disk of their own (sdbox has nothing
     else in CONTROL)."""
     control = tmp_path / "control"
@@ -1243,11 +1244,24 @@ def small_disk(tmp_path):
     if subprocess.run([*mount, control], capture_output=True).returncode != 0:
         pytest.skip("mounting is not allowed here")
     try:
-        with Dovecot(slot=SLOT, mail_format="sdbox", location=f"sdbox:~/sdbox:CONTROL={control}/%u") as d:
+        with Dovecot(slot=SLOT, mail_format="sdbox", location=f"sdbox:~/sdbox:CONTROL={control}/%u",
+                     plugin_extra=plugin_extra) as d:
             d.control_dir = lambda user: control / user
             yield d, control
     finally:
         wait_for("unmount", lambda: subprocess.run(["umount", control]).returncode == 0)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    with dovecot_on_small_disk(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def observing_on_small_disk(tmp_path):
+    with dovecot_on_small_disk(tmp_path, "crdt_mode = observe") as found:
+        yield found
 
 
 def fill(control):
@@ -1262,6 +1276,28 @@ def fill(control):
 
 def uids_of(client):
     return {int(uid) for uid in ok(client.uid("SEARCH", "ALL"))[0].split()}
+
+
+def test_observing_on_a_full_disk(observing_on_small_disk):
+    """Only counting fails where only the journal's disk is full; later it goes on."""
+    dovecot, control = observing_on_small_disk
+    client = dovecot.imap("u", "INBOX")
+    assert append(client, "INBOX") == 1
+    journal = dovecot.journal("u")
+    os.truncate(journal, journal.stat().st_size)    # nor is there what is kept behind the records for more
+    filler = fill(control)
+    for n in range(200):
+        ok(client.store("1", "+FLAGS" if n % 2 == 0 else "-FLAGS", r"(\Flagged)"))
+    assert append(client, "INBOX") == 2
+    ok(client.store("1", "+FLAGS", r"(\Deleted)"))
+    ok(client.expunge())
+    problems = [line for line in dovecot.problems() if "crdt" in line]
+    assert len(problems) == 1 and "not counted" in problems[0] and "No space" in problems[0], problems
+    filler.unlink()
+    assert append(client, "INBOX") == 3
+    client.logout()
+    seen = observed(dovecot, "u")
+    assert seen[0] == ("CREATE", 0) and seen[-1] == ("APPEND", 1) and len(seen) < 150, len(seen)
 
 
 def test_full_disk(small_disk):

@@ -386,6 +386,50 @@ static void test_client_generation(void **state)
 	script_end(&s);
 }
 
+static void answer_measured(struct crdt_buf *b, uint64_t print, uint64_t mails)
+{
+	struct worker_msg m = { .type = WORKER_MEASURED, .measure = { print, 2, mails, 4 } };
+
+	worker_msg_encode(b, &m);
+	answer(b, WORKER_RESULT, MS_OK, "");
+}
+
+/* What was not counted again stays; and the mode is as of each connection. */
+static void test_client_observe(void **state)
+{
+	struct script s = { .n = 0 };
+	struct worker_msg hello = { .type = WORKER_RESULT, .code = MS_OK, .flag = true };
+	struct ms_measure m = { .print = 0 };
+	struct mailstore *ms;
+
+	(void)state;
+	worker_msg_encode(&s.answers[0][0], &hello);
+	answer_measured(&s.answers[0][1], 9, 3);
+	answer_measured(&s.answers[0][2], 9, 0);
+	answer_measured(&s.answers[0][3], 10, 5);
+	answer(&s.answers[1][0], WORKER_RESULT, MS_OK, "");
+	answer(&s.answers[1][1], WORKER_RESULT, MS_TEMP, "list");
+	script_start(&s, 2);
+	ms = worker_client_new(s.path, "u", 0, 5);
+	assert_false(ms->observe);
+	assert_int_equal(ms->measure(ms, &m), MS_OK);
+	assert_true(ms->observe);
+	assert_int_equal(m.mails, 3);
+	assert_int_equal(ms->measure(ms, &m), MS_OK);
+	assert_int_equal(m.mails, 3);
+	assert_int_equal(m.mailboxes, 2);
+	assert_int_equal(ms->measure(ms, &m), MS_OK);
+	assert_int_equal(m.mails, 5);
+	assert_int_equal(m.print, 10);
+	worker_client_disconnect(ms);
+	assert_int_equal(ms->measure(ms, &m), MS_TEMP);
+	assert_string_equal(ms->error, "list");
+	assert_false(ms->observe);
+	assert_int_equal(m.mails, 5);
+	worker_client_free(&ms);
+	script_end(&s);
+}
+
 static void test_client_closed_connections(void **state)
 {
 	struct script s = { .n = 0 };
@@ -479,6 +523,7 @@ int main(void)
 		cmocka_unit_test(test_lying_counts),
 		cmocka_unit_test(test_client_results),
 		cmocka_unit_test(test_client_no_user), cmocka_unit_test(test_client_generation),
+		cmocka_unit_test(test_client_observe),
 		cmocka_unit_test(test_client_closed_connections),
 		cmocka_unit_test(test_client_silence),
 		cmocka_unit_test(test_client_nobody_there),

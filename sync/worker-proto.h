@@ -34,7 +34,7 @@
 #include "mailstore.h"
 #include "../wire/frame.h"	/* CRDT_BODY_RIDE, CRDT_BODY_CHUNK */
 
-#define WORKER_PROTO_VERSION 4
+#define WORKER_PROTO_VERSION 5
 /* Bytes of one message after its length field: a journal record and some. */
 #define WORKER_MSG_MAX (CRDT_JOURNAL_RECORD_MAX + 64 * 1024)
 #define WORKER_USER_MAX 512

@@ -510,7 +510,9 @@ static int store_exists(struct mailbox *box, enum mailbox_existence *existence_r
 {
 	union mailbox_module_context *ctx = MODULE_CONTEXT_REQUIRE(box, worker_mailbox_module);
 
-	*existence_r = MAILBOX_EXISTENCE_NONE;
+	/* This refreshes the list index: it has to follow also where only we look. */
+	if (mailbox_exists(box, FALSE, existence_r) < 0)
+		return -1;
 	/* (as mailbox_exists() takes it: nobody has such a name) */
 	if (mailbox_verify_name(box) < 0)
 		return 0;

@@ -729,6 +729,13 @@ static void daemon_lose(struct daemon *d)
 	sim.rebuilt++;
 }
 
+static bool rebuilding(const struct daemon *d)
+{
+	uint64_t done;
+
+	return d->hub == NULL || hub_rebuilding(d->hub, &done);
+}
+
 static void trouble(void)
 {
 	struct worker *w = &sim.workers[rnd(sim.workers_n)];
@@ -758,7 +765,8 @@ static void trouble(void)
 		w->links[d].slow = true;
 		break;
 	case 5:
-		if (sim.daemons_n == 1 && !sim.lost_one && w->node != NULL)
+		/* (what the daemon is being given by this worker would be gone with it) */
+		if (sim.daemons_n == 1 && !sim.lost_one && w->node != NULL && !rebuilding(&sim.daemons[0]))
 			worker_lose(w);
 		break;
 	case 6:

@@ -21,6 +21,7 @@ static const struct setting_define crdt_setting_defines[] = {
 	DEF(ENUM, crdt_ack_fail),
 	DEF(STR, crdt_login_wait),
 	DEF(STR, crdt_external_expunge_max),
+	DEF(STR, crdt_import_rate),
 	DEF(STR, crdt_survey_interval),
 	DEF(STR, crdt_generation),
 	SETTING_DEFINE_LIST_END
@@ -39,6 +40,7 @@ static const struct crdt_settings_24 crdt_default_settings = {
 	.crdt_ack_fail = "ok:tempfail",
 	.crdt_login_wait = CRDT_DEFAULT_LOGIN_WAIT,
 	.crdt_external_expunge_max = CRDT_DEFAULT_EXTERNAL_EXPUNGE_MAX,
+	.crdt_import_rate = CRDT_DEFAULT_IMPORT_RATE,
 	.crdt_survey_interval = CRDT_DEFAULT_SURVEY_INTERVAL,
 	.crdt_generation = CRDT_DEFAULT_GENERATION,
 };

@@ -24,6 +24,7 @@ struct crdt_settings_24 {
 	const char *crdt_ack_fail;
 	const char *crdt_login_wait;
 	const char *crdt_external_expunge_max;
+	const char *crdt_import_rate;
 	const char *crdt_survey_interval;
 	const char *crdt_generation;
 };

@@ -608,6 +608,7 @@ static void node_init(void)
 	struct node_config cfg = {
 		.name = set.replica, .slot = set.slot, .storages = endpoints, .storages_n = set.storages_n,
 		.visits = POOL_THREADS, .apply = TRUE,	/* for each user as crdt-worker says */
+		.import_rate = set.import_rate,
 		.store = store, .spool = spool, .sent = sent_texts,
 	};
 	char *error;

@@ -61,6 +61,8 @@ struct user {
 
 	/* ---- is this copy all that there is? ---- */
 	bool merging;			/* a visit has feeds of his */
+	int64_t import_due;		/* his mailboxes are looked through then, */
+	unsigned import_paid;		/* and so many mails found are paid for; 0: he has no turn */
 	bool incomplete;		/* his journal says that it is not */
 	bool looked;			/* since it does the mail store was looked through */
 	uint64_t left;			/* so much is still to come */
@@ -170,6 +172,7 @@ struct node {
 	struct visit_ops *waiting, *waiting_tail, *syncing_ops;
 	bool syncing;
 	int64_t feed_sync_due;		/* 0: no feed waits */
+	int64_t import_due;		/* then all turns that were given are over */
 
 	struct fetch *fetches;
 	struct fetch *fetch_table[NODE_FETCH_TABLE];	/* by content */

@@ -53,6 +53,60 @@ static void order_ops(struct user *u, struct visit *v)
 	u->ops_wanted = 0;
 }
 
+/* ---- mail that was there before the plugin ---- */
+
+static int64_t import_msecs(const struct node *n, unsigned mails)
+{
+	return (int64_t)mails * 1000 / n->cfg.import_rate;
+}
+
+/* Not where a session, or doveadm, waits for it.  (Whoever waits for an acknowledgement
+ * would wait longer.) */
+static bool import_has_to_wait(const struct user *u)
+{
+	const struct node *n = u->n;
+
+	if (n->cfg.import_rate == 0)
+		return false;
+	for (const struct node_question *q = u->questions; q != NULL; q = q->of_user) {
+		if (q->ready || (!q->await && (q->what == NODE_ASK_SYNC || q->what == NODE_ASK_REPAIR)))
+			return false;
+	}
+	return u->import_paid > 0 ? u->import_due > n->now : n->import_due > n->now;
+}
+
+/* Users take turns, each of as many mails as a slice may find. */
+static void import_turn(struct user *u)
+{
+	struct node *n = u->n;
+
+	if (n->cfg.import_rate > 0 && u->import_paid == 0) {
+		u->import_due = n->import_due > n->now ? n->import_due : n->now;
+		u->import_paid = MS_NOTE_MAX;
+		n->import_due = u->import_due + import_msecs(n, MS_NOTE_MAX);
+	}
+	if (n->cfg.import_rate > 0 && u->import_due > n->now)
+		node_wake_at(u, u->import_due);
+	else
+		node_wake(u, SCHED_NOW);
+}
+
+/* What a slice found. */
+static void import_note(struct user *u, const struct visit *v)
+{
+	struct node *n = u->n;
+
+	/* (A turn remains his if it did not come to that.) */
+	if (n->cfg.import_rate == 0 || (v->noted == 0 && v->progress == REPLICA_AGAIN))
+		return;
+	if (v->noted > u->import_paid) {
+		if (n->import_due < n->now)
+			n->import_due = n->now;
+		n->import_due += import_msecs(n, v->noted - u->import_paid);
+	}
+	u->import_paid = 0;
+}
+
 static struct visit *order(struct user *u)
 {
 	struct node *n = u->n;
@@ -77,6 +131,7 @@ static struct visit *order(struct user *u)
 		v->survey = u->survey && n->cfg.apply && n->now >= u->survey_due;
 		if (v->survey)
 			u->surveyed = n->now;
+		v->import_waits = import_has_to_wait(u);
 		v->repair = u->repair && n->cfg.apply;
 		if (v->repair) {
 			v->repair_path = u->repair_path;
@@ -300,10 +355,14 @@ static void visited_applied(struct user *u, struct visit *v)
 	if (!v->applied)
 		return;
 	u->wanting = false;
+	import_note(u, v);
 	switch (v->progress) {
 	case REPLICA_AGAIN:
 		u->apply = true;
-		node_wake(u, SCHED_NOW);
+		if (v->looks_wait || v->noted > 0)
+			import_turn(u);
+		else
+			node_wake(u, SCHED_NOW);
 		if (v->wants_n > 0) {
 			u->wanting = true;
 			node_fetches_wanted(u, v->wants, v->wants_n, false);

@@ -690,6 +690,11 @@ void node_changed(struct node *n, int64_t now, const char *user)
 		node_wake(u, SCHED_NOW);
 }
 
+bool node_import_waits(const struct node *n, int64_t now)
+{
+	return n->import_due > now;
+}
+
 void node_survey(struct node *n, int64_t now, const char *user, enum node_survey_why why)
 {
 	struct user *u;

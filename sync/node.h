@@ -62,6 +62,7 @@ struct node_config {
 	unsigned storages_n;
 	unsigned visits;		/* at a time, at most */
 	bool apply;			/* false: only record and send */
+	unsigned import_rate;		/* mails per second that are found without records; 0: no limit */
 	struct store *store;
 	struct spool *spool;		/* texts that arrived */
 	struct spool *sent;		/* texts that were seen and may ride ahead */
@@ -104,6 +105,8 @@ enum node_survey_why {
 	NODE_SURVEY_LOGIN,	/* not if it was done within NODE_SURVEY_LOGIN_MSECS */
 	NODE_SURVEY_CHANGED,	/* there is one; at most every NODE_SURVEY_CHANGED_MSECS */
 };
+/* Mails that had no records were found so fast that no more are to be looked for now. */
+bool node_import_waits(const struct node *n, int64_t now);
 void node_survey(struct node *n, int64_t now, const char *user, enum node_survey_why why);
 /* There is a "has records" marker: as node_changed(), unless he is known to
  * wait for a daemon only. */

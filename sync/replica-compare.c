@@ -883,6 +883,8 @@ static int diff_note(struct diff *d, const struct compare *c, char **error_r)
 	note->keywords_n = (uint16_t)d->keywords_n;
 	note->gone = d->gone;
 	note->gone_n = d->gone_n;
+	for (unsigned i = 0; i < d->added_n; i++)
+		r->noted += d->added[i].last - d->added[i].first + 1;
 	note->proven = c->proven && c->gone <= r->cfg->external_expunge_max;
 	note->identity = c->checked.identity;
 	ret = noted(r, r->ms->note(r->ms, note), error_r);
@@ -1130,6 +1132,9 @@ static int compare_next(struct replica *r, bool *more_r, char **error_r)
 			ret = replica_outbound_progress(replica_outbound(r, error_r));
 		if (ret == REPLICA_DONE)
 			ret = look_done(r, &look, error_r);
+	} else if (r->import_waits) {
+		r->looks_wait = true;
+		ret = REPLICA_DONE;
 	} else if (r->compare != NULL) {
 		ret = look_go_on(r, &look, error_r);
 	} else {

@@ -89,6 +89,8 @@ struct replica {
 	 * of it is enough until something new comes into it. */
 	bool only_removals;
 	struct compare *compare;	/* that goes on */
+	bool import_waits, looks_wait;	/* it is not to go on; and would have */
+	unsigned noted;			/* mails, in this replica_apply() */
 	unsigned first_tries;		/* of a first look that failed */
 	bool surveyed;			/* since that was asked for */
 	bool survey_asked;		/* since what cannot be applied was tried last */

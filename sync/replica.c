@@ -840,12 +840,25 @@ static int later_noted(int ret, char **error_r, char **later)
 	return REPLICA_DONE;
 }
 
+void replica_import_waits(struct replica *r, bool waits)
+{
+	r->import_waits = waits;
+}
+
+unsigned replica_noted(const struct replica *r, bool *waits_r)
+{
+	*waits_r = r->looks_wait;
+	return r->noted;
+}
+
 enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r)
 {
 	bool more_folders = false, more_mails = false, more_looks = false, hold, wants;
 	char *later = NULL;
 	int ret;
 
+	r->noted = 0;
+	r->looks_wait = false;
 	if (r->ms == NULL)
 		return REPLICA_LATER;
 	ret = replica_outbound_progress(replica_outbound(r, error_r));

@@ -104,6 +104,12 @@ enum replica_text {
 typedef enum replica_text replica_body_cb(void *ctx, const struct crdt_content *c, uint64_t size,
 			     const uint8_t **text_r, const char **file_r);
 enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r);
+/* From now on replica_apply() does not look through mailboxes (and says REPLICA_AGAIN if
+ * some are left), or it does again. */
+void replica_import_waits(struct replica *r, bool waits);
+/* Mails without record that the last replica_apply() found.  waits_r: it had nothing left
+ * to do but that. */
+unsigned replica_noted(const struct replica *r, bool *waits_r);
 /* The mail store is to be looked through for changes without a record, by
  * replica_apply().  So it is once without being asked.  0 or -1. */
 int replica_survey(struct replica *r, char **error_r);

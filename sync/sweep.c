@@ -43,6 +43,8 @@ static void sweep_begin(void *ctx ATTR_UNUSED)
 
 static void sweep_some(void *ctx ATTR_UNUSED)
 {
+	if (node_import_waits(sweep.node, now_msecs()))
+		return;
 	for (unsigned int i = 0; i < SWEEP_USERS && sweep.next < array_count(&sweep.users); i++) {
 		const char *user = array_idx_elem(&sweep.users, sweep.next++);
 

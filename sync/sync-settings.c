@@ -82,6 +82,11 @@ static bool parse_external_expunge_max(const char *value, struct sync_settings *
 	return str_to_uint(value, &set->external_expunge_max) == 0;
 }
 
+static bool parse_import_rate(const char *value, struct sync_settings *set)
+{
+	return str_to_uint(value, &set->import_rate) == 0 && set->import_rate <= 1000000;
+}
+
 static bool parse_survey_interval(const char *value, struct sync_settings *set)
 {
 	return crdt_compat_parse_interval(value, &set->survey_secs) == 0 && set->survey_secs <= 31 * 24 * 3600;
@@ -99,6 +104,7 @@ static const struct sync_setting settings[] = {
 		"made by crdt-keygen)", parse_key_file },
 	{ "crdt_state_dir", CRDT_DEFAULT_STATE_DIR, "an absolute path", parse_state_dir },
 	{ "crdt_external_expunge_max", CRDT_DEFAULT_EXTERNAL_EXPUNGE_MAX, "a number of mails", parse_external_expunge_max },
+	{ "crdt_import_rate", CRDT_DEFAULT_IMPORT_RATE, "a number of mails per second, or 0", parse_import_rate },
 	{ "crdt_survey_interval", CRDT_DEFAULT_SURVEY_INTERVAL, "a time such as 30 mins or 1 days, or 0", parse_survey_interval },
 };
 

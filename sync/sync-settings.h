@@ -25,6 +25,7 @@ struct sync_settings {
 	const char *state_dir;
 	const char *base_dir;
 	unsigned int external_expunge_max;
+	unsigned int import_rate;	/* mails per second; 0: as many as go */
 	unsigned int survey_secs;	/* 0: never */
 };
 

@@ -322,7 +322,9 @@ static void apply(struct run *run)
 		return;
 	}
 	v->applied = true;
+	replica_import_waits(run->r, v->import_waits);
 	v->progress = replica_apply(run->r, find_text, run, &error);
+	v->noted = replica_noted(run->r, &v->looks_wait);
 	done = v->progress == REPLICA_DONE || v->progress == REPLICA_WANTS_BODIES || v->progress == REPLICA_AGAIN;
 	for (size_t i = 0; i < run->texts_n; i++)
 		spool_release(run->spool, &run->texts[i], done);

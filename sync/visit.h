@@ -88,6 +88,7 @@ struct visit {
 	/* With apply: mails whose texts are not here hold up those with higher UIDs, but
 	 * for texts that nobody had; ascending. */
 	bool hold;
+	bool import_waits;		/* with apply: mailboxes are not looked through */
 	struct crdt_content *missing; size_t missing_n;	/* owned */
 	struct visit_read *reads;
 	bool apply_news;		/* apply also when the journal had something */
@@ -125,6 +126,8 @@ struct visit {
 	bool read_journal;		/* it was read to its end */
 	bool incomplete;		/* with read_journal or applied: the journal says so */
 	bool surveyed;			/* the mail store was looked through */
+	unsigned noted;			/* mails that had no record and got one */
+	bool looks_wait;		/* REPLICA_AGAIN just because of import_waits */
 	bool complete;			/* with fed and applied: all is here; it was said */
 	uint64_t left; bool held;	/* with incomplete, applied and no more to do now: replica_left() */
 	bool news;			/* and had something */

@@ -494,6 +494,80 @@ static void held_up(void **state)
 	visit_free(v);
 }
 
+/* ---- mail that was there before the plugin ---- */
+
+static void no_answer(void *ctx, const char *p, size_t n) { (void)ctx; (void)p; (void)n; }
+
+/* A visit that found so many mails, or did not look, and has more to do. */
+static void finds(struct fix *x, struct visit *v, unsigned noted)
+{
+	v->mail_result = VISIT_MAIL_OK;
+	v->applied = true;
+	v->progress = REPLICA_AGAIN;
+	v->noted = noted;
+	v->looks_wait = v->import_waits;
+	visited(x, v);
+}
+
+/* Users take turns; all together are no faster than crdt_import_rate. */
+static void import_rate(void **state)
+{
+	enum { USERS = 5, SECS = 60 };
+	struct fix *x = *state;
+	unsigned found[USERS] = { 0 }, all = 0;
+	char user[8];
+
+	x->n->cfg.import_rate = 200;
+	for (unsigned i = 0; i < USERS; i++) {
+		(void)snprintf(user, sizeof(user), "%u", i);
+		node_survey(x->n, x->now, user, NODE_SURVEY_SWEEP);
+	}
+	for (int64_t end = x->now + SECS * 1000; x->now < end; x->now += 100) {
+		run(x);
+		while (x->visits != NULL) {
+			struct visit *v = take_visit(x);
+			unsigned noted = v->apply && !v->import_waits ? MS_NOTE_MAX : 0;
+
+			found[v->user[0] - '0'] += noted;
+			all += noted;
+			finds(x, v, noted);
+		}
+		/* sessions go on: each change of theirs is a visit, too */
+		(void)snprintf(user, sizeof(user), "%u", (unsigned)(x->now / 100) % USERS);
+		node_changed(x->n, x->now, user);
+	}
+	/* (two visits at a time began before anything was found) */
+	assert_in_range(all, 200 * (SECS - 10), 200 * SECS + 3 * MS_NOTE_MAX);
+	for (unsigned i = 0; i < USERS; i++)
+		assert_in_range(found[i], all / USERS - 2 * MS_NOTE_MAX, all / USERS + 2 * MS_NOTE_MAX);
+}
+
+/* doveadm does not wait for its turn, nor who may not begin a session before. */
+static void import_at_once(void **state)
+{
+	struct fix *x = *state;
+	static struct node_question *sync, *await;	/* they outlive this */
+	struct ms_position record = { 9, 1 };
+	struct visit *v;
+
+	x->n->cfg.import_rate = 1;
+	node_survey(x->n, x->now, "a", NODE_SURVEY_SWEEP);
+	run(x);
+	finds(x, take_visit(x), MS_NOTE_MAX);
+	assert_true(node_import_waits(x->n, x->now));
+	/* an acknowledgement would come later for it */
+	node_await(x->n, x->now, "a", &record, 1000, no_answer, NULL, &await);
+	run(x);
+	v = take_visit(x);
+	assert_true(v->import_waits);
+	finds(x, v, 0);
+	node_ask(x->n, x->now, NODE_ASK_SYNC, "a", NULL, no_answer, NULL, &sync);
+	run(x);
+	v = take_visit(x);
+	assert_false(v->import_waits);
+	finds(x, v, 0);
+}
+
 /* A daemon that names ever more users does not fill the memory. */
 static void many_users(void **state)
 {
@@ -1106,7 +1180,8 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many), TEST(nobody_has), TEST(window),
-		TEST(large_texts), TEST(gathered), TEST(connection_lost), TEST(held_up), TEST(many_users),
+		TEST(large_texts), TEST(gathered), TEST(connection_lost), TEST(held_up), TEST(import_rate),
+		TEST(import_at_once), TEST(many_users),
 		TEST(name_used_again), TEST(generation_to_come), TEST(removed_user),
 		TEST(drop_user), TEST(dropped_user_is_fed),
 		TEST(session_waits), TEST(session_does_not_wait_for_ever), TEST(session_without_a_copy),

@@ -45,6 +45,7 @@ struct engine {
 	struct replica *replica;
 	uint32_t gen;			/* of the mail store, and of replica */
 	unsigned acted;			/* native records that the worker was told of */
+	bool quiet;			/* observed, and the journal has nothing from before */
 };
 
 struct worker {
@@ -75,7 +76,7 @@ static struct sim {
 	unsigned workers_n, daemons_n;
 	struct worker workers[WORKERS_MAX];
 	struct daemon daemons[DAEMONS_MAX];
-	uint64_t commands, kills, cuts, frames, rides, odd, lost, rebuilt;
+	uint64_t commands, kills, cuts, frames, rides, odd, lost, rebuilt, observed;
 	bool lost_one;			/* in this schedule */
 	bool joined;			/* the last worker is a member */
 	uint32_t gens[USERS];		/* the highest on some worker */
@@ -458,6 +459,26 @@ static void check_mails(const struct engine *e)
 	}
 }
 
+static uint64_t journal_end(const struct engine *e)
+{
+	return e->mail.journal_base + e->mail.journal_n;
+}
+
+/* Of one who is observed nothing is written, and no op made but of what was recorded before. */
+static void visit_observed(struct worker *w, struct visit *v, struct engine *e, const struct visit_hooks *hooks)
+{
+	crdt_origin origin = replica_own_origin(e->replica);
+	uint64_t end = journal_end(e), seq = replica_last_seq(e->replica);
+
+	visit_run(v, e->replica, VISIT_MAIL_OK, w->spool, hooks);
+	if (journal_end(e) != end || v->applied)
+		fail("%s is observed, and his mail store was changed", v->user);
+	if (e->quiet && replica_own_origin(e->replica) == origin && replica_last_seq(e->replica) != seq)
+		fail("%s is observed, and an op was made", v->user);
+	e->quiet = e->quiet || v->read_journal;
+	sim.observed++;
+}
+
 static void carry_out(struct worker *w)
 {
 	const struct visit_hooks hooks = { hook_merged, hook_ops, hook_read, w };
@@ -489,7 +510,10 @@ static void carry_out(struct worker *w)
 		if (e->replica == NULL)
 			fail("%s", error);
 	}
-	visit_run(v, e->replica, mail, w->spool, &hooks);
+	if (e->mail.ms.observe && mail == VISIT_MAIL_OK)
+		visit_observed(w, v, e, &hooks);
+	else
+		visit_run(v, e->replica, mail, w->spool, &hooks);
 	e->mail.kill_armed = false;
 	if (sim.verbose)
 		fprintf(stderr, "%8lld %s: visit of %s: mail %d, journal %d, apply %d, progress %d, reads %d\n",
@@ -538,7 +562,10 @@ static void act(struct engine *e)
 	static const uint8_t flags[] = { CRDT_FLAG_SEEN, CRDT_FLAG_DELETED, CRDT_FLAG_FLAGGED, CRDT_FLAG_ANSWERED };
 	uint32_t uid = any_uid(v, p);
 
-	sim.odd += odd(v) ? 1 : 0;
+	if (v->ms.observe)
+		v->mode = VMAIL_UNRECORDED;
+	else
+		sim.odd += odd(v) ? 1 : 0;
 	switch (rnd(16)) {
 	case 0: (void)vmail_create(v, paths[1 + rnd(PATHS - 1)]); break;
 	case 1: (void)(rnd(3) == 0 ? vmail_delete(v, p) : 0); break;
@@ -553,6 +580,8 @@ static void act(struct engine *e)
 	default: (void)vmail_append(v, p, e->gen * (uint64_t)GENERATION_TEXTS + sim.mails++, 0, NULL); break;
 	}
 	v->mode = VMAIL_RECORDED;
+	if (v->ms.observe)
+		vmail_observed(v);
 	sim.commands++;
 	if (sim.verbose && sim.mails > mails)
 		fprintf(stderr, "  text %llu into %s\n", (unsigned long long)mails, p);
@@ -564,6 +593,7 @@ static void mail_new(struct worker *w, struct engine *e)
 {
 	vmail_init(&e->mail, w->i, &sim.rng);
 	e->mail.trace = sim.verbose;
+	e->quiet = false;
 	e->read = e->mail.ms.read;
 	e->mail.ms.read = read_with_texts;
 	(void)vmail_create(&e->mail, "INBOX");
@@ -595,6 +625,20 @@ static void step_names(void)
 		replace_user(w, u, sim.gens[u]);
 	else if (rnd(4) == 0)
 		replace_user(w, u, sim.gens[u] + 1);
+}
+
+/* In one schedule of five. */
+static void step_modes(void)
+{
+	struct worker *w = &sim.workers[rnd(sim.workers_n)];
+	unsigned u = (unsigned)rnd(USERS);
+	struct engine *e = &w->engines[u];
+
+	e->mail.ms.observe = !e->mail.ms.observe;
+	e->quiet = false;
+	if (sim.verbose)
+		fprintf(stderr, "%8lld w%u: %s is %s\n", (long long)sim.now, w->i + 1, users[u],
+			e->mail.ms.observe ? "observed" : "replicated");
 }
 
 static void step_user(void)
@@ -708,6 +752,8 @@ static void worker_lose(struct worker *w)
 	if (w->store == NULL || node_rebuild(w->store, &error) < 0)
 		fail("%s", error);
 	w->cfg.rebuilt = true;
+	for (unsigned u = 0; u < USERS; u++)
+		w->engines[u].quiet = false;	/* it reads the journal again */
 	sim.lost_one = true;
 	sim.lost++;
 }
@@ -786,6 +832,8 @@ static void step(void)
 		trouble();
 	if (sim.seed % 3 == 2 && rnd(40) == 0)
 		step_names();
+	if (sim.seed % 5 == 3 && rnd(8) == 0)
+		step_modes();
 	if (rnd(10) == 0)
 		sim.now += (int64_t)rnd(rnd(10) == 0 ? 40000 : 50);
 	for (unsigned d = 0; d < sim.daemons_n; d++) {
@@ -857,6 +905,7 @@ static void settle(void)
 		for (unsigned u = 0; u < USERS; u++) {
 			if (sim.workers[i].engines[u].gen < sim.gens[u])
 				replace_user(&sim.workers[i], u, sim.gens[u]);
+			sim.workers[i].engines[u].mail.ms.observe = false;
 		}
 	}
 	while (sim.now < until) {
@@ -1066,7 +1115,7 @@ static void run(uint64_t seed, unsigned steps)
 	struct store_options opts = { .create = true, .in_memory = true };
 	char *error = NULL;
 	bool verbose = sim.verbose;
-	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost, sim.replaced, sim.rebuilt };
+	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost, sim.replaced, sim.rebuilt, sim.observed };
 
 	memset(&sim, 0, sizeof(sim));
 	sim.verbose = verbose;
@@ -1079,6 +1128,7 @@ static void run(uint64_t seed, unsigned steps)
 	sim.lost = totals[6];
 	sim.replaced = totals[7];
 	sim.rebuilt = totals[8];
+	sim.observed = totals[9];
 	sim.seed = seed;
 	sim.rng = seed * 7919 + 17;
 	sim.now = 1000;
@@ -1167,9 +1217,9 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	for (uint64_t i = 0; i < runs; i++)
 		run(seed + i, steps > 0 ? steps : schedule_length(seed + i));
-	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost, %llu of daemons, %llu names used again: all converged\n",
+	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost, %llu of daemons, %llu names used again, %llu visits of observed users: all converged\n",
 	       (unsigned long long)runs, (unsigned long long)sim.commands, (unsigned long long)sim.frames,
 	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts, (unsigned long long)sim.odd, (unsigned long long)sim.lost,
-	       (unsigned long long)sim.rebuilt, (unsigned long long)sim.replaced);
+	       (unsigned long long)sim.rebuilt, (unsigned long long)sim.replaced, (unsigned long long)sim.observed);
 	return 0;
 }

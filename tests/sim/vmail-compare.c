@@ -256,8 +256,21 @@ static int ms_note_subscription(struct mailstore *ms, struct crdt_str path)
 	return MS_OK;
 }
 
+static int ms_measure(struct mailstore *ms, struct ms_measure *m)
+{
+	struct vmail *v = vm(ms);
+
+	if (vmail_killed(v, 4))
+		return MS_TEMP;
+	*m = (struct ms_measure){ .print = 1, .mailboxes = v->boxes_n };
+	for (size_t i = 0; i < v->boxes_n; i++)
+		m->mails += v->boxes[i].n;
+	return MS_OK;
+}
+
 void vmail_compare_init(struct vmail *v)
 {
+	v->ms.measure = ms_measure;
 	v->ms.survey = ms_survey;
 	v->ms.check = ms_check;
 	v->ms.look = ms_look;

@@ -440,6 +440,13 @@ int vmail_subscribe(struct vmail *v, const char *name, bool on)
 	return 0;
 }
 
+void vmail_observed(struct vmail *v)
+{
+	struct crdt_jrec rec = { .kind = CRDT_JREC_OBSERVED, .observed = { CRDT_JREC_FLAGS, 1, 0, 1 } };
+
+	vmail_journal(v, &rec);
+}
+
 int vmail_open(struct vmail *v, const char *path)
 {
 	struct vmail_box *b = vmail_box(v, path);
@@ -447,7 +454,7 @@ int vmail_open(struct vmail *v, const char *path)
 
 	if (b == NULL)
 		return -1;
-	if (b->numbering.numberer.term == 0 || crdt_uid_is_numberer(&b->numbering, v->slot))
+	if (v->ms.observe || b->numbering.numberer.term == 0 || crdt_uid_is_numberer(&b->numbering, v->slot))
 		return 0;
 	if (crdt_uid_takeover(&b->numbering, v->slot, b->uidnext, NULL, false, &b->numbering) < 0)
 		return -1;

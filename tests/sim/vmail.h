@@ -96,6 +96,8 @@ void vmail_uids_add(struct vmail_uids *u, uint32_t uid);
 void vmail_journal(struct vmail *v, struct crdt_jrec *rec);
 struct vmail_box *vmail_box_by_guid(struct vmail *v, const struct crdt_id *guid);
 struct vmail_mail *vmail_mail_by_uid(struct vmail_box *b, uint32_t uid);
+/* A record that tells of a change which ms.observe hides. */
+void vmail_observed(struct vmail *v);
 uint16_t vmail_keywords(uint32_t mask, struct crdt_str out[VMAIL_KEYWORDS]);
 bool vmail_killed(struct vmail *v, unsigned places);
 bool vmail_news(struct vmail *v, const struct crdt_id *guid, const struct ms_position *known);

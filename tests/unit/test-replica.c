@@ -1292,7 +1292,53 @@ static void observed_beside_on(void **state)
 	assert_false(replica_observe_doubted(x->r));
 }
 
-static int name_a(struct mailstore *ms, bool (*cb)(void *ctx, struct crdt_str path, bool subscription, uint64_t print),
+/* Ops of ours that an op of the numberer's causes: its claim of a UID is below what was shown
+ * here already, so we say how much it takes. */
+static uint64_t ops_of_a_claim(struct fix *x, bool observe)
+{
+	struct crdt_jrec_mail jm[] = { { .uid = 64 }, { .uid = 4160 } };
+	struct crdt_jrec create = { .seq = 1, .kind = CRDT_JREC_CREATE, .uidvalidity = 64, .path = { (const uint8_t *)"a", 1 } };
+	struct crdt_jrec append = { .seq = 2, .kind = CRDT_JREC_APPEND, .uidvalidity = 64, .mails_n = 2, .mails = jm };
+	struct ms_mail mails[] = { { .guid = { (const uint8_t *)"g", 1 }, .size = 1 }, { .guid = { (const uint8_t *)"h", 1 }, .size = 1 } };
+	const struct ms_record records[] = { { 9, &create, NULL }, { 9, &append, mails } };
+	struct crdt_op_folder f = { .validity = 64, .uidnext = 128, .numberer = { 2, 2 } };
+	struct crdt_op takeover = { .kind = CRDT_OP_TAKEOVER, .folders_n = 1, .folders = &f };
+	struct crdt_op_mail m = { .guid = { (const uint8_t *)"g", 1 }, .size = 1, .uid = 130 };
+	struct crdt_op op = { .kind = CRDT_OP_ADD, .folders_n = 1, .folders = &f, .mails_n = 1, .mails = &m };
+	uint64_t before;
+	char *error;
+
+	create.mailbox.b[0] = append.mailbox.b[0] = f.id.b[0] = 7;
+	script = records;
+	script_n = 2;
+	set_mailstore(x);
+	x->ms.read = script_read;
+	assert_true(replica_outbound(x->r, &error) >= 0);
+	if (observe)
+		visit(x, true, false);
+	before = replica_last_seq(x->r);
+	deliver(x, &takeover, 1);
+	f.uidnext = 0;
+	deliver(x, &op, 2);
+	return replica_last_seq(x->r) - before;
+}
+
+static void claims_at_once(void **state)
+{
+	assert_int_equal(ops_of_a_claim(*state, false), 1);
+}
+
+static void observed_claims_nothing(void **state)
+{
+	struct fix *x = *state;
+	struct replica_status st;
+
+	assert_int_equal(ops_of_a_claim(x, true), 0);
+	replica_status(x->r, &st);
+	assert_true(st.pending > 0);
+}
+
+static int one_name(struct mailstore *ms, bool (*cb)(void *ctx, struct crdt_str path, bool subscription, uint64_t print),
 		  void *ctx)
 {
 	(void)ms;
@@ -1317,7 +1363,7 @@ static void observed_then_on(void **state)
 	assert_true(st.pending > 0);
 	/* somebody else's change has an op, too: it waits for the look, which fails here */
 	visit(x, false, true);
-	x->ms.survey = name_a;
+	x->ms.survey = one_name;
 	assert_int_equal(apply_all(x, no_text), REPLICA_LATER);
 	assert_int_equal(x->asked[2], 0);
 }
@@ -1332,7 +1378,7 @@ int main(void)
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
 		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_that_is_staged_anew), TEST(state_with_our_ops),
 		TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent),
-		TEST(observed_is_counted), TEST(observed_beside_on), TEST(observed_then_on) };
+		TEST(observed_is_counted), TEST(observed_beside_on), TEST(claims_at_once), TEST(observed_claims_nothing), TEST(observed_then_on) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -87,6 +87,8 @@ def test_counts_and_changes_nothing(cluster):
     until(lambda: cluster.status("w1").dirty == 0)
     assert replicated_ops(cluster, USER) == {}
     assert subjects(cluster, "w2", USER) == {"INBOX": []}
+    row, = crdt(cluster, "w1", "status")
+    assert (row["connected"], row["last_ack"]) == ("yes", "-"), row
     text = cluster.doveadm("w1", "-f", "tab", "crdt", "observed", "-u", USER).decode()
     assert time.strftime("%Y-%m-%d", time.localtime(begun)) in text or \
         time.strftime("%Y-%m-%d") in text, text

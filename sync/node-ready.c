@@ -95,7 +95,7 @@ void node_copy_visited(struct user *u, const struct visit *v)
 	struct node *n = u->n;
 
 	if (v->mail_result == VISIT_MAIL_OK && v->observing) {
-		/* who says so is of another time, and nobody waits for it now */
+		/* whatever the journal says: nobody is refused while he is observed */
 		u->incomplete = false;
 		u->left_since = 0;
 	}

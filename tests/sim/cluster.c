@@ -84,7 +84,7 @@ static struct sim {
 	/* Texts that no daemon had when asked: they may be gone for good, when the
 	 * only one who had the mail removed it before it was sent, and somebody
 	 * else's rename of its folder keeps the mail itself. */
-	struct { char user[8], hex[17]; } missing[64];
+	struct { char user[8], hex[17]; } missing[1024];
 	unsigned missing_n;
 } sim;
 
@@ -282,7 +282,7 @@ static void worker_log(void *ctx, int level, const char *text)
 {
 	struct worker *w = ctx;
 
-	if (sim.missing_n < 64 && sscanf(text, "user %7[^:]: no storage daemon has the text %16s",
+	if (sim.missing_n < 1024 && sscanf(text, "user %7[^:]: no storage daemon has the text %16s",
 					 sim.missing[sim.missing_n].user, sim.missing[sim.missing_n].hex) == 2)
 		sim.missing_n++;
 

@@ -270,6 +270,7 @@ def test_verify_names_a_daemon_that_is_silent(own_cluster, stopped):
     assert set(rows.values()) == {(1, "ok", "unknown"), (2, "ok", "unknown")}, rows
     cluster.start("s2")
     cluster.wait()
+    until(lambda: [row["connected"] for row in crdt(cluster, "w1", "status")] == ["yes", "yes"])
     assert {row[1:] for row in verified(crdt(cluster, "w1", "verify", "-u", "u1")).values()} == {("ok", "ok")}
 
 

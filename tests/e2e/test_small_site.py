@@ -38,11 +38,14 @@ def same(cluster, user, workers=("w1", "w2"), daemons=2):
         view.folders = {name: folder for name, folder in view.folders.items() if folder.selectable}
     assert all(view == views[0] for view in views), "\n".join(map(str, views))
     for worker in workers:
+        until(lambda name=worker: connected(cluster, name) == ["yes"] * daemons)
         rows = json.loads(cluster.doveadm(worker, "-f", "json", "crdt", "verify", "-c", "-u", user))
         assert {(row["mailstore"], row["storage"]) for row in rows} == {("ok", "ok")}, rows
-        rows = json.loads(cluster.doveadm(worker, "-f", "json", "crdt", "status"))
-        assert [row["connected"] for row in rows] == ["yes"] * daemons, rows
     return views[0]
+
+
+def connected(cluster, worker):
+    return [row["connected"] for row in json.loads(cluster.doveadm(worker, "-f", "json", "crdt", "status"))]
 
 
 def do(cluster, worker, user, *commands):

@@ -52,7 +52,7 @@ static const char *const space_names[STORE_SPACES] = {
  * left their rows behind and none is in use.
  */
 #define MEMORY_STORES_MAX 64
-#define MEMORY_KEY_MAX 16384
+#define MEMORY_KEY_MAX 8256
 static struct {
 	pthread_mutex_t lock;
 	struct store *base;
@@ -739,22 +739,33 @@ void store_del(struct store_txn *t, enum store_space sp, const void *key, size_t
 	rocksdb_writebatch_wi_delete_cf(t->batch, t->s->cf[sp], k.p, k.n);
 }
 
+/* The first key behind all that begin with prefix; false: there is none. */
+static bool key_behind(const struct db_key *prefix, char *end, size_t *n_r)
+{
+	size_t n = prefix->n;
+
+	/* its last byte below 0xff, plus one */
+	while (n > 0 && (uint8_t)prefix->p[n - 1] == 0xff)
+		n--;
+	*n_r = n;
+	if (n == 0)
+		return false;
+	memcpy(end, prefix->p, n);
+	end[n - 1]++;
+	return true;
+}
+
 /* Goes to the last row of prefix. */
 static void iter_seek_last(rocksdb_iterator_t *it, const struct db_key *prefix)
 {
 	char end[MEMORY_KEY_MAX];
 	const char *key;
-	size_t klen, n = prefix->n;
+	size_t klen, n;
 
-	/* the first key behind the prefix: its last byte below 0xff, plus one */
-	while (n > 0 && (uint8_t)prefix->p[n - 1] == 0xff)
-		n--;
-	if (n == 0) {
+	if (!key_behind(prefix, end, &n)) {
 		rocksdb_iter_seek_to_last(it);
 		return;
 	}
-	memcpy(end, prefix->p, n);
-	end[n - 1]++;
 	rocksdb_iter_seek_for_prev(it, end, n);
 	if (rocksdb_iter_valid(it)) {
 		key = rocksdb_iter_key(it, &klen);
@@ -772,17 +783,46 @@ static int from_outside(const void *prefix, size_t plen, const void *from, size_
 	return cmp != 0 ? cmp : flen < plen ? -1 : 0;
 }
 
-void store_scan(struct store_txn *t, enum store_space sp, const void *prefix, size_t plen,
-		const void *from, size_t flen, bool reverse, store_scan_cb *cb, void *ctx)
+/* Where an ascending scan ends: RocksDB would otherwise step over every deleted row up to
+ * the next one that there is, whoever's that may be. */
+struct scan_end { rocksdb_readoptions_t *read; char key[MEMORY_KEY_MAX + 1]; };
+
+static void scan_end_init(struct scan_end *e, const struct store_txn *t, const struct db_key *prefix,
+			  const struct db_key *last, bool reverse)
 {
-	struct db_key pk, fk;
+	size_t n;
+
+	e->read = NULL;
+	if (reverse)
+		return;
+	if (last != NULL) {
+		memcpy(e->key, last->p, last->n);
+		e->key[last->n] = '\0';	/* the next key there can be */
+		n = last->n + 1;
+	} else if (!key_behind(prefix, e->key, &n)) {
+		return;
+	}
+	e->read = rocksdb_readoptions_create();
+	if (t->snapshot != NULL) {
+		rocksdb_readoptions_set_snapshot(e->read, t->snapshot);
+		rocksdb_readoptions_set_fill_cache(e->read, 0);
+	}
+	rocksdb_readoptions_set_iterate_upper_bound(e->read, e->key, n);
+}
+
+/* last: ascending only, the last key that counts, or NULL. */
+static void scan(struct store_txn *t, enum store_space sp, const void *prefix, size_t plen, const void *from, size_t flen,
+		 const void *last, size_t llen, bool reverse, store_scan_cb *cb, void *ctx)
+{
 	size_t klen, vlen, skip = t->s->base != NULL ? sizeof(t->s->prefix) : 0;
+	struct db_key pk, fk, lk;
+	struct scan_end end;
 	rocksdb_iterator_t *it;
 	const char *key, *val;
 	char *err = NULL;
 	int cmp;
 
-	if (t->failed || plen > sizeof(pk.buf) - skip)
+	if (t->failed || plen > sizeof(pk.buf) - sizeof(t->s->prefix))
 		return;
 	if (from != NULL && (cmp = from_outside(prefix, plen, from, flen)) != 0) {
 		if (reverse ? cmp < 0 : cmp > 0)
@@ -790,7 +830,10 @@ void store_scan(struct store_txn *t, enum store_space sp, const void *prefix, si
 		from = NULL;
 	}
 	db_key_init(&pk, t->s, prefix, plen);
-	it = rocksdb_create_iterator_cf(t->s->db, t->read, t->s->cf[sp]);
+	if (last != NULL)
+		db_key_init(&lk, t->s, last, llen);
+	scan_end_init(&end, t, &pk, last != NULL ? &lk : NULL, reverse);
+	it = rocksdb_create_iterator_cf(t->s->db, end.read != NULL ? end.read : t->read, t->s->cf[sp]);
 	it = rocksdb_writebatch_wi_create_iterator_with_base_cf(t->batch, it, t->s->cf[sp]);
 	if (from != NULL) {
 		db_key_init(&fk, t->s, from, flen);
@@ -813,8 +856,16 @@ void store_scan(struct store_txn *t, enum store_space sp, const void *prefix, si
 	}
 	rocksdb_iter_get_error(it, &err);
 	rocksdb_iter_destroy(it);
+	if (end.read != NULL)
+		rocksdb_readoptions_destroy(end.read);
 	if (err != NULL)
 		txn_read_failed(t, err);
+}
+
+void store_scan(struct store_txn *t, enum store_space sp, const void *prefix, size_t plen,
+		const void *from, size_t flen, bool reverse, store_scan_cb *cb, void *ctx)
+{
+	scan(t, sp, prefix, plen, from, flen, NULL, 0, reverse, cb, ctx);
 }
 
 /* ---- rows of one user ---- */
@@ -875,17 +926,25 @@ static bool rows_scan_cb(void *ctx, const uint8_t *key, size_t klen, const uint8
 	return s->cb(s->ctx, key + 8, klen - 8, val, vlen);
 }
 
+void store_rows_scan(struct store_rows *r, const void *prefix, size_t plen, const void *from, size_t flen,
+		     const void *last, size_t llen, store_scan_cb *cb, void *ctx)
+{
+	struct rows_scan s = { cb, ctx };
+	struct row_key p, f, l;
+
+	if (!row_key_make(&p, r, prefix, plen) || (from != NULL && !row_key_make(&f, r, from, flen)) ||
+	    (last != NULL && !row_key_make(&l, r, last, llen)))
+		return;
+	scan(r->t, STORE_STATE, p.b, p.n, from != NULL ? f.b : NULL, from != NULL ? f.n : 0,
+	     last != NULL ? l.b : NULL, last != NULL ? l.n : 0, false, rows_scan_cb, &s);
+}
+
 static void rows_scan(struct crdt_rows *rows, const void *prefix, size_t plen, const void *from, size_t flen,
 		      store_scan_cb *cb, void *ctx)
 {
 	struct store_rows *r = (struct store_rows *)rows;
-	struct rows_scan s = { cb, ctx };
-	struct row_key p, f;
 
-	if (!row_key_make(&p, r, prefix, plen) || (from != NULL && !row_key_make(&f, r, from, flen)))
-		return;
-	store_scan(r->t, STORE_STATE, p.b, p.n, from != NULL ? f.b : NULL, from != NULL ? f.n : 0,
-		   false, rows_scan_cb, &s);
+	store_rows_scan(r, prefix, plen, from, flen, NULL, 0, cb, ctx);
 	if (r->t->failed)
 		rows->failed = true;
 }

@@ -73,6 +73,10 @@ struct store_rows {
 	uint8_t prefix[8];
 };
 void store_rows_init(struct store_rows *r, struct store_txn *t, uint64_t user_id);
+/* As r->rows.scan, and no further than the key last (NULL: to the end).  Deleted rows between the first
+ * key and the last cost time until the database is compacted: hence the bound. */
+void store_rows_scan(struct store_rows *r, const void *prefix, size_t plen, const void *from, size_t flen,
+		     const void *last, size_t llen, store_scan_cb *cb, void *ctx);
 
 /* Users: canonical name plus generation, numbered from 1 in order of first use.
  * 0: unknown (create == false). */

@@ -9,6 +9,7 @@
  * replica-admin.c: what an administrator asks.  replica-copy.c: is it all there?
  */
 #include "replica.h"
+#include "row-hints.h"
 
 /* Local rows of a user, beside the core's (doc/FORMATS.md, "Local rows"). */
 #define ROW_OWN 'o'		/* own origin and sequence */
@@ -108,13 +109,13 @@ struct replica {
 
 	/* The transaction of the call that runs. */
 	struct store_txn *txn;
-	struct store_rows rows;
+	struct row_hints hints;		/* of its rows */
 	struct crdt_vv vv;		/* merged; kept in step with row 'V' */
 	bool vv_loaded;
 	bool timed;			/* the time is in the store already */
 };
 
-static inline struct crdt_rows *rrows(struct replica *r) { return &r->rows.rows; }
+static inline struct crdt_rows *rrows(struct replica *r) { return &r->hints.rows; }
 
 /* replica.c */
 uint64_t replica_rows_count(struct replica *r, char first);

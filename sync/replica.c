@@ -29,7 +29,7 @@ const char replica_mail_states[4] = { ROW_DIRTY_MAIL, ROW_WAIT_BODY, ROW_HELD, R
 int replica_txn_begin(struct replica *r)
 {
 	r->txn = store_begin(r->store);
-	store_rows_init(&r->rows, r->txn, r->id);
+	row_hints_begin(&r->hints, r->txn, r->id);
 	r->vv_loaded = false;
 	r->timed = false;
 	return 0;
@@ -75,7 +75,10 @@ int replica_txn_commit(struct replica *r, bool sync, char **error_r)
 		*error_r = strdup("a row of the database is damaged");
 		return -1;
 	}
-	return store_commit(&r->txn, sync, error_r);
+	if (store_commit(&r->txn, sync, error_r) < 0)
+		return -1;
+	row_hints_committed(&r->hints);
+	return 0;
 }
 
 void replica_txn_abort(struct replica *r)
@@ -105,7 +108,7 @@ struct replica *replica_open(struct store *s, const struct replica_config *cfg, 
 
 	r->txn = store_begin(s);
 	r->id = store_user_id(r->txn, user, gen, true);
-	store_rows_init(&r->rows, r->txn, r->id);
+	row_hints_begin(&r->hints, r->txn, r->id);
 	if (!own_get(r)) {
 		r->origin = CRDT_ORIGIN(cfg->slot, cfg->random(cfg->ctx));
 		own_put(r);
@@ -130,6 +133,7 @@ void replica_close(struct replica **_r)
 	if (r->txn != NULL)
 		store_abort(&r->txn);
 	compare_free(r);
+	row_hints_free(&r->hints);
 	free(r->claims);
 	free(r->user);
 	free(r);

@@ -67,7 +67,7 @@ static bool dump_folder(void *ctx, const struct crdt_folder *f)
 
 	fprintf(stderr, "  folder %02x%02x %.*s live %d validity %u numberer %u/%u next %u\n", f->id.b[0], f->id.b[1],
 		f->path_len, f->path, f->live, f->validity, f->numberer.term, f->numberer.slot, f->numberer_uidnext);
-	crdt_scan_mails(&r->rows.rows, &f->id, NULL, dump_mail, NULL);
+	crdt_scan_mails(rrows(r), &f->id, NULL, dump_mail, NULL);
 	return true;
 }
 
@@ -83,13 +83,13 @@ static bool dump_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *
 static void dump_rows(struct replica *r)
 {
 	for (const char *c = "dwhafsxy"; *c != '\0'; c++)
-		r->rows.rows.scan(&r->rows.rows, c, 1, NULL, 0, dump_row, NULL);
+		rrows(r)->scan(rrows(r), c, 1, NULL, 0, dump_row, NULL);
 }
 
 static void dump_state(struct replica *r)
 {
 	(void)replica_txn_begin(r);
-	crdt_scan_folders(&r->rows.rows, dump_folder, r);
+	crdt_scan_folders(rrows(r), dump_folder, r);
 	dump_rows(r);
 	store_abort(&r->txn);
 }

@@ -520,7 +520,11 @@ static enum step drop_orphans(struct replica *r, char **error_r)
 	struct orphans o = { .n = 0, .r = r };
 	enum step step = STEP_SETTLED, one;
 
+	/* (not each time: it takes a look at every mailbox) */
+	if (!r->orphans)
+		return step;
 	box_scan(r, orphan_note, &o);
+	r->orphans = o.n > 0 || rrows(r)->failed;
 	for (size_t i = 0; i < o.n; i++) {
 		struct box b;
 

@@ -113,6 +113,8 @@ struct replica {
 	struct crdt_vv vv;		/* merged; kept in step with row 'V' */
 	bool vv_loaded;
 	bool timed;			/* the time is in the store already */
+	bool orphans;			/* a mailbox may show no folder any more: to be looked for */
+	bool journal_is_read;		/* to its end, just before replica_apply() */
 };
 
 static inline struct crdt_rows *rrows(struct replica *r) { return &r->hints.rows; }

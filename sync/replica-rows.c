@@ -86,6 +86,7 @@ void box_put(struct replica *r, const struct box *b)
 {
 	struct crdt_buf k = CRDT_BUF_INIT, v = CRDT_BUF_INIT;
 
+	r->orphans = r->orphans || b->folders_n == 0;
 	key_guid(&k, ROW_BOX, &b->guid);
 	crdt_buf_bytes(&v, b->path, b->path_len);
 	crdt_buf_u32(&v, b->uidvalidity);

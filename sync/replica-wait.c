@@ -162,8 +162,11 @@ static void walk_all(struct walk *w)
 {
 	const uint8_t prefix = ROW_WAIT_BY_CLAIM;
 	struct box inbox;
-	bool has = box_of(w->r, &crdt_inbox_id, &inbox);
+	bool has;
 
+	if (!rows_any(rrows(w->r), ROW_WAIT_BY_CLAIM))
+		return;
+	has = box_of(w->r, &crdt_inbox_id, &inbox);
 	if (!has) {
 		(void)walk(w, &prefix, 1);
 		return;

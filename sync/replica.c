@@ -29,7 +29,8 @@ const char replica_mail_states[4] = { ROW_DIRTY_MAIL, ROW_WAIT_BODY, ROW_HELD, R
 int replica_txn_begin(struct replica *r)
 {
 	r->txn = store_begin(r->store);
-	row_hints_begin(&r->hints, r->txn, r->id);
+	if (row_hints_begin(&r->hints, r->txn, r->id))
+		r->orphans = true;
 	r->vv_loaded = false;
 	r->timed = false;
 	return 0;
@@ -104,11 +105,11 @@ struct replica *replica_open(struct store *s, const struct replica_config *cfg, 
 	r->cfg = cfg;
 	r->gen = gen;
 	r->ms = ms;
-	r->retry_aside = true;
+	r->retry_aside = r->orphans = true;
 
 	r->txn = store_begin(s);
 	r->id = store_user_id(r->txn, user, gen, true);
-	row_hints_begin(&r->hints, r->txn, r->id);
+	(void)row_hints_begin(&r->hints, r->txn, r->id);
 	if (!own_get(r)) {
 		r->origin = CRDT_ORIGIN(cfg->slot, cfg->random(cfg->ctx));
 		own_put(r);
@@ -844,6 +845,29 @@ static int later_noted(int ret, char **error_r, char **later)
 	return REPLICA_DONE;
 }
 
+void replica_journal_is_read(struct replica *r)
+{
+	r->journal_is_read = true;
+}
+
+/* There is nothing to do: what replica_apply() would find out step by step, with a
+ * transaction each.  false: there may be something. */
+static bool is_idle(struct replica *r)
+{
+	static const char queues[] = { ROW_DIRTY_FOLDER, ROW_DIRTY_SUBSCRIPTION, ROW_DIRTY_MAIL, ROW_BY_CLAIM, ROW_WAIT_BODY,
+				       ROW_WAIT_BY_CLAIM, ROW_EXTRA, ROW_CREATING, ROW_LOOK, ROW_OLD_UID };
+	bool idle = !r->retry_aside && !r->orphans && r->compare == NULL;
+
+	if (!idle)
+		return false;
+	(void)replica_txn_begin(r);
+	for (unsigned i = 0; i < sizeof(queues) && idle; i++)
+		idle = !rows_any(rrows(r), queues[i]);
+	idle = idle && !compare_survey_is_due(r) && !compare_is_first(r) && !rebuild_is_on(r) && !rrows(r)->failed;
+	store_abort(&r->txn);
+	return idle;
+}
+
 void replica_import_waits(struct replica *r, bool waits)
 {
 	r->import_waits = waits;
@@ -858,14 +882,17 @@ unsigned replica_noted(const struct replica *r, bool *waits_r)
 enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r)
 {
 	bool more_folders = false, more_mails = false, more_looks = false, hold, wants;
+	bool read = r->journal_is_read;
 	char *later = NULL;
 	int ret;
 
 	r->noted = 0;
-	r->looks_wait = false;
+	r->looks_wait = r->journal_is_read = false;
 	if (r->ms == NULL)
 		return REPLICA_LATER;
-	ret = replica_outbound_progress(replica_outbound(r, error_r));
+	ret = read ? REPLICA_DONE : replica_outbound_progress(replica_outbound(r, error_r));
+	if (ret == REPLICA_DONE && is_idle(r))
+		return REPLICA_DONE;
 	(void)replica_txn_begin(r);
 	/* First what is here. */
 	hold = rebuild_is_on(r) || (compare_is_first(r) && !compare_has_to_wait(r));
@@ -885,8 +912,10 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 	}
 	/* What has to wait is asked for again when nothing else is left. */
 	if (ret == REPLICA_DONE && (more_mails || more_looks)) {
+		bool idle = later == NULL && !more_folders && is_idle(r);
+
 		free(later);
-		return REPLICA_AGAIN;
+		return idle ? REPLICA_DONE : REPLICA_AGAIN;
 	}
 	if (ret != REPLICA_DONE || later != NULL) {
 		r->survey_asked = false;

@@ -104,6 +104,9 @@ enum replica_text {
 typedef enum replica_text replica_body_cb(void *ctx, const struct crdt_content *c, uint64_t size,
 			     const uint8_t **text_r, const char **file_r);
 enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, void *ctx, char **error_r);
+/* replica_outbound() has just read the journal to its end: the next replica_apply() begins
+ * without that.  (Whatever it tells the mail store is refused if there is a record since.) */
+void replica_journal_is_read(struct replica *r);
 /* From now on replica_apply() does not look through mailboxes (and says REPLICA_AGAIN if
  * some are left), or it does again. */
 void replica_import_waits(struct replica *r, bool waits);

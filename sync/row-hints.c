@@ -167,16 +167,19 @@ static void hints_forget(struct row_hints *h)
 	h->written = false;
 }
 
-void row_hints_begin(struct row_hints *h, struct store_txn *t, uint64_t user_id)
+bool row_hints_begin(struct row_hints *h, struct store_txn *t, uint64_t user_id)
 {
-	if (h->written)
-		hints_forget(h);	/* it was aborted */
+	bool aborted = h->written;
+
+	if (aborted)
+		hints_forget(h);
 	h->rows.failed = false;
 	h->rows.get = hints_get;
 	h->rows.put = hints_put;
 	h->rows.del = hints_del;
 	h->rows.scan = hints_scan;
 	store_rows_init(&h->base, t, user_id);
+	return aborted;
 }
 
 void row_hints_committed(struct row_hints *h)

@@ -28,8 +28,9 @@ struct row_hints {
 	struct row_span spans[128];	/* by first byte */
 };
 
-/* A transaction begins: rows are those of the user in it. */
-void row_hints_begin(struct row_hints *h, struct store_txn *t, uint64_t user_id);
+/* A transaction begins: rows are those of the user in it.  true: the one before wrote, and was
+ * aborted. */
+bool row_hints_begin(struct row_hints *h, struct store_txn *t, uint64_t user_id);
 void row_hints_committed(struct row_hints *h);
 void row_hints_free(struct row_hints *h);
 #endif

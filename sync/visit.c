@@ -323,6 +323,8 @@ static void apply(struct run *run)
 	}
 	v->applied = true;
 	replica_import_waits(run->r, v->import_waits);
+	if (v->read_journal && v->reads == NULL)
+		replica_journal_is_read(run->r);
 	v->progress = replica_apply(run->r, find_text, run, &error);
 	v->noted = replica_noted(run->r, &v->looks_wait);
 	done = v->progress == REPLICA_DONE || v->progress == REPLICA_WANTS_BODIES || v->progress == REPLICA_AGAIN;

@@ -28,6 +28,9 @@ struct worker_client {
 	struct crdt_buf out;
 	struct crdt_buf in;		/* bytes of the message that msg points into */
 	struct worker_msg msg;		/* the last one received */
+	/* Received and not looked at: messages are short, and often several come at once. */
+	uint8_t ahead[4096];
+	size_t ahead_at, ahead_n;
 	/* MAIL messages that wait for their RECORD */
 	struct crdt_buf mail_bytes[CRDT_OP_MAILS_MAX];
 	struct ms_mail mails[CRDT_OP_MAILS_MAX];
@@ -50,6 +53,7 @@ static void client_close(struct worker_client *c)
 		close(c->fd);
 	c->fd = -1;
 	c->ready = false;
+	c->ahead_at = c->ahead_n = 0;
 	worker_msg_free(&c->msg);
 }
 
@@ -104,24 +108,50 @@ static int send_msg(struct worker_client *c, const struct worker_msg *m)
 	return send_bytes(c, c->out.data, c->out.len);
 }
 
+/* At least one byte, at most n; how many, or MS_TEMP. */
+static ssize_t recv_some(struct worker_client *c, uint8_t *p, size_t n)
+{
+	for (;;) {
+		ssize_t ret = recv(c->fd, p, n, MSG_DONTWAIT);
+
+		if (ret > 0)
+			return ret;
+		if (ret == 0)
+			return lost(c, "receive", "connection was closed");
+		if (errno == EINTR)
+			continue;
+		if (errno != EAGAIN && errno != EWOULDBLOCK)
+			return lost(c, "receive", strerror(errno));
+		if (wait_for(c, POLLIN, "receive") != MS_OK)
+			return MS_TEMP;
+	}
+}
+
 static int recv_bytes(struct worker_client *c, uint8_t *p, size_t n)
 {
 	while (n > 0) {
-		ssize_t ret = recv(c->fd, p, n, MSG_DONTWAIT);
+		ssize_t some;
 
-		if (ret > 0) {
-			p += ret;
-			n -= (size_t)ret;
-		} else if (ret == 0) {
-			return lost(c, "receive", "connection was closed");
-		} else if (errno == EINTR) {
-			continue;
-		} else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-			if (wait_for(c, POLLIN, "receive") != MS_OK)
+		if (c->ahead_at == c->ahead_n && n >= sizeof(c->ahead)) {
+			some = recv_some(c, p, n);
+			if (some < 0)
 				return MS_TEMP;
 		} else {
-			return lost(c, "receive", strerror(errno));
+			if (c->ahead_at == c->ahead_n) {
+				some = recv_some(c, c->ahead, sizeof(c->ahead));
+				if (some < 0)
+					return MS_TEMP;
+				c->ahead_at = 0;
+				c->ahead_n = (size_t)some;
+			}
+			some = (ssize_t)(c->ahead_n - c->ahead_at);
+			if ((size_t)some > n)
+				some = (ssize_t)n;
+			memcpy(p, c->ahead + c->ahead_at, (size_t)some);
+			c->ahead_at += (size_t)some;
 		}
+		p += some;
+		n -= (size_t)some;
 	}
 	return MS_OK;
 }
@@ -291,7 +321,7 @@ static int request(struct worker_client *c, const struct worker_msg *m)
 		struct pollfd pfd = { c->fd, POLLIN, 0 };
 
 		/* nothing is due: readable means closed */
-		if (!fresh && poll(&pfd, 1, 0) > 0) {
+		if (!fresh && (c->ahead_at < c->ahead_n || poll(&pfd, 1, 0) > 0)) {
 			client_close(c);
 			ret = worker_client_connect(&c->ms);
 		}

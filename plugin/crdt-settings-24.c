@@ -23,6 +23,8 @@ static const struct setting_define crdt_setting_defines[] = {
 	DEF(STR, crdt_external_expunge_max),
 	DEF(STR, crdt_import_rate),
 	DEF(STR, crdt_survey_interval),
+	DEF(STR, crdt_replicas),
+	DEF(STR, crdt_workers),
 	DEF(STR, crdt_generation),
 	SETTING_DEFINE_LIST_END
 };
@@ -42,6 +44,8 @@ static const struct crdt_settings_24 crdt_default_settings = {
 	.crdt_external_expunge_max = CRDT_DEFAULT_EXTERNAL_EXPUNGE_MAX,
 	.crdt_import_rate = CRDT_DEFAULT_IMPORT_RATE,
 	.crdt_survey_interval = CRDT_DEFAULT_SURVEY_INTERVAL,
+	.crdt_replicas = CRDT_DEFAULT_REPLICAS,
+	.crdt_workers = "",
 	.crdt_generation = CRDT_DEFAULT_GENERATION,
 };
 

@@ -26,6 +26,8 @@ struct crdt_settings_24 {
 	const char *crdt_external_expunge_max;
 	const char *crdt_import_rate;
 	const char *crdt_survey_interval;
+	const char *crdt_replicas;
+	const char *crdt_workers;
 	const char *crdt_generation;
 };
 extern const struct setting_parser_info crdt_setting_parser_info;

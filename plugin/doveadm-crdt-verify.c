@@ -21,6 +21,7 @@
 struct verify {
 	struct mail_user *user;
 	bool texts;
+	bool no_copy;			/* crdt_replicas: only the state is here */
 	ARRAY_TYPE(crdt_line) here, there;
 	ARRAY_TYPE(crdt_verified) *result;
 };
@@ -200,6 +201,22 @@ static struct crdt_verified *result_of(struct verify *v, const char *path)
 	return NULL;
 }
 
+/* There is no mail store to be looked at: the state is held against the daemons'. */
+static void verify_without_copy(struct verify *v)
+{
+	const struct crdt_line *line;
+	struct crdt_verified *r;
+
+	array_foreach(&v->here, line) {
+		if (strcmp(line->kind, "folder") != 0 || result_of(v, crdt_line_get(line, "path")) != NULL)
+			continue;
+		r = array_append_space(v->result);
+		r->path = crdt_line_get(line, "path");
+		r->store = CRDT_VERIFY_NONE;
+		r->text = "";
+	}
+}
+
 /* Mailboxes that the state has and the mail store does not. */
 static void verify_missing(struct verify *v)
 {
@@ -270,6 +287,10 @@ static struct crdt_verified *verify_subscriptions(struct verify *v, const struct
 	i_zero(&sum);
 	result->path = "(subscriptions)";
 	result->text = "";
+	if (v->no_copy) {
+		result->store = CRDT_VERIFY_NONE;
+		return result;
+	}
 	for (ns = v->user->namespaces; ns != NULL; ns = ns->next) {
 		if (ns_is_recorded(ns) && subscriptions_sum(ns->list, &sum, result) < 0)
 			return result;
@@ -441,9 +462,14 @@ int crdt_verify(struct crdt_client *client, struct mail_user *user, bool texts,
 			"crdt-sync knows nothing of this user";
 		return -1;
 	}
-	if (verify_boxes(&v, error_r) < 0)
-		return -1;
-	verify_missing(&v);
+	v.no_copy = strcmp(crdt_line_get(line, "copy"), "none") == 0;
+	if (v.no_copy) {
+		verify_without_copy(&v);
+	} else {
+		if (verify_boxes(&v, error_r) < 0)
+			return -1;
+		verify_missing(&v);
+	}
 	verify_storages(&v);
 	return 0;
 }

@@ -176,6 +176,8 @@ static void cmd_status_init(CRDT_COMPAT_DOVEADM_INIT_ARGS(ctx))
 	column("buffered", TRUE);
 	column("compare", TRUE);
 	column("mode", FALSE);
+	column("copy", FALSE);
+	column("workers", FALSE);
 	column("observed", TRUE);
 	column("import_mails", TRUE);
 	column("import_bytes", TRUE);
@@ -203,6 +205,9 @@ static void status_user_print(const struct crdt_line *user, const struct crdt_li
 	doveadm_print_num(crdt_line_num(user, "buffered"));
 	doveadm_print_num(crdt_line_num(user, "looks") + crdt_line_num(user, "survey"));
 	doveadm_print(crdt_line_num(user, "observing") != 0 ? "observe" : "on");
+	/* without crdt_replicas every worker has one */
+	doveadm_print(*crdt_line_get(user, "copy") == '\0' ? "all" : crdt_line_get(user, "copy"));
+	doveadm_print(crdt_line_get(user, "workers"));
 	doveadm_print_num(crdt_line_num(user, "observed"));
 	doveadm_print_num(crdt_line_num(user, "import_mails"));
 	doveadm_print_num(crdt_line_num(user, "import_bytes"));
@@ -399,7 +404,8 @@ static void cmd_verify_init(CRDT_COMPAT_DOVEADM_INIT_ARGS(ctx))
 
 static const char *verdict(enum crdt_verdict v)
 {
-	return v == CRDT_VERIFY_EQUAL ? "ok" : v == CRDT_VERIFY_DIFFERS ? "differs" : "unknown";
+	return v == CRDT_VERIFY_EQUAL ? "ok" : v == CRDT_VERIFY_DIFFERS ? "differs" :
+		v == CRDT_VERIFY_NONE ? "none" : "unknown";
 }
 
 static int verified_print(struct crdt_cmd *cmd, const ARRAY_TYPE(crdt_verified) *result)

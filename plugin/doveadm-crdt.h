@@ -50,7 +50,10 @@ int crdt_client_wait(struct crdt_client *client, const char *user, const char *w
 
 /* ---- doveadm-crdt-verify.c ---- */
 
-enum crdt_verdict { CRDT_VERIFY_EQUAL, CRDT_VERIFY_DIFFERS, CRDT_VERIFY_UNKNOWN };
+enum crdt_verdict {
+	CRDT_VERIFY_EQUAL, CRDT_VERIFY_DIFFERS, CRDT_VERIFY_UNKNOWN,
+	CRDT_VERIFY_NONE,		/* crdt_replicas: this worker has no copy of the mail */
+};
 struct crdt_verified {
 	const char *path;		/* or "(subscriptions)": the last row */
 	uint64_t mails;			/* in the mail store; or names */

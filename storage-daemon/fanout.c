@@ -371,7 +371,7 @@ static bool feeder_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t
 	if (s->bytes.failed)
 		abort();
 	s->ends[s->ops_n++] = s->bytes.len;
-	if ((row.flags & LOG_FRESH_BODY) != 0)
+	if ((row.flags & LOG_FRESH_BODY) != 0 && !s->c->no_rides)
 		feeder_add_rides(s, &row);
 	return true;
 }

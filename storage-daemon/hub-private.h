@@ -156,6 +156,7 @@ struct hub_conn {
 	bool ready;			/* HELLO accepted */
 	bool own;			/* HELLO's */
 	bool snapshots;			/* HELLO's: it can take them */
+	bool no_rides;			/* HELLO's: no texts unasked */
 	bool taking;			/* it takes the users' states: nothing is fed yet */
 	bool told;			/* got an ERROR since */
 	bool resend;			/* to be cut off, so that it sends refused ops again */

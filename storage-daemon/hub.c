@@ -530,6 +530,7 @@ static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
 	if (c->peer->conn != NULL)
 		conn_supersede(c->peer->conn);
 	c->own = f->own;
+	c->no_rides = (f->flags & CRDT_HELLO_NO_RIDES) != 0;
 	c->snapshots = conf->role == HUB_WORKER && (f->flags & CRDT_HELLO_SNAPSHOTS) != 0;
 	if (c->h->rebuild == NULL && !fanout_hello(c, f))
 		return;

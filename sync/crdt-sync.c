@@ -609,6 +609,7 @@ static void node_init(void)
 		.name = set.replica, .slot = set.slot, .storages = endpoints, .storages_n = set.storages_n,
 		.visits = POOL_THREADS, .apply = TRUE,	/* for each user as crdt-worker says */
 		.import_rate = set.import_rate,
+		.replicas = set.replicas, .workers = set.workers, .workers_n = set.workers_n,
 		.store = store, .spool = spool, .sent = sent_texts,
 	};
 	char *error;

@@ -165,7 +165,7 @@ static void put_ack(struct crdt_buf *out, const struct user *u, unsigned i, cons
 }
 
 /* st NULL: he is busy, or not known. */
-static void put_user(struct crdt_buf *out, const struct user *u, const struct replica_status *st, bool known)
+static void put_user(struct crdt_buf *out, struct user *u, const struct replica_status *st, bool known)
 {
 	static const struct replica_status none;
 	struct status_user line = { .name = u->name, .gen = u->gen };
@@ -182,6 +182,7 @@ static void put_user(struct crdt_buf *out, const struct user *u, const struct re
 		line.held = s->held;
 	}
 	line.buffered = s->buffered;
+	line.copy = node_copy_kind(u);
 	status_put_user(out, &line);
 	/* the same line goes on */
 	out->len--;
@@ -193,6 +194,14 @@ static void put_user(struct crdt_buf *out, const struct user *u, const struct re
 		status_uint(out, "import_bytes", s->observed.import.bytes);
 		status_uint(out, "import_time", s->observed.import_time);
 	}
+	if (line.copy != NULL) {
+		struct crdt_buf names = CRDT_BUF_INIT;
+
+		node_follow_workers(u, &names);
+		status_bytes(out, "workers", names.data, names.len);
+		crdt_buf_free(&names);
+	}
+	status_uint(out, "kept", s->kept ? 1 : 0);
 	status_uint(out, "looks", s->looks);
 	status_uint(out, "survey", u->survey || u->repair || s->survey_due ? 1 : 0);
 	if (u->no_user)
@@ -332,6 +341,7 @@ void node_await(struct node *n, int64_t now, const char *user, const struct ms_p
 	q->record = *record;
 	q->due = now + msecs;
 	node_question_of(q, u);
+	node_follow(u);
 	u->journal = true;
 	node_wake(u, SCHED_NOW);
 }

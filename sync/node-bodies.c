@@ -351,8 +351,8 @@ static void body_unasked(struct node *n, const char *name, uint32_t gen, const s
 	const char *error;
 	uint64_t next;
 
-	if (offset != 0 || len != size || size > CRDT_BODY_RIDE)
-		return;
+	if (offset != 0 || len != size || size > CRDT_BODY_RIDE || n->cfg.replicas > 0)
+		return;		/* (an older daemon sends them all the same) */
 	if (spool_add(n->cfg.spool, name, gen, c, size, 0, p, len, &next, &error) != SPOOL_COMPLETE)
 		return;
 	u = node_user_find(n, name, gen);

@@ -5,7 +5,7 @@
  * Inside of the node.  node.c: users, links, syncs.  node-visit.c: visits.  node-bodies.c: texts that
  * are fetched and texts that are asked of us.  node-report.c: the walk over all
  * users, for the status and after a start.  node-ask.c: questions about one user,
- * and to the daemons.  node-ready.c: whether a session may begin.  node-drop.c: users who go.  node-snapshot.c: what a daemon
+ * and to the daemons.  node-ready.c: whether a session may begin.  node-follow.c: of whom mail is kept here.  node-drop.c: users who go.  node-snapshot.c: what a daemon
  * that lost its data is given, and what a new worker takes from one.
  */
 #include "node.h"
@@ -58,6 +58,9 @@ struct user {
 	bool no_user;			/* userdb does not know him */
 	bool observing;			/* crdt_mode = observe: nothing of him is applied */
 	bool waits;			/* for the mail store to be of his generation */
+
+	/* ---- crdt_replicas ---- */
+	enum { COPY_UNKNOWN, COPY_HERE, COPY_NONE } copy;	/* of his mail: is kept here, or only his state */
 
 	/* ---- is this copy all that there is? ---- */
 	bool merging;			/* a visit has feeds of his */
@@ -156,6 +159,7 @@ struct node {
 	struct node_callbacks cb;
 	int64_t now;			/* of the call that runs */
 	char *name;
+	char **workers;
 
 	struct storage storages[NODE_STORAGES_MAX];
 	void *user_tree;
@@ -216,8 +220,20 @@ int node_cursor_begin(struct node *n, struct storage *st, uint64_t gsn, char **e
 void node_mail_hurry(struct user *u, bool at_once);
 void node_log(struct node *n, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
-/* Nothing of what came is to be shown here: no user of userdb, or only observed. */
-bool node_user_shows_nothing(const struct user *u, const struct replica_status *st);
+/* Nothing of what came is to be shown here: no user of userdb, only observed, or no copy is kept. */
+bool node_user_shows_nothing(struct user *u, const struct replica_status *st);
+
+/* node-follow.c: crdt_replicas */
+bool node_follows(struct user *u);		/* there is, or is to be, a copy of his mail here */
+void node_follow(struct user *u);		/* there is to be one: he is here */
+/* How many workers are before this one for him; 0: this is his home. */
+unsigned node_follow_rank(const struct user *u);
+/* "home", "standby", "guest" (a copy beyond those), "none"; NULL: every worker has all users. */
+const char *node_copy_kind(struct user *u);
+/* Names of the workers that are to have a copy, separated by spaces. */
+void node_follow_workers(const struct user *u, struct crdt_buf *names);
+void node_follow_order(struct user *u);		/* before a visit: what is not to be done without a copy */
+void node_follow_visited(struct user *u, const struct visit *v, bool merged);
 
 /* node-visit.c */
 void node_visits_start(struct node *n);		/* as many as there may be */

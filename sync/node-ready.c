@@ -144,6 +144,7 @@ static void hurry(struct node_question *q)
 {
 	struct user *u = q->u;
 
+	node_follow(u);
 	q->hurried = u->apply = true;
 	node_mail_hurry(u, u->no_user || u->waits);
 	if (q->here == NODE_COPY_NONE && !q->surveyed) {

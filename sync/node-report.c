@@ -82,9 +82,9 @@ uint64_t node_unsent(const struct user *u, const struct replica_status *st)
 	return u->last_seq > acked ? u->last_seq - acked : 0;
 }
 
-bool node_user_shows_nothing(const struct user *u, const struct replica_status *st)
+bool node_user_shows_nothing(struct user *u, const struct replica_status *st)
 {
-	return node_user_is_absent(u) || u->observing || st->observed.on;
+	return !node_follows(u) || node_user_is_absent(u) || u->observing || st->observed.on;
 }
 
 static void put_behind(struct node_report *r, const struct status_user *line)
@@ -97,7 +97,7 @@ static void put_behind(struct node_report *r, const struct status_user *line)
 		r->more++;
 }
 
-static void put_user(struct node_report *r, const struct user *u, const struct replica_status *st,
+static void put_user(struct node_report *r, struct user *u, const struct replica_status *st,
 		     const uint8_t *digest)
 {
 	static const struct replica_status busy = { .pending = 1 };
@@ -122,6 +122,7 @@ static void put_user(struct node_report *r, const struct user *u, const struct r
 	}
 	if (!node_user_shows_nothing(u, st))
 		line.pending += u->survey ? 1 : 0;
+	line.copy = node_copy_kind(u);
 	line.digest = r->what == NODE_REPORT_DIGEST ? digest : NULL;
 	status_put_user(&r->out, &line);
 }

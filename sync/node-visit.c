@@ -113,6 +113,7 @@ static struct visit *order(struct user *u)
 	struct visit *v = visit_new(u->name, u->gen);
 
 	v->owner = u;
+	v->follow = node_follows(u);
 	if (u->drops != NULL && u->ops_waiting == 0) {
 		v->drop = v->mail = true;
 		return v;
@@ -126,6 +127,7 @@ static struct visit *order(struct user *u)
 	v->gone = u->no_user;
 	if (node_copy_is_stuck(u) && node_is_fed(n))
 		u->apply = !node_user_is_past(u);
+	node_follow_order(u);
 	if (n->now >= u->mail_due && !n->refilling) {
 		v->journal = u->journal;
 		v->survey = u->survey && n->cfg.apply && n->now >= u->survey_due;
@@ -150,7 +152,7 @@ static struct visit *order(struct user *u)
 			node_user_acked(u, &v->acked, &v->acked_any);
 			u->trim_due = 0;
 		}
-		v->mail = v->journal || v->apply || v->reads != NULL || (v->acknowledge && !node_user_is_past(u));
+		v->mail = v->journal || v->apply || (v->reads != NULL && v->follow) || (v->acknowledge && !node_user_is_past(u));
 	}
 	if (u->applied_due != 0 && u->applied_due <= n->now) {
 		v->tell_applied = true;
@@ -166,7 +168,7 @@ static struct visit *order(struct user *u)
 		v->stable = u->stable;
 		u->stable = NULL;
 	}
-	if (v->mail || v->feeds != NULL || v->snapshot != NULL || v->acknowledge || u->ops_wanted != 0 || v->status || v->stable != NULL || v->tell_applied) {
+	if (v->mail || v->feeds != NULL || v->reads != NULL || v->snapshot != NULL || v->acknowledge || u->ops_wanted != 0 || v->status || v->stable != NULL || v->tell_applied) {
 		order_ops(u, v);
 		return v;
 	}
@@ -249,6 +251,8 @@ static void visited_other(struct user *u, const struct visit *v)
 	other->journal = other->journal || v->journal || u->journal;
 	other->survey = other->survey || v->survey || u->survey;
 	other->mail_due = 0;
+	if (other->journal)
+		node_follow(other);
 	if (v->repair || u->repair) {
 		other->repair = true;	/* of all: it is another mail store */
 		free(other->repair_path);
@@ -462,6 +466,7 @@ int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
 {
 	struct user *u = v->owner;
 	struct visit_read *reads = v->reads;
+	bool merged = u->merging;
 
 	n->now = now;
 	n->visits--;
@@ -487,6 +492,7 @@ int node_visited(struct node *n, int64_t now, struct visit *v, char **error_r)
 	visited_applied(u, v);
 	visited_engine(u, v);
 	node_copy_visited(u, v);
+	node_follow_visited(u, v, merged);
 	if ((v->journal && v->read_journal) || v->news || (v->applied && v->progress != REPLICA_LATER)) {
 		node_trim_soon(u);
 		if (u->applied_due == 0)

@@ -449,6 +449,7 @@ static void storage_init(struct node *n, unsigned i)
 	cfg.daemon_id = st->written_id;
 	cfg.gsn = st->written_gsn;
 	cfg.own = n->refilling;
+	cfg.no_rides = n->cfg.replicas > 0;
 	cb.ctx = st;
 	st->uplink = uplink_new(&cfg, &cb);
 }
@@ -542,6 +543,10 @@ struct node *node_new(const struct node_config *cfg, const struct node_callbacks
 	n->cfg = *cfg;
 	n->cb = *cb;
 	n->name = xstrdup(cfg->name);
+	n->workers = xcalloc(cfg->workers_n + 1, sizeof(*n->workers));
+	for (unsigned i = 0; i < cfg->workers_n; i++)
+		n->workers[i] = xstrdup(cfg->workers[i]);
+	n->cfg.workers = (const char *const *)n->workers;
 	n->sched = sched_new();
 	n->check.next_id = 1;
 	n->refilling = rebuild_get(cfg->store) == 1;
@@ -587,6 +592,9 @@ void node_free(struct node **_n)
 	ops_free(n->waiting);
 	ops_free(n->syncing_ops);
 	sched_free(&n->sched);
+	for (unsigned i = 0; i < n->cfg.workers_n; i++)
+		free(n->workers[i]);
+	free(n->workers);
 	free(n->name);
 	free(n);
 }
@@ -682,6 +690,7 @@ void node_changed(struct node *n, int64_t now, const char *user)
 		return;
 	}
 	u = node_user(n, user, node_local_gen(n, user));
+	node_follow(u);
 	u->journal = true;
 	node_mail_hurry(u, false);
 	if (u->mail_due > now)
@@ -704,6 +713,8 @@ void node_survey(struct node *n, int64_t now, const char *user, enum node_survey
 	if (is_full(n, user, node_local_gen(n, user)))
 		return;		/* another time */
 	u = node_user(n, user, node_local_gen(n, user));
+	if (why != NODE_SURVEY_SWEEP)
+		node_follow(u);
 	if (why == NODE_SURVEY_LOGIN && u->surveyed != 0 && now - u->surveyed < NODE_SURVEY_LOGIN_MSECS)
 		return;
 	if (why == NODE_SURVEY_CHANGED && u->surveyed != 0)

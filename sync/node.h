@@ -62,6 +62,9 @@ struct node_config {
 	unsigned storages_n;
 	unsigned visits;		/* at a time, at most */
 	bool apply;			/* false: only record and send */
+	unsigned replicas;		/* a user's mail is kept on so many workers; 0: on all */
+	const char *const *workers;	/* names of all, with replicas */
+	unsigned workers_n;
 	unsigned import_rate;		/* mails per second that are found without records; 0: no limit */
 	struct store *store;
 	struct spool *spool;		/* texts that arrived */

@@ -10,6 +10,27 @@
 
 /* ---- status ---- */
 
+static bool any_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)key;
+	(void)klen;
+	(void)val;
+	(void)vlen;
+	*(bool *)ctx = true;
+	return false;
+}
+
+static bool any_kept(struct replica *r)
+{
+	struct crdt_buf k = CRDT_BUF_INIT;
+	bool any = false;
+
+	kept_key(&k, KEPT_OP, r->id, (struct crdt_dot){ 0, 0 });
+	store_scan(r->txn, STORE_LOG, k.data, k.len - 16, NULL, 0, false, any_row, &any);
+	crdt_buf_free(&k);
+	return any;
+}
+
 void replica_status(struct replica *r, struct replica_status *st_r)
 {
 	memset(st_r, 0, sizeof(*st_r));
@@ -17,13 +38,14 @@ void replica_status(struct replica *r, struct replica_status *st_r)
 	st_r->vv = *replica_vv(r);
 	st_r->held = replica_rows_count(r, ROW_HELD);
 	st_r->looks = replica_rows_count(r, ROW_LOOK);
-	st_r->survey_due = compare_survey_is_due(r);
+	st_r->survey_due = !r->no_copy && compare_survey_is_due(r);
 	st_r->pending = replica_rows_count(r, ROW_DIRTY_FOLDER) + replica_rows_count(r, ROW_DIRTY_SUBSCRIPTION) + replica_rows_count(r, ROW_DIRTY_MAIL) +
 			replica_rows_count(r, ROW_WAIT_BODY) + replica_rows_count(r, ROW_ASIDE) + replica_rows_count(r, ROW_EXTRA) +
 			st_r->looks + (r->ms != NULL && st_r->survey_due ? 1 : 0);
 	st_r->buffered = replica_rows_count(r, 'B') + replica_rows_count(r, ROW_REFUSED);
 	st_r->last_seq = r->last_seq;
 	st_r->acked_seq = r->acked_seq;
+	st_r->kept = any_kept(r);
 	observe_status(r, &st_r->observed);
 	store_abort(&r->txn);
 }

@@ -233,6 +233,11 @@ void rebuild_begin(struct replica *r)
 	uidnext_lost(r, UINT32_MAX);
 }
 
+void rebuild_none(struct replica *r)
+{
+	survey_put(r, SURVEY_NEVER);
+}
+
 void compare_survey_due(struct replica *r)
 {
 	survey_put(r, rebuild_is_on(r) ? REBUILD_DUE : compare_is_first(r) ? SURVEY_NEVER : SURVEY_DUE);

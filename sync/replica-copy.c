@@ -26,6 +26,8 @@ void replica_peek(struct store *s, unsigned slot, const char *user, uint32_t gen
 		for (unsigned i = 0; i < sizeof(late_rows) && !p_r->behind; i++)
 			p_r->behind = rows_any(&rows.rows, late_rows[i]);
 		crdt_vv_get_merged(&rows.rows, &vv);
+		if (vv.n > 0 && replica_copy_is_none(&rows.rows))
+			p_r->behind = true;
 		/* a look for changes leaves rows of everybody */
 		p_r->known = p_r->behind || vv.n > 0;
 		for (uint32_t i = 0; i < vv.n; i++)

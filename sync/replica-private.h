@@ -32,6 +32,7 @@
 #define ROW_LAST_RECORD 'r'	/* mailbox guid: its last record of the journal */
 #define ROW_REFUSED 'g'		/* origin(be64), seq(be64): op for which the state has no room now */
 #define ROW_OBSERVED '0'	/* -: whether he is only observed, and what there is; kind: how many changes (letters are used up) */
+#define ROW_NO_COPY '2'		/* -: this worker has no copy of his mail (replica-follow.c) */
 #define ROW_EXTRA 'x'		/* mailbox guid, uid(be32): a second record of a mail, to be removed */
 /* What differs from the mail store; values: the dots that are not applied. */
 #define ROW_DIRTY_FOLDER 'f'
@@ -97,6 +98,7 @@ struct replica {
 	bool survey_asked;		/* since what cannot be applied was tried last */
 	bool refused_logged;
 	bool observing;			/* nothing is applied, crdt_mode being observe */
+	bool no_copy;			/* only the state is followed */
 	bool observed_news;		/* the journal told of observed changes */
 	bool ms_used;			/* by an earlier visit: what it says of the mode is of then */
 	/* Claims and floors that are due: made into ops before the commit. */
@@ -266,6 +268,10 @@ void observe_load(struct replica *r);
 void observe_record(struct replica *r, const struct crdt_observed *o);
 void observe_status(struct replica *r, struct replica_observed *o_r);
 
+/* replica-follow.c: within a transaction */
+void follow_load(struct replica *r);
+bool replica_copy_is_none(struct crdt_rows *rows);	/* so a row says */
+
 /* replica-journal.c */
 int replica_journal_record(struct replica *r, const struct ms_record *rec);
 /* Own ops that remove mails of a mailbox, at most CRDT_OP_MAILS_MAX; puts keys in
@@ -283,6 +289,7 @@ void rebuild_end(struct replica *r);
 /* replica-compare.c */
 bool rebuild_is_on(struct replica *r);
 void rebuild_begin(struct replica *r);
+void rebuild_none(struct replica *r);	/* there is no mail store to be held against the state */
 /* One slice of looking for changes without a record; *more_r: there is more. */
 int replica_compare(struct replica *r, bool *more_r, char **error_r);
 bool compare_survey_is_due(struct replica *r);

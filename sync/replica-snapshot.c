@@ -205,7 +205,8 @@ int replica_snapshot(struct replica *r, const struct replica_staged *staged, enu
 			at = o.ends[i];
 		}
 		news_of(&before, merged, &news);
-		replica_mark_all(r, &news);
+		if (replica_has_copy(r))
+			replica_mark_all(r, &news);
 	} else {
 		replica_txn_abort(r);
 		r->vv_loaded = false;

@@ -117,6 +117,7 @@ struct replica *replica_open(struct store *s, const struct replica_config *cfg, 
 			rebuild_begin(r);
 	}
 	observe_load(r);
+	follow_load(r);
 	if (replica_txn_commit(r, false, error_r) < 0) {
 		replica_close(&r);
 		return NULL;
@@ -214,6 +215,11 @@ static void sink_flush(struct merge_sink *s)
 
 	for (size_t i = 0; i < s->n; i++) {
 		struct noted *n = &s->noted[i];
+
+		if (r->no_copy) {
+			free(n->name);	/* nobody is to apply it */
+			continue;
+		}
 		switch (n->kind) {
 		case CRDT_EFFECT_FOLDER:
 			dirty_folder(r, &n->folder, &s->dots);

@@ -133,6 +133,21 @@ bool replica_observe_doubted(struct replica *r);
 /* Looks what an import would bring: anew, or if that was never done.  REPLICA_DONE, _LATER or _FAILED. */
 enum replica_progress replica_measure(struct replica *r, bool anew, char **error_r);
 
+/*
+ * crdt_replicas (replica-follow.c).  follow: there is to be a copy of the user's mail here.  If there was
+ * none it begins (*began_r): all that is merged is to be applied.  Without, of a user who is
+ * new here only the state is merged; a copy that there is remains one.  0 or -1.
+ */
+int replica_follow(struct replica *r, bool follow, bool *began_r, char **error_r);
+bool replica_has_copy(const struct replica *r);
+/* There is none as far as is known: with the database was lost what was. */
+bool replica_copy_is_doubted(struct replica *r);
+/* Whether there is mail here although there should be no copy: from before the plugin, or the
+ * database was lost.  REPLICA_DONE, _LATER or _FAILED. */
+enum replica_progress replica_find_copy(struct replica *r, bool *found_r, char **error_r);
+/* A look without an engine: something of him was merged, and there is a copy. */
+bool replica_copy_is_known(struct store *s, const char *user, uint32_t gen);
+
 /* Own ops with seq > after, in order, until cb returns false. */
 void replica_unsent(struct replica *r, uint64_t after,
 		    bool (*cb)(void *ctx, uint64_t seq, const uint8_t *op, size_t n), void *ctx);
@@ -188,6 +203,7 @@ struct replica_status {
 	bool survey_due;		/* the mail store is to be looked through */
 	uint64_t last_seq;
 	uint64_t acked_seq;		/* own ops that every daemon has: not sent again */
+	bool kept;			/* ops, since some member may not have applied them */
 	struct replica_observed observed;
 };
 void replica_status(struct replica *r, struct replica_status *st_r);

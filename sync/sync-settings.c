@@ -27,7 +27,7 @@ static bool parse_mode(const char *value, struct sync_settings *set)
 	return TRUE;
 }
 
-static bool parse_replica(const char *value, struct sync_settings *set)
+static bool is_name(const char *value)
 {
 	size_t i, len = strlen(value);
 
@@ -35,8 +35,13 @@ static bool parse_replica(const char *value, struct sync_settings *set)
 		if (!i_isalnum(value[i]) && strchr("._-", value[i]) == NULL)
 			return FALSE;
 	}
-	set->replica = value;
 	return len > 0 && len <= CRDT_NODE_NAME_MAX;
+}
+
+static bool parse_replica(const char *value, struct sync_settings *set)
+{
+	set->replica = value;
+	return is_name(value);
 }
 
 static bool parse_slot(const char *value, struct sync_settings *set)
@@ -92,6 +97,29 @@ static bool parse_survey_interval(const char *value, struct sync_settings *set)
 	return crdt_compat_parse_interval(value, &set->survey_secs) == 0 && set->survey_secs <= 31 * 24 * 3600;
 }
 
+static bool parse_replicas(const char *value, struct sync_settings *set)
+{
+	return str_to_uint(value, &set->replicas) == 0 && set->replicas <= CRDT_SLOTS;
+}
+
+static bool parse_workers(const char *value, struct sync_settings *set)
+{
+	const char *const *names = (const char *const *)p_strsplit_spaces(default_pool, value, " \t\n");
+	unsigned int n = str_array_length(names);
+
+	for (unsigned int i = 0; i < n; i++) {
+		if (!is_name(names[i]))
+			return FALSE;
+		for (unsigned int k = 0; k < i; k++) {
+			if (strcmp(names[i], names[k]) == 0)
+				return FALSE;
+		}
+	}
+	set->workers = names;
+	set->workers_n = n;
+	return n <= CRDT_SLOTS;
+}
+
 static const struct sync_setting settings[] = {
 	/* first: off stops here */
 	{ "crdt_mode", "on", "on, observe or off", parse_mode },
@@ -106,7 +134,26 @@ static const struct sync_setting settings[] = {
 	{ "crdt_external_expunge_max", CRDT_DEFAULT_EXTERNAL_EXPUNGE_MAX, "a number of mails", parse_external_expunge_max },
 	{ "crdt_import_rate", CRDT_DEFAULT_IMPORT_RATE, "a number of mails per second, or 0", parse_import_rate },
 	{ "crdt_survey_interval", CRDT_DEFAULT_SURVEY_INTERVAL, "a time such as 30 mins or 1 days, or 0", parse_survey_interval },
+	{ "crdt_replicas", CRDT_DEFAULT_REPLICAS, "on how many workers each user's mail is kept, 0 to 64 "
+		"(0: on all of them)", parse_replicas },
+	{ "crdt_workers", "", "the crdt_replica of each of at most 64 workers, separated by spaces, none twice",
+		parse_workers },
 };
+
+/* What one setting does not tell. */
+static int check(const struct sync_settings *set, const char **error_r)
+{
+	if (set->replicas == 0)
+		return 0;
+	for (unsigned int i = 0; i < set->workers_n; i++) {
+		if (strcmp(set->workers[i], set->replica) == 0)
+			return 0;
+	}
+	*error_r = t_strdup_printf("crdt_replicas is set"CRDT_COMPAT_IN_SECTION", and crdt_workers does not name %s: it must be "
+				   "the crdt_replica of each worker, separated by spaces, the same on all of them",
+				   set->replica);
+	return -1;
+}
 
 int sync_settings_read(struct master_service *service, struct sync_settings *set_r, const char **error_r)
 {
@@ -132,5 +179,5 @@ int sync_settings_read(struct master_service *service, struct sync_settings *set
 		if (set_r->mode == SYNC_MODE_OFF)
 			return 0;
 	}
-	return 0;
+	return check(set_r, error_r);
 }

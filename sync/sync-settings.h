@@ -27,6 +27,9 @@ struct sync_settings {
 	unsigned int external_expunge_max;
 	unsigned int import_rate;	/* mails per second; 0: as many as go */
 	unsigned int survey_secs;	/* 0: never */
+	unsigned int replicas;		/* 0: all workers have all users */
+	const char *const *workers;	/* names of all, with replicas */
+	unsigned int workers_n;
 };
 
 struct master_service;

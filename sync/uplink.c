@@ -64,6 +64,7 @@ struct uplink {
 
 	bool acked;			/* own ops that every daemon has are not sent any more */
 	bool renewed;			/* `changed` of up() is not told yet */
+	bool no_rides;
 	bool own;			/* own slot's ops are wanted too; */
 	uint64_t own_until;		/* they come up to here; UINT64_MAX: not heard yet */
 	uint64_t daemon_id;
@@ -243,6 +244,7 @@ struct uplink *uplink_new(const struct uplink_config *cfg, const struct uplink_c
 	u->slot = cfg->slot;
 	u->daemon_id = cfg->daemon_id;
 	u->own = cfg->own;
+	u->no_rides = cfg->no_rides;
 	u->own_until = UINT64_MAX;
 	u->received = u->merged = u->durable = cfg->gsn;
 	u->due = INT64_MIN;
@@ -389,7 +391,8 @@ void uplink_connected(struct uplink *u, int64_t now)
 	f.daemon_id = u->daemon_id;
 	f.gsn = u->durable;
 	f.own = u->own;
-	f.flags = (u->cb.snap != NULL ? CRDT_HELLO_SNAPSHOTS : 0) | (u->acked ? CRDT_HELLO_ACKED : 0);
+	f.flags = (u->cb.snap != NULL ? CRDT_HELLO_SNAPSHOTS : 0) | (u->acked ? CRDT_HELLO_ACKED : 0) |
+		(u->no_rides ? CRDT_HELLO_NO_RIDES : 0);
 	u->state = HELLO;
 	u->due = now + UPLINK_WELCOME_MSECS;
 	emit(u, &f);

@@ -75,6 +75,7 @@ struct uplink_config {
 	 * made durable. */
 	uint64_t daemon_id, gsn;
 	bool own;			/* own slot's ops are wanted too: the database was lost */
+	bool no_rides;			/* texts are asked for; unasked ones would be of users without a copy here */
 };
 
 struct uplink;

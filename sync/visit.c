@@ -220,7 +220,7 @@ static bool texts_are_gone(const struct visit *v)
 static int read_body(struct run *run, struct visit_read *r)
 {
 	if (run->v->mail_result != VISIT_MAIL_OK)
-		return texts_are_gone(run->v) ? MS_GONE : MS_TEMP;
+		return run->v->no_copy || texts_are_gone(run->v) ? MS_GONE : MS_TEMP;
 	crdt_buf_clear(&r->data);
 	return replica_read_body(run->r, &r->content, r->offset, r->len, &r->data, &r->size);
 }
@@ -380,6 +380,37 @@ static void measure(struct run *run)
 	}
 }
 
+/* Returns false if the database failed. */
+static bool note_follow(struct run *run)
+{
+	struct visit *v = run->v;
+	char *error = NULL;
+
+	if (replica_follow(run->r, v->follow, &v->copy_began, &error) < 0) {
+		failed(v, error);
+		return false;
+	}
+	v->no_copy = !replica_has_copy(run->r);
+	return true;
+}
+
+static void find_copy(struct run *run)
+{
+	struct visit *v = run->v;
+	char *error = NULL;
+
+	switch (replica_find_copy(run->r, &v->copy_found, &error)) {
+	case REPLICA_LATER:
+		mail_trouble(v, error);
+		break;
+	case REPLICA_FAILED:
+		failed(v, error);
+		break;
+	default:
+		break;
+	}
+}
+
 /* After applying: is this all that there is? */
 static void judge(struct run *run)
 {
@@ -460,6 +491,8 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 		}
 		return;
 	}
+	if (!note_follow(&run))
+		return;
 	if (v->snapshot != NULL && replica_snapshot(r, v->snapshot, &v->taken, &error) < 0) {
 		failed(v, error);
 		return;
@@ -482,6 +515,9 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 		;
 	} else if (v->observing && v->mail_result == VISIT_MAIL_OK) {
 		measure(&run);
+	} else if (v->no_copy && v->mail_result == VISIT_MAIL_OK) {
+		if (v->survey)
+			find_copy(&run);
 	} else if ((v->apply || (v->news && v->apply_news)) && v->mail_result == VISIT_MAIL_OK) {
 		apply(&run);
 		give_ops(&run, false);
@@ -489,6 +525,7 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 	if (v->failed)
 		return;
 	judge(&run);
+	v->copy_doubted = replica_copy_is_doubted(r);
 	if (v->stable != NULL)
 		v->collect_more = replica_collect(r, v->stable);
 	look(&run);

@@ -79,6 +79,7 @@ struct visit {
 
 	/* ---- order ---- */
 	bool drop;			/* this, and nothing else: drop the user if he is gone */
+	bool follow;			/* there is to be a copy of his mail here; else survey only looks whether there is one */
 	struct visit_feed *feeds;	/* merge these */
 	bool mail;			/* the mail store may be used: for what follows */
 	bool journal;			/* read the journal to its end */
@@ -120,6 +121,9 @@ struct visit {
 	uint32_t mail_gen;		/* of VISIT_MAIL_GENERATION: what it is */
 	bool observing;			/* crdt_mode = observe: nothing was applied; with mail */
 	bool observe_ended;		/* since the last visit */
+	bool no_copy;			/* only his state is followed; */
+	bool copy_doubted;		/* the database was lost: it is to be looked whether there is one */
+	bool copy_began, copy_found;	/* there is to be one from now on */
 	bool mode_doubted;		/* the same, but the mode is to be asked for anew */
 	bool applied;			/* applying was tried: progress says how it ended */
 	enum replica_progress progress;

@@ -34,3 +34,12 @@ bool rendezvous_beats(const char *user, const char *worker, const char *other)
 
 	return a > b || (a == b && strcmp(worker, other) < 0);
 }
+
+size_t rendezvous_rank(const char *user, const char *const *workers, size_t n, const char *worker)
+{
+	size_t rank = 0;
+
+	for (size_t i = 0; i < n; i++)
+		rank += rendezvous_beats(user, workers[i], worker) ? 1 : 0;
+	return rank;
+}

@@ -2,10 +2,12 @@
 #ifndef CRDT_WATCH_RENDEZVOUS_H
 #define CRDT_WATCH_RENDEZVOUS_H
 /*
- * Where there is no director (Dovecot 2.4): which worker a user belongs to, by rendezvous
- * hashing.  Of the workers in use it is the one with the highest score for him, so that all
- * who know the same workers agree, and that a worker which leaves or comes moves nobody but
- * its own users.  doc/FORMATS.md has the score; conf.d/crdt-proxy.lua computes the same.
+ * Which worker a user belongs to, by rendezvous hashing: where there is no director (Dovecot
+ * 2.4), and with crdt_replicas.  Of the workers in use it is the one with the highest score for
+ * him, so that all who know the same workers agree, and that a worker which leaves or comes moves
+ * nobody but its own users.  The next ones in that order are his standbys: the same whom a proxy
+ * sends him to when the first is out of use.  doc/FORMATS.md has the score; crdt-proxy.lua
+ * computes the same.
  */
 #include <stdbool.h>
 #include <stddef.h>
@@ -14,4 +16,6 @@
 uint64_t rendezvous_score(const char *user, const char *worker);
 /* The highest score; of equal ones the name that is first by bytes. */
 bool rendezvous_beats(const char *user, const char *worker, const char *other);
+/* How many of the workers beat this one (which may be among them): 0 is the user's home. */
+size_t rendezvous_rank(const char *user, const char *const *workers, size_t n, const char *worker);
 #endif

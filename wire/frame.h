@@ -59,6 +59,7 @@ enum crdt_snap { CRDT_SNAP_USERS = 1, CRDT_SNAP_ROWS, CRDT_SNAP_OPS };
 /* HELLO: what the worker can and is. */
 #define CRDT_HELLO_SNAPSHOTS 0x01	/* answers SNAP_WANT, and can be sent to ask */
 #define CRDT_HELLO_ACKED 0x02		/* has ops that it does not send again */
+#define CRDT_HELLO_NO_RIDES 0x04	/* asks for each text that it wants: none is to come unasked */
 /* WELCOME */
 #define CRDT_WELCOME_SNAPSHOT 0x02	/* the log does not reach back to where the worker is: it takes
 					 * snapshots, of what is in the log up to gsn, and

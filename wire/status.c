@@ -204,6 +204,8 @@ void status_put_user(struct crdt_buf *b, const struct status_user *s)
 		status_uint(b, "observing", 1);
 	if (s->observing || s->observed > 0)
 		status_uint(b, "observed", s->observed);
+	if (s->copy != NULL)
+		status_str(b, "copy", s->copy);
 	if (s->digest != NULL)
 		status_hex(b, "digest", s->digest, 32);
 	status_end(b);

@@ -51,6 +51,7 @@ struct status_user {
 	bool absent, incomplete;
 	bool observing;			/* crdt_mode = observe */
 	uint64_t observed;		/* changes that were seen then */
+	const char *copy;		/* whether there is one of his mail; NULL: everywhere */
 	const uint8_t *digest;		/* 32 bytes, or NULL */
 };
 void status_put_node(struct crdt_buf *b, const struct status_node *s);

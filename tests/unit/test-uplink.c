@@ -139,7 +139,7 @@ static const struct uplink_callbacks callbacks = {
 static int setup(void **state)
 {
 	struct fix *x = calloc(1, sizeof(*x));
-	struct uplink_config cfg = { "tcp://s1", "w1", 3, 0, 0, false };
+	struct uplink_config cfg = { "tcp://s1", "w1", 3, 0, 0, false, false };
 	struct uplink_callbacks cb = callbacks;
 
 	cb.ctx = x;

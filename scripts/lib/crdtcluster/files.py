@@ -313,6 +313,8 @@ def _configure_plugin(cluster, node):
         "modules": _modules(cluster),
         "prefix": programs(cluster, node.dovecot),
         "storages": " ".join(storages),
+        "replicas": cluster.copies,
+        "workers": " ".join(worker.name for worker in cluster.workers()),
         "key_file": _key_file(cluster, node, "key_secret")})
     _make_plugin_state(f"{node_dir}/crdt")
 

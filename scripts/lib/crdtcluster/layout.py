@@ -80,6 +80,7 @@ class Cluster:
     delaylink: str                  # the program
     nodes: list
     users: list
+    copies: int = 0                 # crdt_replicas
 
     def node_dir(self, node):
         return f"{self.data_dir}/nodes/{node.name}"
@@ -234,6 +235,7 @@ def check_counts(options):
     if options.storages is None:
         options.storages = min(2, options.workers) if options.small_site else 1
     for what, low, high in (("workers", 1, MAX_WORKERS), ("storages", 0, MAX_STORAGES),
+                            ("replicas", 0, MAX_WORKERS),
                             ("proxies", 0, MAX_PROXIES), ("users", 1, 10000)):
         if not low <= getattr(options, what) <= high:
             raise Refused(f"--{what} must be {low} to {high}")
@@ -286,7 +288,7 @@ def _describe(directory, cluster_id, data_dir, options):
         plugin=options.plugin == "on", debug=options.debug,
         client_netns=f"{prefix}-client", client_address=f"{subnet}.1.1",
         switch_netns=f"{prefix}-switch", ca_file=f"{data_dir}/tls/ca.pem",
-        delay=options.delay, delaylink=options.delaylink,
+        delay=options.delay, delaylink=options.delaylink, copies=options.replicas,
         nodes=[], users=_users(options))
     for i in range(1, options.workers + 1):
         cluster.nodes.append(_worker(cluster, i, subnet, _nth(options.dovecot, i),

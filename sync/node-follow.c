@@ -83,7 +83,7 @@ void node_follow_visited(struct user *u, const struct visit *v, bool merged)
 		u->survey = true;
 		u->survey_due = 0;
 	}
-	if (v->copy_doubted && !v->copy_found && !u->survey) {
+	if (v->copy_doubted && !v->copy_found && !u->survey && !node_user_is_past(u)) {
 		u->survey = true;
 		u->survey_due = 0;
 		node_wake(u, SCHED_LOW);

@@ -16,11 +16,13 @@
 #include "../../sync/kept.h"
 #include "../../sync/node.h"
 #include "../../storage-daemon/hub.h"
+#include "../../watch/rendezvous.h"
 #include "vmail.h"
 
 enum { WORKERS_MAX = 3, DAEMONS_MAX = 2, USERS = 3, PATHS = 5, PIPE_MAX = 1200, VISITS = 2 };
 static const char *const paths[PATHS] = { "INBOX", "a", "b", "a/c", "d" };
 static const char *const users[USERS] = { "u1", "u2", "u3" };
+static const char *const worker_names[WORKERS_MAX] = { "w1", "w2", "w3" };
 static const char *const daemons[DAEMONS_MAX] = { "tcp://s1", "tcp://s2" };
 #define GENERATION_TEXTS 1000000000	/* numbers of texts of one generation */
 #define SETTLE_MSECS (10 * 60 * 1000)
@@ -73,10 +75,10 @@ static struct sim {
 	uint64_t rng, mails, seed, conns;
 	int64_t now, rest;		/* rest: nobody asks for anything any more */
 	bool verbose, calm;		/* calm: nothing goes wrong any more */
-	unsigned workers_n, daemons_n;
+	unsigned workers_n, daemons_n, replicas;	/* crdt_replicas */
 	struct worker workers[WORKERS_MAX];
 	struct daemon daemons[DAEMONS_MAX];
-	uint64_t commands, kills, cuts, frames, rides, odd, lost, rebuilt, observed;
+	uint64_t commands, kills, cuts, frames, rides, odd, lost, rebuilt, observed, without;
 	bool lost_one;			/* in this schedule */
 	bool joined;			/* the last worker is a member */
 	uint32_t gens[USERS];		/* the highest on some worker */
@@ -362,6 +364,7 @@ static void worker_start(struct worker *w)
 	struct node_config cfg = {
 		.name = w->name, .slot = w->i, .storages = daemons, .storages_n = sim.daemons_n,
 		.visits = VISITS, .apply = true, .store = w->store,
+		.replicas = sim.replicas, .workers = worker_names, .workers_n = sim.workers_n,
 	};
 	char *error = NULL;
 
@@ -562,6 +565,8 @@ static void act(struct engine *e)
 	static const uint8_t flags[] = { CRDT_FLAG_SEEN, CRDT_FLAG_DELETED, CRDT_FLAG_FLAGGED, CRDT_FLAG_ANSWERED };
 	uint32_t uid = any_uid(v, p);
 
+	if (vmail_box(v, "INBOX") == NULL)
+		(void)vmail_create(v, "INBOX");
 	if (v->ms.observe)
 		v->mode = VMAIL_UNRECORDED;
 	else
@@ -596,7 +601,9 @@ static void mail_new(struct worker *w, struct engine *e)
 	e->quiet = false;
 	e->read = e->mail.ms.read;
 	e->mail.ms.read = read_with_texts;
-	(void)vmail_create(&e->mail, "INBOX");
+	/* else a session makes it */
+	if (sim.replicas == 0)
+		(void)vmail_create(&e->mail, "INBOX");
 }
 
 /* On this worker the name, and an empty mail store, are another one's now. */
@@ -641,10 +648,21 @@ static void step_modes(void)
 			e->mail.ms.observe ? "observed" : "replicated");
 }
 
-static void step_user(void)
+/* Users are mostly where their mail is. */
+static struct worker *worker_of(unsigned u)
 {
 	struct worker *w = &sim.workers[rnd(sim.workers_n)];
+
+	while (sim.replicas > 0 && rnd(50) != 0 &&
+	       rendezvous_rank(users[u], worker_names, sim.workers_n, w->name) >= sim.replicas)
+		w = &sim.workers[rnd(sim.workers_n)];
+	return w;
+}
+
+static void step_user(void)
+{
 	unsigned u = (unsigned)rnd(USERS);
+	struct worker *w = worker_of(u);
 	struct engine *e = &w->engines[u];
 
 	if (sim.verbose)
@@ -1061,9 +1079,51 @@ static const char *both(const struct worker *a, const char *of_a, const struct w
 	return text;
 }
 
+/* Whether a worker, whose lines these are, has a copy of the user's mail. */
+static bool has_copy(const char *lines, unsigned u)
+{
+	const char *line, *copy;
+	char name[64];
+
+	if (sim.replicas == 0)
+		return true;
+	snprintf(name, sizeof(name), "\tname=%s\tgen=%u\t", users[u], sim.gens[u]);
+	line = strstr(lines, name);
+	copy = line == NULL ? NULL : strstr(line, "\tcopy=");
+	return copy != NULL && strncmp(copy, "\tcopy=none", 10) != 0;
+}
+
+static void compare_mail(struct worker *w, const char *lines, struct vmail *shown[USERS])
+{
+	char why[300];
+
+	for (unsigned u = 0; u < USERS; u++) {
+		struct vmail *mail = &w->engines[u].mail;
+
+		if (mail->journal_n > 0)
+			fail("%s: a journal is left over", users[u]);
+		if (!has_copy(lines, u)) {
+			sim.without++;
+			for (size_t i = 0; i < mail->boxes_n; i++) {
+				if (mail->boxes[i].n > 0)
+					fail("%s has no copy, and has mail", users[u]);
+			}
+			continue;
+		}
+		if (shown[u] == NULL)
+			shown[u] = mail;
+		if (!vmail_equal(shown[u], mail, why)) {
+			vmail_dump(shown[u], users[u]);
+			vmail_dump(mail, users[u]);
+			fail("mail stores differ (I1): %s", why);
+		}
+	}
+}
+
 static void compare(void)
 {
-	char why[300], *first = NULL;
+	struct vmail *shown[USERS] = { NULL };
+	char *first = NULL;
 
 	for (unsigned i = 0; i < sim.workers_n; i++) {
 		struct worker *w = &sim.workers[i];
@@ -1073,6 +1133,7 @@ static void compare(void)
 			if (strstr(line, "\tunsent=0\tpending=0\theld=0\tbuffered=0\t") == NULL && !only_missing(line))
 				fail("something is left over:\n%s", text);
 		}
+		compare_mail(w, text, shown);
 		/* users are numbered by each node for itself: compare by length and digest */
 		if (first == NULL)
 			first = text;
@@ -1091,15 +1152,6 @@ static void compare(void)
 			}
 			free(text);
 		}
-		for (unsigned u = 0; u < USERS; u++) {
-			if (!vmail_equal(&sim.workers[0].engines[u].mail, &w->engines[u].mail, why)) {
-				vmail_dump(&sim.workers[0].engines[u].mail, users[u]);
-				vmail_dump(&w->engines[u].mail, users[u]);
-				fail("mail stores differ (I1): %s", why);
-			}
-			if (w->engines[u].mail.journal_n > 0)
-				fail("%s: a journal is left over", users[u]);
-		}
 		if (sim.missing_n == 0 && !node_is_settled(w->node))
 			fail("%s is not at rest", w->name);
 		if (sim.missing_n == 0 && sim.seed % 3 != 2)	/* of users of before ACKs may be unread */
@@ -1115,7 +1167,7 @@ static void run(uint64_t seed, unsigned steps)
 	struct store_options opts = { .create = true, .in_memory = true };
 	char *error = NULL;
 	bool verbose = sim.verbose;
-	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost, sim.replaced, sim.rebuilt, sim.observed };
+	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost, sim.replaced, sim.rebuilt, sim.observed, sim.without };
 
 	memset(&sim, 0, sizeof(sim));
 	sim.verbose = verbose;
@@ -1129,11 +1181,13 @@ static void run(uint64_t seed, unsigned steps)
 	sim.replaced = totals[7];
 	sim.rebuilt = totals[8];
 	sim.observed = totals[9];
+	sim.without = totals[10];
 	sim.seed = seed;
 	sim.rng = seed * 7919 + 17;
 	sim.now = 1000;
 	sim.workers_n = 2 + (unsigned)(seed % 2);
 	sim.daemons_n = 1 + (unsigned)(seed / 2 % 2);
+	sim.replicas = seed % 4 == 3 || seed % 11 == 2 ? 1 + (unsigned)(seed / 8 % (sim.workers_n - 1)) : 0;
 	sim.joined = sim.workers_n == 2 || seed / 4 % 2 == 0;
 	for (unsigned i = 0; i < sim.workers_n; i++) {
 		struct worker *w = &sim.workers[i];
@@ -1217,9 +1271,10 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	for (uint64_t i = 0; i < runs; i++)
 		run(seed + i, steps > 0 ? steps : schedule_length(seed + i));
-	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost, %llu of daemons, %llu names used again, %llu visits of observed users: all converged\n",
+	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost, %llu of daemons, %llu names used again, %llu visits of observed users, %llu times no copy: all converged\n",
 	       (unsigned long long)runs, (unsigned long long)sim.commands, (unsigned long long)sim.frames,
 	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts, (unsigned long long)sim.odd, (unsigned long long)sim.lost,
-	       (unsigned long long)sim.rebuilt, (unsigned long long)sim.replaced, (unsigned long long)sim.observed);
+	       (unsigned long long)sim.rebuilt, (unsigned long long)sim.replaced, (unsigned long long)sim.observed,
+	       (unsigned long long)sim.without);
 	return 0;
 }

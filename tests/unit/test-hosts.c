@@ -65,6 +65,35 @@ static void test_scores(void **state)
 #define WORKERS 4
 #define USERS 4000
 
+/* Homes and standbys: whom a proxy sends a user to when those before are out of use. */
+static void test_rank(void **state)
+{
+	static const char *const names[WORKERS] = { "w1", "w2", "w3", "w4" };
+	size_t count[WORKERS] = { 0 };
+
+	(void)state;
+	for (int u = 0; u < USERS; u++) {
+		struct hosts_entry e[WORKERS];
+		bool taken[WORKERS] = { false };
+		char user[32];
+
+		snprintf(user, sizeof(user), "user%d@example.org", u);
+		for (size_t i = 0; i < WORKERS; i++)
+			e[i] = (struct hosts_entry){ names[i], "192.0.2.1", true };
+		for (size_t rank = 0; rank < WORKERS; rank++) {
+			size_t next = hosts_find(e, WORKERS, user);
+
+			assert_true(next < WORKERS && !taken[next]);
+			assert_int_equal(rendezvous_rank(user, names, WORKERS, names[next]), rank);
+			taken[next] = true;
+			e[next].up = false;
+			count[next] += rank < 2 ? 1 : 0;
+		}
+	}
+	for (size_t i = 0; i < WORKERS; i++)
+		assert_in_range(count[i], USERS / 2 - USERS / 20, USERS / 2 + USERS / 20);
+}
+
 static void all_up(struct hosts_entry *e)
 {
 	static const char *const names[WORKERS] = { "w1", "w2", "w3", "w4" };
@@ -266,7 +295,8 @@ static void test_lines(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_scores), cmocka_unit_test(test_spread), cmocka_unit_test(test_file),
+		cmocka_unit_test(test_scores), cmocka_unit_test(test_rank),
+		cmocka_unit_test(test_spread), cmocka_unit_test(test_file),
 		cmocka_unit_test(test_session_lines), cmocka_unit_test(test_lines),
 	};
 

@@ -2,6 +2,7 @@
 /* The node and the texts that a storage daemon asks it for; the test plays the
  * daemon and the engines. */
 #include "../../sync/node-private.h"
+#include "../../watch/rendezvous.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -1176,6 +1177,81 @@ static void copy_is_stuck(void **state)
 	visit_free(v);
 }
 
+/* ---- crdt_replicas ---- */
+
+static const char *const three_workers[] = { "w1", "w2", "w3" };
+
+/* A user of whom w1 is not to have the mail: the n-th. */
+static const char *other_user(unsigned n, char name[16])
+{
+	for (unsigned i = 0; ; i++) {
+		snprintf(name, 16, "v%u", i);
+		if (rendezvous_rank(name, three_workers, 3, "w1") == 2 && n-- == 0)
+			return name;
+	}
+}
+
+/* The mail store of a user without a copy is left alone; one who comes gets it. */
+static void without_a_copy(void **state)
+{
+	struct fix *x = *state;
+	char name[16];
+	const char *user = other_user(0, name);
+	struct visit *v;
+
+	run(x);
+	x->n->cfg.visits = 10;
+	x->n->cfg.replicas = 2;
+	x->n->cfg.workers = three_workers;
+	x->n->cfg.workers_n = 3;
+	feed(x, user, 0, 1);
+	v = take_visit(x);
+	assert_true(v->feeds != NULL && !v->mail && !v->follow);
+	v->no_copy = true;
+	v->own_origin = CRDT_ORIGIN(1, 5);
+	visited(x, v);
+	/* what is merged is applied */
+	x->now += NODE_APPLIED_MSECS;
+	run(x);
+	v = take_visit(x);
+	assert_true(v->tell_applied && !v->mail);
+	v->no_copy = true;
+	visited(x, v);
+	/* its text is nowhere here: nobody is asked */
+	want(x, user, 1);
+	run(x);
+	v = take_visit(x);
+	assert_true(v->reads != NULL && !v->mail);
+	v->reads->result = MS_GONE;
+	v->no_copy = true;
+	visited(x, v);
+	assert_int_equal(x->nones, 1);
+	/* a look for mail that nobody knows of */
+	node_survey(x->n, x->now, user, NODE_SURVEY_SWEEP);
+	run(x);
+	v = take_visit(x);
+	assert_true(v->mail && v->survey && !v->follow);
+	v->mail_result = VISIT_MAIL_OK;
+	v->no_copy = v->copy_found = true;
+	visited(x, v);
+	v = take_visit(x);
+	assert_true(v->follow && v->apply && v->survey);
+	visit_free(v);
+	/* who changes something is here */
+	user = other_user(1, name);
+	node_changed(x->n, x->now, user);
+	run(x);
+	v = take_visit(x);
+	assert_true(v->follow && v->journal);
+	visit_free(v);
+	/* the others are followed at once */
+	feed(x, "u3", 0, 2);
+	v = take_visit(x);
+	assert_true(v->follow == (rendezvous_rank("u3", three_workers, 3, "w1") < 2));
+	visit_free(v);
+	x->n->cfg.workers_n = 0;	/* the test's */
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
@@ -1185,7 +1261,7 @@ int main(void)
 		TEST(name_used_again), TEST(generation_to_come), TEST(removed_user),
 		TEST(drop_user), TEST(dropped_user_is_fed),
 		TEST(session_waits), TEST(session_does_not_wait_for_ever), TEST(session_without_a_copy),
-		TEST(session_alone), TEST(copy_is_stuck) };
+		TEST(session_alone), TEST(copy_is_stuck), TEST(without_a_copy) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

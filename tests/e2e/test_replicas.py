@@ -7,15 +7,16 @@ Needs root and what was built; see conftest.py.
 
 import itertools
 import os
+import shutil
 import urllib.parse
 
 import pytest
 
-from compare_lib import until
+from compare_lib import configure, until
 from crdtlib import in_netns
 from crdtcluster import status
 from imap_lib import Client, look, message
-from test_login import poll, refused, shown
+from test_login import poll, refused, shown, state_dir
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.allows_errors]
 WORKERS = ("w1", "w2", "w3")
@@ -211,3 +212,62 @@ def test_home_dies(cluster, user):
     cluster.wait()
     assert shown(cluster, home, user, "INBOX") == [MAILS - MAILS // 3 + 1]
     assert mail_files(cluster, third, user) == []
+
+
+def test_other_settings(cluster, user):
+    """A worker that is to have him from now on fetches his mail, and keeps it when it is not."""
+    home, standby, third = order_of(user)
+    fill(cluster, home, user, 9)
+    cluster.wait()
+    assert asked(cluster, third, user)["copy"] == "none"
+    configure(cluster, third, "crdt_replicas", "3")
+    until(lambda: asked(cluster, third, user)["copy"] == "standby")
+    cluster.wait()
+    assert look(cluster, third, user).mails() == look(cluster, home, user).mails()
+    configure(cluster, third, "crdt_replicas", "2")
+    until(lambda: asked(cluster, third, user)["copy"] == "guest")
+    cluster.deliver(standby, user, message("more"))
+    cluster.wait()
+    assert shown(cluster, third, user, "INBOX", "f") == [7, 3]
+
+
+def test_lost_database(cluster, user):
+    """The third worker has the state again, and no copy; a guest's copy is found on its disk."""
+    home, _, third = order_of(user)
+    guest = next(each for each in USERS[20:] if order_of(each)[2] == third)
+    for each in (user, guest):
+        fill(cluster, home if each == user else order_of(each)[0], each, 9)
+    cluster.wait()
+    poll(cluster, third, guest, ("INBOX", "f"), [6, 3])
+    cluster.wait()
+    with Client.login(cluster, third, guest) as client:
+        client.do("append INBOX there")
+    cluster.wait()
+    cluster.kill(third)
+    shutil.rmtree(os.path.join(state_dir(cluster, third), "db"))
+    with Client.login(cluster, home, user) as client:
+        client.do("expunge INBOX m1")
+    with Client.login(cluster, order_of(guest)[0], guest) as client:
+        client.do("expunge INBOX m1")
+    cluster.start(third)
+    until(lambda: asked(cluster, third, guest).get("copy") == "guest")
+    cluster.wait()
+    assert asked(cluster, third, user)["copy"] == "none"
+    assert mail_files(cluster, third, user) == []
+    assert shown(cluster, third, guest, "INBOX", "f") == [6, 3]
+    nothing_kept(cluster, user, *WORKERS)
+    nothing_kept(cluster, guest, *WORKERS)
+
+
+def test_bad_settings(cluster):
+    """crdt-sync says what is wrong, and does not start."""
+    for name, value, text in (("crdt_workers", "w1 w2", "does not name w3"),
+                              ("crdt_workers", "w1 w2 w3 w1", "none twice"),
+                              ("crdt_replicas", "some", "on how many workers")):
+        good = {"crdt_workers": " ".join(WORKERS), "crdt_replicas": "2"}[name]
+        before = len(cluster.log("w3"))
+        configure(cluster, "w3", name, value)
+        # pylint: disable=cell-var-from-loop
+        until(lambda: text in cluster.log("w3")[before:])
+        configure(cluster, "w3", name, good)
+    cluster.wait()

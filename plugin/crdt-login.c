@@ -33,7 +33,7 @@ static enum copy copy_here(struct crdt_user *cuser)
 }
 
 /* TRUE: it may begin. */
-static bool is_ready(struct crdt_user *cuser, enum copy here, bool *alone_r)
+static bool is_ready(struct crdt_user *cuser, enum copy here, bool *alone_r, bool *cold_r)
 {
 	int64_t end = crdt_ask_now() + cuser->set.login_wait_secs * 1000;
 	const char *answer;
@@ -50,6 +50,7 @@ static bool is_ready(struct crdt_user *cuser, enum copy here, bool *alone_r)
 				*alone_r = TRUE;
 				return TRUE;
 			}
+			*cold_r = strcmp(answer, "ready\tok=0\tcold=1") == 0;
 			return strcmp(answer, "ready\tok=1") == 0;
 		case CRDT_ASK_NOBODY:
 			*alone_r = TRUE;
@@ -68,19 +69,21 @@ static bool is_ready(struct crdt_user *cuser, enum copy here, bool *alone_r)
 void crdt_login_begin(struct crdt_user *cuser)
 {
 	enum copy here;
-	bool ready, alone = FALSE;
+	bool ready, alone = FALSE, cold = FALSE;
 
 	if (cuser->set.mode != CRDT_MODE_ON)
 		return;
 	T_BEGIN {
 		here = copy_here(cuser);
-		ready = (here == COPY_COMPLETE && cuser->set.login_wait_secs == 0) || is_ready(cuser, here, &alone);
+		/* (with crdt_replicas a complete copy may be one of when there was nothing else) */
+		ready = (here == COPY_COMPLETE && cuser->set.login_wait_secs == 0 && cuser->set.replicas == 0) ||
+			is_ready(cuser, here, &alone, &cold);
 	} T_END;
 	if (ready) {
 		cuser->is_new = here == COPY_NONE && !alone;
 		return;
 	}
-	if (here == COPY_COMPLETE) {
+	if (here == COPY_COMPLETE && !cold) {
 		e_debug(cuser->user->event, "crdt: Changes of others may not be here yet");
 		return;
 	}

@@ -80,6 +80,11 @@ static bool parse_login_wait(const char *value, struct crdt_settings *set)
 		set->login_wait_secs <= CRDT_LOGIN_WAIT_SECS_MAX;
 }
 
+static bool parse_replicas(const char *value, struct crdt_settings *set)
+{
+	return str_to_uint(value, &set->replicas) == 0 && set->replicas <= CRDT_SLOTS;
+}
+
 static bool parse_generation(const char *value, struct crdt_settings *set)
 {
 	return str_to_uint32(value, &set->generation) == 0;
@@ -97,6 +102,7 @@ static const struct crdt_setting settings[] = {
 	{ "crdt_ack_timeout", CRDT_DEFAULT_ACK_TIMEOUT, "a time from 1 to 45 seconds, such as 5 secs", parse_ack_timeout },
 	{ "crdt_ack_fail", "ok", "ok or tempfail", parse_ack_fail },
 	{ "crdt_login_wait", CRDT_DEFAULT_LOGIN_WAIT, "a time from 0 to 45 seconds, such as 2 secs", parse_login_wait },
+	{ "crdt_replicas", CRDT_DEFAULT_REPLICAS, "a number from 0 to 64", parse_replicas },
 	{ "crdt_generation", CRDT_DEFAULT_GENERATION, "a number from 0 to 4294967295", parse_generation },
 };
 

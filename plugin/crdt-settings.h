@@ -28,6 +28,7 @@ struct crdt_settings {
 	bool ack_tempfail;		/* and is an error if none has the change after */
 	unsigned int ack_secs;
 	unsigned int login_wait_secs;	/* 0: never */
+	unsigned int replicas;		/* crdt_replicas; 0: this worker has all users */
 	uint32_t generation;		/* of the user's name */
 };
 

@@ -125,7 +125,7 @@ void node_copy_visited(struct user *u, const struct visit *v)
 
 /* ---- sessions ---- */
 
-static int64_t ready_answer(struct node_question *q, bool ok, bool alone)
+static int64_t ready_answer(struct node_question *q, bool ok, bool alone, bool cold)
 {
 	struct crdt_buf out = CRDT_BUF_INIT;
 
@@ -133,6 +133,8 @@ static int64_t ready_answer(struct node_question *q, bool ok, bool alone)
 	status_uint(&out, "ok", ok ? 1 : 0);
 	if (alone)
 		status_uint(&out, "alone", 1);
+	if (cold)
+		status_uint(&out, "cold", 1);
 	status_end(&out);
 	node_question_answer(q, &out);
 	return INT64_MAX;
@@ -199,17 +201,26 @@ static bool is_new_alone(struct node_question *q)
 	return !p.behind && !p.foreign;
 }
 
+/* Whatever his journal says, there is more than is here. */
+static bool is_cold(struct node_question *q)
+{
+	struct replica_peek p;
+
+	peek(q, &p);
+	return p.cold;
+}
+
 int64_t node_ready_run(struct node_question *q)
 {
 	struct node *n = q->n;
 
 	if (is_ready(q))
-		return ready_answer(q, true, false);
+		return ready_answer(q, true, false, false);
 	if (q->due > n->now)
 		return q->due;
 	if (!is_up(n) && n->vain_until == 0)
 		n->vain_until = n->now + NODE_VAIN_MSECS;
-	return is_new_alone(q) ? ready_answer(q, true, true) : ready_answer(q, false, false);
+	return is_new_alone(q) ? ready_answer(q, true, true, false) : ready_answer(q, false, false, is_cold(q));
 }
 
 void node_ready_visited(struct node_question *q, const struct visit *v)
@@ -234,7 +245,7 @@ void node_ready(struct node *n, int64_t now, const char *user, enum node_copy he
 	q->due = now + msecs;
 	/* Whoever asks may name anybody. */
 	if (n->users_n >= NODE_USERS_MAX && node_user_find(n, user, node_local_gen(n, user)) == NULL) {
-		(void)ready_answer(q, false, false);
+		(void)ready_answer(q, false, false, false);
 		return;
 	}
 	node_question_of(q, node_user(n, user, node_local_gen(n, user)));

@@ -196,7 +196,8 @@ enum node_copy {
  * A session of the user begins and waits until what the daemons have of him is shown here:
  * `ready ok=1`; or after msecs `ready ok=0`.  It may begin all the same if the copy is
  * complete: that is only late.  alone=1, with ok=1: there is nothing of him here, and no
- * daemon to ask whether that is all.
+ * daemon to ask whether that is all.  cold=1, with ok=0: with crdt_replicas there was no copy
+ * here until now, so it is not complete whatever the mail process takes it for.
  */
 void node_ready(struct node *n, int64_t now, const char *user, enum node_copy here, int64_t msecs,
 		node_answer *done, void *ctx, struct node_question **q_r);

@@ -26,8 +26,10 @@ void replica_peek(struct store *s, unsigned slot, const char *user, uint32_t gen
 		for (unsigned i = 0; i < sizeof(late_rows) && !p_r->behind; i++)
 			p_r->behind = rows_any(&rows.rows, late_rows[i]);
 		crdt_vv_get_merged(&rows.rows, &vv);
-		if (vv.n > 0 && replica_copy_is_none(&rows.rows))
-			p_r->behind = true;
+		if (vv.n > 0) {
+			p_r->behind = p_r->behind || follow_get(&rows.rows) == FOLLOW_NO_COPY;
+			p_r->cold = follow_get(&rows.rows) != FOLLOW_COPY;
+		}
 		/* a look for changes leaves rows of everybody */
 		p_r->known = p_r->behind || vv.n > 0;
 		for (uint32_t i = 0; i < vv.n; i++)
@@ -51,7 +53,7 @@ uint64_t replica_left(struct replica *r, bool *held_r)
 
 bool replica_is_incomplete(const struct replica *r)
 {
-	return r->ms != NULL && r->ms->incomplete;
+	return r->cold || (r->ms != NULL && r->ms->incomplete);
 }
 
 bool replica_surveyed(struct replica *r)
@@ -86,8 +88,13 @@ enum replica_progress replica_complete(struct replica *r, bool anyway, bool *com
 			return REPLICA_LATER;
 		}
 		r->ms->incomplete = false;
-		replica_log(r, 2, "this copy is complete now");
+	} else if (!r->cold) {
+		*complete_r = true;
+		return REPLICA_DONE;
 	}
+	if (follow_complete(r, error_r) < 0)
+		return REPLICA_FAILED;
+	replica_log(r, 2, "this copy is complete now");
 	*complete_r = true;
 	return REPLICA_DONE;
 }

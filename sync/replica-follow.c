@@ -9,27 +9,53 @@
  *
  * When a copy is wanted after all, because the user is here or this worker has become one of his,
  * all of the state is dirty from then on, and nothing of it was seen by anybody here: as after a
- * state that a storage daemon sent.
+ * state that a storage daemon sent.  Until all of it is shown the row remains, and no session
+ * begins, whatever the journal says: it, or an empty mail store from before the plugin, may have
+ * been complete at a time when there was nothing else.
  */
 #include <stdlib.h>
 #include <string.h>
 #include "replica-private.h"
 #include "../storage-daemon/dropped.h"
 
-static const char no_copy_key = ROW_NO_COPY;
+static const char row_key = ROW_NO_COPY;
 
-bool replica_copy_is_none(struct crdt_rows *rows)
+enum follow_copy follow_get(struct crdt_rows *rows)
 {
 	struct crdt_buf v = CRDT_BUF_INIT;
-	bool found = rows->get(rows, &no_copy_key, 1, &v);
+	enum follow_copy copy = FOLLOW_COPY;
 
+	if (rows->get(rows, &row_key, 1, &v))
+		copy = v.len == 1 && v.data[0] == 1 ? FOLLOW_BEGUN : FOLLOW_NO_COPY;
 	crdt_buf_free(&v);
-	return found;
+	return copy;
+}
+
+static void follow_put(struct replica *r, bool begun)
+{
+	const uint8_t value = begun ? 1 : 0;
+
+	rrows(r)->put(rrows(r), &row_key, 1, &value, 1);
 }
 
 void follow_load(struct replica *r)
 {
-	r->no_copy = replica_copy_is_none(rrows(r));
+	enum follow_copy copy = follow_get(rrows(r));
+
+	r->no_copy = copy == FOLLOW_NO_COPY;
+	r->cold = copy == FOLLOW_BEGUN;
+}
+
+int follow_complete(struct replica *r, char **error_r)
+{
+	if (!r->cold)
+		return 0;
+	(void)replica_txn_begin(r);
+	rrows(r)->del(rrows(r), &row_key, 1);
+	if (replica_txn_commit(r, false, error_r) < 0)
+		return -1;
+	r->cold = false;
+	return 0;
 }
 
 bool replica_has_copy(const struct replica *r)
@@ -60,7 +86,7 @@ bool replica_copy_is_known(struct store *s, const char *user, uint32_t gen)
 	if (id != 0 && !dropped_is(t, id)) {
 		store_rows_init(&rows, t, id);
 		crdt_vv_get_merged(&rows.rows, &vv);
-		known = vv.n > 0 && !replica_copy_is_none(&rows.rows);
+		known = vv.n > 0 && follow_get(&rows.rows) != FOLLOW_NO_COPY;
 	}
 	store_abort(&t);
 	return known;
@@ -79,14 +105,16 @@ static int begin(struct replica *r, char **error_r)
 	struct crdt_vv dots;
 
 	(void)replica_txn_begin(r);
-	rrows(r)->del(rrows(r), &no_copy_key, 1);
+	follow_put(r, true);
 	r->no_copy = false;
 	all_dots(replica_vv(r), &dots);
 	replica_mark_all(r, &dots);
-	if (replica_txn_commit(r, false, error_r) == 0)
-		return 0;
-	r->no_copy = true;
-	return -1;
+	if (replica_txn_commit(r, false, error_r) < 0) {
+		r->no_copy = true;
+		return -1;
+	}
+	r->cold = true;
+	return 0;
 }
 
 int replica_follow(struct replica *r, bool follow, bool *began_r, char **error_r)
@@ -104,7 +132,7 @@ int replica_follow(struct replica *r, bool follow, bool *began_r, char **error_r
 		store_abort(&r->txn);	/* what is here is kept up to date */
 		return 0;
 	}
-	rrows(r)->put(rrows(r), &no_copy_key, 1, "", 0);
+	follow_put(r, false);
 	if (replica_txn_commit(r, false, error_r) < 0)
 		return -1;
 	r->no_copy = true;

@@ -32,7 +32,7 @@
 #define ROW_LAST_RECORD 'r'	/* mailbox guid: its last record of the journal */
 #define ROW_REFUSED 'g'		/* origin(be64), seq(be64): op for which the state has no room now */
 #define ROW_OBSERVED '0'	/* -: whether he is only observed, and what there is; kind: how many changes (letters are used up) */
-#define ROW_NO_COPY '2'		/* -: this worker has no copy of his mail (replica-follow.c) */
+#define ROW_NO_COPY '2'		/* -: whether there is a copy of his mail (replica-follow.c) */
 #define ROW_EXTRA 'x'		/* mailbox guid, uid(be32): a second record of a mail, to be removed */
 /* What differs from the mail store; values: the dots that are not applied. */
 #define ROW_DIRTY_FOLDER 'f'
@@ -99,6 +99,7 @@ struct replica {
 	bool refused_logged;
 	bool observing;			/* nothing is applied, crdt_mode being observe */
 	bool no_copy;			/* only the state is followed */
+	bool cold;			/* until now: the copy was not complete yet */
 	bool observed_news;		/* the journal told of observed changes */
 	bool ms_used;			/* by an earlier visit: what it says of the mode is of then */
 	/* Claims and floors that are due: made into ops before the commit. */
@@ -269,8 +270,10 @@ void observe_record(struct replica *r, const struct crdt_observed *o);
 void observe_status(struct replica *r, struct replica_observed *o_r);
 
 /* replica-follow.c: within a transaction */
+enum follow_copy { FOLLOW_COPY, FOLLOW_NO_COPY, FOLLOW_BEGUN /* it was never complete */ };
+enum follow_copy follow_get(struct crdt_rows *rows);
 void follow_load(struct replica *r);
-bool replica_copy_is_none(struct crdt_rows *rows);	/* so a row says */
+int follow_complete(struct replica *r, char **error_r);	/* not within one; 0 or -1 */
 
 /* replica-journal.c */
 int replica_journal_record(struct replica *r, const struct ms_record *rec);

@@ -171,18 +171,18 @@ void replica_applied_vv(struct replica *r, struct crdt_vv *vv_r);
 bool replica_collect(struct replica *r, const struct crdt_vv *stable);
 
 /* A look without an engine, at what is in the database.  known: there was an op of him.  behind: something of what came
- * is not shown yet.  foreign: others made some of it. */
-struct replica_peek { bool known, behind, foreign; };
+ * is not shown yet.  foreign: others made some of it.  cold: crdt_replicas; there is no copy, or none that ever was complete. */
+struct replica_peek { bool known, behind, foreign, cold; };
 void replica_peek(struct store *s, unsigned slot, const char *user, uint32_t gen, struct replica_peek *p_r);
 /* Counts what is not shown yet.  held_r: nothing but mails that wait for a UID. */
 uint64_t replica_left(struct replica *r, bool *held_r);
-bool replica_is_incomplete(const struct replica *r);	/* so the journal said when it was read last */
+bool replica_is_incomplete(const struct replica *r);	/* so the journal said when it was read last, or the copy began since */
 /* Whether the mail store was looked through since this was asked last. */
 bool replica_surveyed(struct replica *r);
 /*
  * The daemons have been heard to the end, and the mail store was looked through since there is
  * a journal (it may be a new one, in place of one that was lost with the mail).  If it shows
- * all there is, the copy is complete, and the journal says so from now on.  anyway: what is left will not come.  REPLICA_DONE or REPLICA_LATER.
+ * all there is, the copy is complete, and the journal says so from now on.  anyway: what is left will not come.  REPLICA_DONE, _LATER or _FAILED.
  */
 enum replica_progress replica_complete(struct replica *r, bool anyway, bool *complete_r, char **error_r);
 

@@ -421,9 +421,14 @@ static void judge(struct run *run)
 		return;
 	v->incomplete = replica_is_incomplete(run->r);
 	v->surveyed = replica_surveyed(run->r);
-	if (v->applied && v->fed && v->progress != REPLICA_AGAIN && (!v->incomplete || v->looked || v->surveyed) &&
-	    replica_complete(run->r, v->anyway, &v->complete, &error) == REPLICA_LATER)
-		mail_trouble(v, error);
+	if (v->applied && v->fed && v->progress != REPLICA_AGAIN && (!v->incomplete || v->looked || v->surveyed)) {
+		enum replica_progress ret = replica_complete(run->r, v->anyway, &v->complete, &error);
+
+		if (ret == REPLICA_LATER)
+			mail_trouble(v, error);
+		else if (ret == REPLICA_FAILED)
+			failed(v, error);
+	}
 	v->incomplete = replica_is_incomplete(run->r);
 	if (v->incomplete && v->applied && v->progress != REPLICA_AGAIN)
 		v->left = replica_left(run->r, &v->held);

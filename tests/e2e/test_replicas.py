@@ -197,6 +197,26 @@ def test_mail_from_before_the_plugin_at_the_third(cluster, user):
         assert shown(cluster, node, user, "INBOX") == [1]
 
 
+def test_empty_mail_store_from_before_the_plugin(cluster, user):
+    """It was complete when nobody had anything else, and is not now."""
+    home, _, third = order_of(user)
+    cluster.doveadm(third, "-o", "mail_plugins=", "save", "-u", user, "-m", "INBOX", stdin=message("a"))
+    cluster.doveadm(third, "-o", "mail_plugins=", "expunge", "-u", user, "mailbox", "INBOX", "all")
+    fill(cluster, home, user, 9)
+    cluster.wait()
+    assert asked(cluster, third, user)["copy"] == "none"
+    with cluster.partition(third):
+        until(lambda: not any(cluster.status(third, "node").peers.values()))
+        for _ in range(2):
+            assert refused(cluster, third, user)
+    poll(cluster, third, user, ("INBOX", "f"), [6, 3])
+    cluster.wait()
+    # it is complete now, whoever can be asked
+    with cluster.partition(third):
+        until(lambda: not any(cluster.status(third, "node").peers.values()))
+        assert shown(cluster, third, user, "INBOX", "f") == [6, 3]
+
+
 def test_home_dies(cluster, user):
     """The standby has all that was acknowledged."""
     home, standby, third = order_of(user)

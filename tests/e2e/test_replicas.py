@@ -8,17 +8,21 @@ Needs root and what was built; see conftest.py.
 import itertools
 import os
 import shutil
+import subprocess
 import urllib.parse
 
 import pytest
 
 from compare_lib import configure, until
-from crdtlib import in_netns
+from crdtlib import TOP, in_netns
 from crdtcluster import status
 from imap_lib import Client, look, message
 from test_login import poll, refused, shown, state_dir
+from watch_lib import first_login
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.allows_errors]
+LUA = subprocess.run([os.path.join(TOP, "scripts", "chroot-2.4"), "path"], capture_output=True, text=True,
+                     check=True).stdout.strip() + "/usr/lib/dovecot/modules/auth/libauthdb_lua.so"
 WORKERS = ("w1", "w2", "w3")
 USERS = [f"u{i}" for i in range(1, 31)]
 NUMBERS = itertools.count()
@@ -291,3 +295,32 @@ def test_bad_settings(cluster):
         until(lambda: text in cluster.log("w3")[before:])
         configure(cluster, "w3", name, good)
     cluster.wait()
+
+
+@pytest.mark.skipif(not os.path.exists(LUA), reason="needs scripts/chroot-2.4 make")
+def test_proxy_goes_to_the_standby(own_cluster):
+    """The worker of a user dies: crdt-watch and the proxy take him to the one that has his
+    mail, where he is not refused; nobody else gets a copy."""
+    cluster = own_cluster(workers=len(WORKERS), users=12, replicas=2, proxies=1)
+    users = USERS[:12]
+    for user in users:
+        cluster.deliver("p1", user, message("a"))
+        with Client(cluster.imap("p1", user)) as client:
+            client.do("append INBOX b")
+    cluster.wait()
+    for user in users:
+        copies = [asked(cluster, node, user)["copy"] for node in order_of(user)]
+        assert copies == ["home", "standby", "none"]
+    dead = "w1"
+    theirs = [user for user in users if order_of(user)[0] == dead]
+    assert theirs
+    cluster.kill(dead)
+    for user in theirs:
+        first_login(cluster, user, "p1")
+        assert shown(cluster, order_of(user)[1], user, "INBOX") == [3]
+    cluster.start(dead)
+    cluster.wait()
+    for user in users:
+        copies = [asked(cluster, node, user)["copy"] for node in order_of(user)]
+        assert copies == ["home", "standby", "none"]
+        assert mail_files(cluster, order_of(user)[2], user) == []

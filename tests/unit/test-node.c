@@ -1179,6 +1179,28 @@ static void copy_is_stuck(void **state)
 
 /* ---- crdt_replicas ---- */
 
+/* There was no copy until now: what is here is none, whatever it looks like. */
+static void session_cold(void **state)
+{
+	struct fix *x = *state;
+	struct visit *v;
+
+	run(x);		/* nobody is there who would be looked at after a start */
+	put_row(x, "u", "2", true);
+	ready(x, "u", NODE_COPY_COMPLETE, 1000);
+	waits(x);
+	v = take_visit(x);
+	assert_true(v->apply && v->follow);
+	applies(x, v, false);
+	waits(x);
+	x->now += 1000;
+	answered(x, "ready\tok=0\tcold=1\n");
+	/* it is complete */
+	put_row(x, "u", "2", false);
+	ready(x, "u", NODE_COPY_COMPLETE, 1000);
+	answered(x, "ready\tok=1\n");
+}
+
 static const char *const three_workers[] = { "w1", "w2", "w3" };
 
 /* A user of whom w1 is not to have the mail: the n-th. */
@@ -1261,7 +1283,7 @@ int main(void)
 		TEST(name_used_again), TEST(generation_to_come), TEST(removed_user),
 		TEST(drop_user), TEST(dropped_user_is_fed),
 		TEST(session_waits), TEST(session_does_not_wait_for_ever), TEST(session_without_a_copy),
-		TEST(session_alone), TEST(copy_is_stuck), TEST(without_a_copy) };
+		TEST(session_alone), TEST(copy_is_stuck), TEST(session_cold), TEST(without_a_copy) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

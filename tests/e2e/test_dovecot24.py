@@ -146,7 +146,8 @@ def test_example_configuration(cluster):
     with open(os.path.join(TOP, "conf.d", "90-crdt-2.4.conf"), encoding="ascii") as file:
         example = re.sub(r"(?m)^#(crdt_\w+ =)", r"\1", file.read())
     names = re.findall(r"(?m)^(crdt_\w+) =", example)
-    assert len(names) == 15
+    with open(os.path.join(TOP, "plugin", "crdt-settings-24.c"), encoding="ascii") as file:
+        assert names == re.findall(r"\tDEF\(\w+, (\w+)\)", file.read())
     path = os.path.join(os.path.dirname(cluster.node("w2")["doveadm_config"]), "example.conf")
     with open(path, "w", encoding="ascii") as file:
         file.write("dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" + example)

@@ -45,18 +45,66 @@ static void hints_failed(struct row_hints *h)
 	h->rows.failed = h->rows.failed || h->base.rows.failed;
 }
 
+/* ---- rows that were read or written last ---- */
+
+static struct row_cached *cached_at(struct row_hints *h, const void *key, size_t n)
+{
+	const uint8_t *p = key;
+	uint32_t hash = 2166136261u;	/* FNV-1a */
+
+	for (size_t i = 0; i < n; i++)
+		hash = (hash ^ p[i]) * 16777619u;
+	return &h->cache[(hash ^ hash >> 16) % ROW_CACHE_SIZE];
+}
+
+static void cached_set(struct row_cached *c, const void *key, size_t klen, const void *val, size_t vlen, bool found)
+{
+	c->known = vlen <= ROW_CACHE_VALUE_MAX;
+	if (!c->known)
+		return;
+	key_set(&c->key, key, klen);
+	key_set(&c->val, val, vlen);
+	c->found = found;
+	if (c->key.failed || c->val.failed)
+		c->known = false;
+}
+
+static void cached_free(struct row_cached *c)
+{
+	c->known = false;
+	crdt_buf_free(&c->key);
+	crdt_buf_free(&c->val);
+}
+
+/* ---- what the engine calls ---- */
+
+static bool is_outside(const struct row_span *s, const void *key, size_t klen)
+{
+	return s->state == ROW_SPAN_NONE ||
+		(s->state == ROW_SPAN_SOME && (key_cmp(key, klen, s->low.data, s->low.len) < 0 ||
+					       key_cmp(key, klen, s->high.data, s->high.len) > 0));
+}
+
 static bool hints_get(struct crdt_rows *rows, const void *key, size_t klen, struct crdt_buf *val)
 {
 	struct row_hints *h = (struct row_hints *)rows;
 	struct row_span *s = span_of(h, key, klen);
+	struct row_cached *c;
+	size_t before = val->len;
 	bool found;
 
-	if (s != NULL && (s->state == ROW_SPAN_NONE ||
-			  (s->state == ROW_SPAN_SOME && (key_cmp(key, klen, s->low.data, s->low.len) < 0 ||
-							 key_cmp(key, klen, s->high.data, s->high.len) > 0))))
+	if (s != NULL && is_outside(s, key, klen))
 		return false;
+	c = cached_at(h, key, klen);
+	if (c->known && key_cmp(key, klen, c->key.data, c->key.len) == 0) {
+		if (c->found)
+			crdt_buf_raw(val, c->val.data, c->val.len);
+		return c->found;
+	}
 	found = h->base.rows.get(&h->base.rows, key, klen, val);
 	hints_failed(h);
+	if (!h->rows.failed && !val->failed)
+		cached_set(c, key, klen, found ? val->data + before : NULL, found ? val->len - before : 0, found);
 	return found;
 }
 
@@ -67,6 +115,7 @@ static void hints_put(struct crdt_rows *rows, const void *key, size_t klen, cons
 
 	h->written = true;
 	h->base.rows.put(&h->base.rows, key, klen, val, vlen);
+	cached_set(cached_at(h, key, klen), key, klen, val, vlen, true);
 	hints_failed(h);
 	if (s == NULL || s->state == ROW_SPAN_UNKNOWN)
 		return;
@@ -87,6 +136,7 @@ static void hints_del(struct crdt_rows *rows, const void *key, size_t klen)
 		return;
 	h->written = true;
 	h->base.rows.del(&h->base.rows, key, klen);
+	cached_set(cached_at(h, key, klen), key, klen, NULL, 0, false);
 	hints_failed(h);
 	if (s != NULL && s->state == ROW_SPAN_SOME && key_cmp(key, klen, s->low.data, s->low.len) == 0 &&
 	    key_cmp(key, klen, s->high.data, s->high.len) == 0)
@@ -164,6 +214,8 @@ static void hints_forget(struct row_hints *h)
 {
 	for (const char *q = queues; *q != '\0'; q++)
 		span_clear(&h->spans[(uint8_t)*q]);
+	for (unsigned i = 0; i < ROW_CACHE_SIZE; i++)
+		cached_free(&h->cache[i]);
 	h->written = false;
 }
 

@@ -20,8 +20,8 @@ static bool see(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, 
 {
 	struct seen *s = ctx;
 
-	s->n += (size_t)snprintf(s->text + s->n, sizeof(s->text) - s->n, "%.*s=%.*s\n", (int)klen, (const char *)key,
-				 (int)vlen, (const char *)val);
+	(void)val;
+	s->n += (size_t)snprintf(s->text + s->n, sizeof(s->text) - s->n, "%.*s=%zu\n", (int)klen, (const char *)key, vlen);
 	return ++s->rows != s->stop;
 }
 
@@ -67,12 +67,13 @@ static void compare_get(struct row_hints *h)
 
 static void step(struct row_hints *h)
 {
+	static const char values[2 * ROW_CACHE_VALUE_MAX];
 	char key[4];
 	size_t n = random_key(key);
 
 	switch (rand() % 5) {
 	case 0:
-		h->rows.put(&h->rows, key, n, key, n);
+		h->rows.put(&h->rows, key, n, values, rand() % 8 == 0 ? sizeof(values) : (size_t)(rand() % 9));
 		break;
 	case 1:
 		h->rows.del(&h->rows, key, n);

@@ -540,7 +540,8 @@ static int ms_trim(struct mailstore *ms, const struct ms_position *pos)
 		n = v->journal_n;
 	for (size_t i = 0; i < n; i++)
 		free(v->journal[i].p);
-	memmove(v->journal, v->journal + n, (v->journal_n - n) * sizeof(*v->journal));
+	if (n > 0)		/* (there may be no journal yet) */
+		memmove(v->journal, v->journal + n, (v->journal_n - n) * sizeof(*v->journal));
 	v->journal_n -= n;
 	v->journal_base += n;
 	return MS_OK;

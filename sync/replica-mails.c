@@ -264,7 +264,7 @@ struct slice {
 	struct replica *r;
 	replica_body_cb *body; void *body_ctx;
 	struct box b; bool have_box;
-	struct ms_cmd *cmds; size_t n;
+	struct ms_cmd *cmds; size_t n, room;
 	struct crdt_mail_key *keys;	/* by command */
 	uint32_t *uids;			/* where the shadow has it; 0 */
 	struct crdt_buf *key_bytes;
@@ -280,23 +280,47 @@ struct slice {
 	bool moved;			/* a row went to another place in the queue */
 };
 
+static bool slice_count(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)key;
+	(void)klen;
+	(void)val;
+	(void)vlen;
+	return ++*(size_t *)ctx < SLICE;
+}
+
+/* A command comes of a row.  Most slices are of one mail, and all of this for SLICE of them is 200 KiB. */
+static size_t slice_room(struct replica *r)
+{
+	static const char queues[] = { ROW_BY_CLAIM, ROW_EXTRA };
+	size_t n = 0;
+
+	for (unsigned i = 0; i < sizeof(queues) && n < SLICE; i++)
+		rrows(r)->scan(rrows(r), &queues[i], 1, NULL, 0, slice_count, &n);
+	return n;
+}
+
 static void slice_init(struct slice *s, struct replica *r, replica_body_cb *body, void *ctx, bool expunges)
 {
+	size_t n;
+
 	memset(s, 0, sizeof(*s));
+	s->room = slice_room(r);
+	n = s->room + 1;	/* (not 0) */
 	s->r = r;
 	s->body = body;
 	s->body_ctx = ctx;
 	s->expunges = expunges;
-	s->cmds = calloc(SLICE, sizeof(*s->cmds));
-	s->keys = calloc(SLICE, sizeof(*s->keys));
-	s->uids = calloc(SLICE, sizeof(*s->uids));
-	s->key_bytes = calloc(SLICE, sizeof(*s->key_bytes));
-	s->mails = calloc(SLICE, sizeof(*s->mails));
-	s->shadows = calloc(SLICE, sizeof(*s->shadows));
-	s->sources = calloc(SLICE, sizeof(*s->sources));
-	s->lists = calloc(SLICE, sizeof(*s->lists));
-	s->texts = calloc(SLICE, sizeof(*s->texts));
-	s->tried = calloc(SLICE, sizeof(*s->tried));
+	s->cmds = calloc(n, sizeof(*s->cmds));
+	s->keys = calloc(n, sizeof(*s->keys));
+	s->uids = calloc(n, sizeof(*s->uids));
+	s->key_bytes = calloc(n, sizeof(*s->key_bytes));
+	s->mails = calloc(n, sizeof(*s->mails));
+	s->shadows = calloc(n, sizeof(*s->shadows));
+	s->sources = calloc(n, sizeof(*s->sources));
+	s->lists = calloc(n, sizeof(*s->lists));
+	s->texts = calloc(n, sizeof(*s->texts));
+	s->tried = calloc(n, sizeof(*s->tried));
 	if (s->cmds == NULL || s->keys == NULL || s->uids == NULL || s->key_bytes == NULL || s->mails == NULL ||
 	    s->shadows == NULL || s->sources == NULL || s->lists == NULL || s->texts == NULL || s->tried == NULL)
 		abort();
@@ -304,7 +328,7 @@ static void slice_init(struct slice *s, struct replica *r, replica_body_cb *body
 
 static void slice_free(struct slice *s)
 {
-	for (size_t i = 0; i < SLICE; i++) {
+	for (size_t i = 0; i < s->room; i++) {
 		crdt_buf_free(&s->key_bytes[i]);
 		if (s->mails[i] != NULL)
 			crdt_mail_free(s->mails[i]);
@@ -649,7 +673,7 @@ static void slice_extras(struct slice *s)
 	const char first = ROW_EXTRA;
 	size_t n = row_keys(s->r, &first, 1, NULL, 0, keys, SLICE);
 
-	for (size_t i = 0; i < n && s->n < SLICE; i++) {
+	for (size_t i = 0; i < n && s->n < s->room; i++) {
 		struct crdt_reader rd = crdt_reader(keys[i].p + 1, keys[i].n - 1);
 		struct crdt_id guid;
 		struct shadow sh;
@@ -709,7 +733,7 @@ static void slice_row(struct slice *s, const struct row_key *row)
 
 static bool slice_is_full(const struct slice *s)
 {
-	return s->n == SLICE || s->waits >= SLICE_WAITS;
+	return s->n == s->room || s->waits >= SLICE_WAITS;
 }
 
 static void slice_rows(struct slice *s, const uint8_t *prefix, size_t plen)
@@ -746,7 +770,7 @@ static void slice_fill(struct slice *s)
 	/* (An add's row is among those of the mailbox that it is for; a removal's need not be.) */
 	if (!slice_is_full(s) && (s->n == 0 || s->expunges))
 		slice_rows(s, prefix, 1);
-	if (s->expunges && s->n < SLICE)
+	if (s->expunges && s->n < s->room)
 		slice_extras(s);
 	s->moved = s->moved || s->waits >= SLICE_WAITS;
 }

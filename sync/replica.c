@@ -918,7 +918,8 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 	}
 	/* What has to wait is asked for again when nothing else is left. */
 	if (ret == REPLICA_DONE && (more_mails || more_looks)) {
-		bool idle = later == NULL && !more_folders && is_idle(r);
+		/* (A look may have left records in the journal, which are read the next time.) */
+		bool idle = later == NULL && !more_folders && !more_looks && is_idle(r);
 
 		free(later);
 		return idle ? REPLICA_DONE : REPLICA_AGAIN;

@@ -12,6 +12,8 @@
 #include "mail-user.h"
 #include "mail-namespace.h"
 #include "mail-search-build.h"
+#include "mailbox-list-private.h"
+#include "mailbox-list-index.h"
 #include "mailbox-list-iter.h"
 #include "mail-storage-private.h"
 #include "crdt-private.h"
@@ -145,7 +147,8 @@ static int verify_box(struct verify *v, const struct mailbox_info *info)
 	struct crdt_verified *result;
 	struct mailbox_status status;
 	struct crdt_sum sum;
-	const char *path = crdt_path(box);
+	const char *path = crdt_path(box), *text;
+	enum mail_error error;
 	int ret = 0;
 
 	i_zero(&sum);
@@ -159,9 +162,18 @@ static int verify_box(struct verify *v, const struct mailbox_info *info)
 	result->text = "";
 	if (mailbox_open(box) < 0 || mailbox_sync(box, MAILBOX_SYNC_FLAG_FULL_READ) < 0 ||
 	    mailbox_get_status(box, STATUS_UIDVALIDITY, &status) < 0 || box_sum(box, v->texts, result, &sum) < 0) {
-		result->store = CRDT_VERIFY_UNKNOWN;
-		result->text = t_strdup(mailbox_get_last_internal_error(box, NULL));
-		ret = -1;
+		text = t_strdup(mailbox_get_last_internal_error(box, &error));
+		if (error == MAIL_ERROR_NOTFOUND) {
+			/* Dovecot's list index can go on naming one that is gone, until it is refreshed.
+			 * If the state has it, it is found to be missing. */
+			array_pop_back(v->result);
+			if (INDEX_LIST_CONTEXT(box->list) != NULL)
+				(void)mailbox_list_index_refresh_force(box->list);
+		} else {
+			result->store = CRDT_VERIFY_UNKNOWN;
+			result->text = text;
+			ret = -1;
+		}
 	} else {
 		box_compare(v, state_of(v, path), status.uidvalidity, &sum, result);
 	}

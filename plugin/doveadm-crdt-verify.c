@@ -140,6 +140,15 @@ static void box_compare(const struct verify *v, const struct crdt_line *state, u
 		result->store = CRDT_VERIFY_EQUAL;
 }
 
+static struct crdt_verified *result_add(struct verify *v, const char *path)
+{
+	struct crdt_verified *r = array_append_space(v->result);
+
+	r->path = path;
+	r->text = "";
+	return r;
+}
+
 static int verify_box(struct verify *v, const struct mailbox_info *info)
 {
 	struct mailbox *box = mailbox_alloc(info->ns->list, info->vname, MAILBOX_FLAG_READONLY | MAILBOX_FLAG_IGNORE_ACLS);
@@ -157,9 +166,7 @@ static int verify_box(struct verify *v, const struct mailbox_info *info)
 		mailbox_free(&box);
 		return 0;
 	}
-	result = array_append_space(v->result);
-	result->path = t_strdup(path);
-	result->text = "";
+	result = result_add(v, t_strdup(path));
 	if (mailbox_open(box) < 0 || mailbox_sync(box, MAILBOX_SYNC_FLAG_FULL_READ) < 0 ||
 	    mailbox_get_status(box, STATUS_UIDVALIDITY, &status) < 0 || box_sum(box, v->texts, result, &sum) < 0) {
 		text = t_strdup(mailbox_get_last_internal_error(box, &error));
@@ -217,15 +224,11 @@ static struct crdt_verified *result_of(struct verify *v, const char *path)
 static void verify_without_copy(struct verify *v)
 {
 	const struct crdt_line *line;
-	struct crdt_verified *r;
 
 	array_foreach(&v->here, line) {
 		if (strcmp(line->kind, "folder") != 0 || result_of(v, crdt_line_get(line, "path")) != NULL)
 			continue;
-		r = array_append_space(v->result);
-		r->path = crdt_line_get(line, "path");
-		r->store = CRDT_VERIFY_NONE;
-		r->text = "";
+		result_add(v, crdt_line_get(line, "path"))->store = CRDT_VERIFY_NONE;
 	}
 }
 
@@ -238,8 +241,7 @@ static void verify_missing(struct verify *v)
 	array_foreach(&v->here, line) {
 		if (strcmp(line->kind, "mailbox") != 0 || result_of(v, crdt_line_get(line, "path")) != NULL)
 			continue;
-		r = array_append_space(v->result);
-		r->path = crdt_line_get(line, "path");
+		r = result_add(v, crdt_line_get(line, "path"));
 		r->store = CRDT_VERIFY_DIFFERS;
 		r->text = t_strdup_printf("the mailbox is missing, recorded are %s mails", crdt_line_get(line, "mails"));
 	}
@@ -291,14 +293,12 @@ static int subscriptions_sum(struct mailbox_list *list, struct crdt_sum *sum, st
 /* A row of their own, the last one. */
 static struct crdt_verified *verify_subscriptions(struct verify *v, const struct crdt_line *state)
 {
-	struct crdt_verified *result = array_append_space(v->result);
+	struct crdt_verified *result = result_add(v, "(subscriptions)");
 	struct mail_namespace *ns;
 	struct crdt_sum sum;
 	uint8_t digest[32];
 
 	i_zero(&sum);
-	result->path = "(subscriptions)";
-	result->text = "";
 	if (v->no_copy) {
 		result->store = CRDT_VERIFY_NONE;
 		return result;
@@ -384,11 +384,8 @@ static void folder_differs(struct verify *v, const struct crdt_line *folder, con
 	const char *path = crdt_line_get(folder, "path");
 	struct crdt_verified *r = result_of(v, path);
 
-	if (r == NULL) {
-		r = array_append_space(v->result);
-		r->path = path;
-		r->text = "";
-	}
+	if (r == NULL)
+		r = result_add(v, path);
 	storage_says(r, CRDT_VERIFY_DIFFERS, t_strdup_printf("%s %s", storage, what));
 }
 

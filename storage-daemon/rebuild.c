@@ -119,13 +119,6 @@ static bool peer_row_get(struct store_txn *t, uint8_t first, const struct hub_pe
 	return found;
 }
 
-static bool any_cb(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
-{
-	(void)key; (void)klen; (void)val; (void)vlen;
-	*(bool *)ctx = true;
-	return false;
-}
-
 /* ---- members ---- */
 
 static bool is_member(const struct hub_peer *p)
@@ -257,7 +250,6 @@ static void missing_drop(struct hub *h, uint64_t user)
 static void slot_begin(struct hub *h, struct slot *s)
 {
 	uint8_t from[8], to[8];
-	bool rows = false;
 	char *error;
 	int i;
 
@@ -277,8 +269,8 @@ static void slot_begin(struct hub *h, struct slot *s)
 		from[i] = (uint8_t)(s->user.id >> (56 - 8 * i));
 		to[i] = (uint8_t)((s->user.id + 1) >> (56 - 8 * i));
 	}
-	store_scan(hub_txn(h), STORE_STATE, from, 8, NULL, 0, false, any_cb, &rows);
-	if (rows && store_erase(h->s, STORE_STATE, from, 8, to, 8, &error) < 0)
+	if (store_any(hub_txn(h), STORE_STATE, from, 8) &&
+	    store_erase(h->s, STORE_STATE, from, 8, to, 8, &error) < 0)
 		free(error);
 }
 
@@ -761,12 +753,11 @@ int hub_rebuild(struct store *s, char **error_r)
 	struct store_txn *t = store_begin(s);
 	struct crdt_buf val = CRDT_BUF_INIT;
 	uint8_t key = META_REBUILD, trimmed = META_TRIMMED, user = 'I', one = HUB_BASE_GSN;
-	bool data = false, begun;
+	bool data, begun;
 
 	begun = store_get(t, STORE_META, &key, 1, &val);
 	crdt_buf_free(&val);
-	store_scan(t, STORE_LOG, NULL, 0, NULL, 0, false, any_cb, &data);
-	store_scan(t, STORE_META, &user, 1, NULL, 0, false, any_cb, &data);
+	data = store_any(t, STORE_LOG, NULL, 0) || store_any(t, STORE_META, &user, 1);
 	if (begun || store_txn_failed(t)) {
 		store_abort(&t);
 		return begun ? 0 : -1;

@@ -365,13 +365,6 @@ static char *open_error_text(const char *path, const char *advice, const char *e
 	return text("%s: cannot open the database: %s", path, err);
 }
 
-static bool any_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
-{
-	(void)key; (void)klen; (void)val; (void)vlen;
-	*(bool *)ctx = true;
-	return false;
-}
-
 static int store_check_format(struct store *s, char **error_r)
 {
 	struct store_txn *t = store_begin(s);
@@ -397,7 +390,7 @@ static int store_check_format(struct store *s, char **error_r)
 	}
 	/* New; or made by a first start that was killed before this row. */
 	for (sp = 0; sp < STORE_SPACES; sp++)
-		store_scan(t, sp, NULL, 0, NULL, 0, false, any_row, &rows);
+		rows = rows || store_any(t, sp, NULL, 0);
 	if (store_txn_failed(t) || rows) {
 		store_abort(&t);
 		*error_r = damaged_text(s->path, s->advice, rows ?
@@ -866,6 +859,21 @@ void store_scan(struct store_txn *t, enum store_space sp, const void *prefix, si
 		const void *from, size_t flen, bool reverse, store_scan_cb *cb, void *ctx)
 {
 	scan(t, sp, prefix, plen, from, flen, NULL, 0, reverse, cb, ctx);
+}
+
+static bool any_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
+{
+	(void)key; (void)klen; (void)val; (void)vlen;
+	*(bool *)ctx = true;
+	return false;
+}
+
+bool store_any(struct store_txn *t, enum store_space sp, const void *prefix, size_t plen)
+{
+	bool any = false;
+
+	store_scan(t, sp, prefix, plen, NULL, 0, false, any_row, &any);
+	return any;
 }
 
 /* ---- rows of one user ---- */

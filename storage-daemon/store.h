@@ -78,6 +78,9 @@ void store_rows_init(struct store_rows *r, struct store_txn *t, uint64_t user_id
 void store_rows_scan(struct store_rows *r, const void *prefix, size_t plen, const void *from, size_t flen,
 		     const void *last, size_t llen, store_scan_cb *cb, void *ctx);
 
+/* Whether there is a row whose key starts with prefix. */
+bool store_any(struct store_txn *t, enum store_space sp, const void *prefix, size_t plen);
+
 /* Users: canonical name plus generation, numbered from 1 in order of first use.
  * 0: unknown (create == false). */
 uint64_t store_user_id(struct store_txn *t, const char *name, uint32_t gen, bool create);

@@ -10,23 +10,13 @@
 
 /* ---- status ---- */
 
-static bool any_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
-{
-	(void)key;
-	(void)klen;
-	(void)val;
-	(void)vlen;
-	*(bool *)ctx = true;
-	return false;
-}
-
 static bool any_kept(struct replica *r)
 {
 	struct crdt_buf k = CRDT_BUF_INIT;
-	bool any = false;
+	bool any;
 
 	kept_key(&k, KEPT_OP, r->id, (struct crdt_dot){ 0, 0 });
-	store_scan(r->txn, STORE_LOG, k.data, k.len - 16, NULL, 0, false, any_row, &any);
+	any = store_any(r->txn, STORE_LOG, k.data, k.len - 16);
 	crdt_buf_free(&k);
 	return any;
 }

@@ -280,24 +280,12 @@ struct slice {
 	bool moved;			/* a row went to another place in the queue */
 };
 
-static bool slice_count(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
-{
-	(void)key;
-	(void)klen;
-	(void)val;
-	(void)vlen;
-	return ++*(size_t *)ctx < SLICE;
-}
-
 /* A command comes of a row.  Most slices are of one mail, and all of this for SLICE of them is 200 KiB. */
 static size_t slice_room(struct replica *r)
 {
-	static const char queues[] = { ROW_BY_CLAIM, ROW_EXTRA };
-	size_t n = 0;
+	uint64_t n = replica_rows_upto(r, ROW_BY_CLAIM, SLICE) + replica_rows_upto(r, ROW_EXTRA, SLICE);
 
-	for (unsigned i = 0; i < sizeof(queues) && n < SLICE; i++)
-		rrows(r)->scan(rrows(r), &queues[i], 1, NULL, 0, slice_count, &n);
-	return n;
+	return n < SLICE ? (size_t)n : SLICE;
 }
 
 static void slice_init(struct slice *s, struct replica *r, replica_body_cb *body, void *ctx, bool expunges)

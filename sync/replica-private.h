@@ -124,6 +124,7 @@ static inline struct crdt_rows *rrows(struct replica *r) { return &r->hints.rows
 
 /* replica.c */
 uint64_t replica_rows_count(struct replica *r, char first);
+uint64_t replica_rows_upto(struct replica *r, char first, uint64_t max);	/* counts no further; max > 0 */
 bool rows_any(struct crdt_rows *rows, char first);	/* whether there is such a row */
 int replica_txn_begin(struct replica *r);
 int replica_txn_commit(struct replica *r, bool sync, char **error_r);

@@ -267,22 +267,30 @@ static enum crdt_merge_result merge(struct replica *r, const struct crdt_op *op,
 	return res;
 }
 
+struct count { uint64_t n, max; };
+
 static bool count_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
 {
+	struct count *c = ctx;
+
 	(void)key;
 	(void)klen;
 	(void)val;
 	(void)vlen;
-	++*(uint64_t *)ctx;
-	return true;
+	return ++c->n < c->max;
+}
+
+uint64_t replica_rows_upto(struct replica *r, char first, uint64_t max)
+{
+	struct count c = { 0, max };
+
+	rrows(r)->scan(rrows(r), &first, 1, NULL, 0, count_row, &c);
+	return c.n;
 }
 
 uint64_t replica_rows_count(struct replica *r, char first)
 {
-	uint64_t n = 0;
-
-	rrows(r)->scan(rrows(r), &first, 1, NULL, 0, count_row, &n);
-	return n;
+	return replica_rows_upto(r, first, UINT64_MAX);
 }
 
 /* ---- ops that are refused ---- */
@@ -768,7 +776,8 @@ static int outbound_slice(struct replica *r, char **error_r)
 		replica_txn_abort(r);
 		return REPLICA_OUTBOUND_LATER;
 	}
-	positions_load(r);
+	if (o.n > 0)
+		positions_load(r);
 	if (res == MS_FAIL)		/* a journal was damaged: who knows what it had */
 		compare_survey_due(r);
 	/* None at all: the home may be away, and its records must not be read twice. */

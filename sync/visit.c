@@ -196,6 +196,15 @@ static void mail_trouble(struct visit *v, char *error)
 	v->error = error;
 }
 
+/* What the engine could not do.  Takes error. */
+static void note_trouble(struct visit *v, enum replica_progress progress, char *error)
+{
+	if (progress == REPLICA_LATER)
+		mail_trouble(v, error);
+	else if (progress == REPLICA_FAILED)
+		failed(v, error);
+}
+
 static bool read_journal(struct run *run)
 {
 	char *error = NULL;
@@ -334,10 +343,8 @@ static void apply(struct run *run)
 	run->texts = NULL;
 	run->texts_n = run->texts_cap = 0;
 
-	if (v->progress == REPLICA_FAILED)
-		failed(v, error);
-	else if (v->progress == REPLICA_LATER)
-		mail_trouble(v, error);
+	if (v->progress == REPLICA_FAILED || v->progress == REPLICA_LATER)
+		note_trouble(v, v->progress, error);
 	else
 		free(error);
 	/* also when a folder has to wait: the mails of others may only lack a text; and
@@ -365,19 +372,10 @@ static bool note_mode(struct run *run)
 
 static void measure(struct run *run)
 {
-	struct visit *v = run->v;
 	char *error = NULL;
+	enum replica_progress progress = replica_measure(run->r, run->v->survey, &error);
 
-	switch (replica_measure(run->r, v->survey, &error)) {
-	case REPLICA_LATER:
-		mail_trouble(v, error);
-		break;
-	case REPLICA_FAILED:
-		failed(v, error);
-		break;
-	default:
-		break;
-	}
+	note_trouble(run->v, progress, error);
 }
 
 /* Returns false if the database failed. */
@@ -396,19 +394,10 @@ static bool note_follow(struct run *run)
 
 static void find_copy(struct run *run)
 {
-	struct visit *v = run->v;
 	char *error = NULL;
+	enum replica_progress progress = replica_find_copy(run->r, &run->v->copy_found, &error);
 
-	switch (replica_find_copy(run->r, &v->copy_found, &error)) {
-	case REPLICA_LATER:
-		mail_trouble(v, error);
-		break;
-	case REPLICA_FAILED:
-		failed(v, error);
-		break;
-	default:
-		break;
-	}
+	note_trouble(run->v, progress, error);
 }
 
 /* After applying: is this all that there is? */
@@ -422,12 +411,9 @@ static void judge(struct run *run)
 	v->incomplete = replica_is_incomplete(run->r);
 	v->surveyed = replica_surveyed(run->r);
 	if (v->applied && v->fed && v->progress != REPLICA_AGAIN && (!v->incomplete || v->looked || v->surveyed)) {
-		enum replica_progress ret = replica_complete(run->r, v->anyway, &v->complete, &error);
+		enum replica_progress progress = replica_complete(run->r, v->anyway, &v->complete, &error);
 
-		if (ret == REPLICA_LATER)
-			mail_trouble(v, error);
-		else if (ret == REPLICA_FAILED)
-			failed(v, error);
+		note_trouble(v, progress, error);
 	}
 	v->incomplete = replica_is_incomplete(run->r);
 	if (v->incomplete && v->applied && v->progress != REPLICA_AGAIN)

@@ -18,7 +18,7 @@ import pytest
 
 from crdtlib import TOP, CommandFailed
 from imap_lib import Client, look, message
-from watch_lib import WatchLog, first_login, mail_of_all, until
+from watch_lib import WatchLog, first_login, mail_of_all, rendezvous, until
 
 CHROOT = subprocess.run([os.path.join(TOP, "scripts", "chroot-2.4"), "path"], capture_output=True,
                         text=True, check=True).stdout.strip()
@@ -40,15 +40,8 @@ def fixture_cluster(new_cluster):
 
 
 def home_of(user, workers=WORKERS):
-    """The worker that a user belongs to, of those in use: doc/FORMATS.md, anew."""
-    def score(worker):
-        value, mask = 0xcbf29ce484222325, 2 ** 64 - 1
-        for byte in user.encode() + b"\0" + worker.encode():
-            value = (value ^ byte) * 0x100000001b3 & mask
-        for factor in (0xff51afd7ed558ccd, 0xc4ceb9fe1a85ec53):
-            value = (value ^ value >> 33) * factor & mask
-        return value ^ value >> 33
-    return max(workers, key=score)
+    """The worker that a user belongs to, of those in use."""
+    return rendezvous(user, workers)[0]
 
 
 def users_of(worker, workers=WORKERS):

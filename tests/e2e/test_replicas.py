@@ -18,7 +18,7 @@ from crdtlib import TOP, in_netns
 from crdtcluster import status
 from imap_lib import Client, look, message
 from test_login import poll, refused, shown, state_dir
-from watch_lib import first_login
+from watch_lib import first_login, rendezvous
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.allows_errors]
 LUA = subprocess.run([os.path.join(TOP, "scripts", "chroot-2.4"), "path"], capture_output=True, text=True,
@@ -30,15 +30,7 @@ MAILS = 60
 
 
 def order_of(user):
-    """The workers in the user's order: doc/FORMATS.md, anew."""
-    def score(worker):
-        value, mask = 0xcbf29ce484222325, 2 ** 64 - 1
-        for byte in user.encode() + b"\0" + worker.encode():
-            value = (value ^ byte) * 0x100000001b3 & mask
-        for factor in (0xff51afd7ed558ccd, 0xc4ceb9fe1a85ec53):
-            value = (value ^ value >> 33) * factor & mask
-        return value ^ value >> 33
-    return sorted(WORKERS, key=score, reverse=True)
+    return rendezvous(user, WORKERS)
 
 
 @pytest.fixture(scope="module", name="cluster")

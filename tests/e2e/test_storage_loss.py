@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from compare_lib import until
 from imap_lib import Client, look
 from test_damage import wait_log
 
@@ -62,10 +63,7 @@ class Daemon:
 
     def wait_filled(self):
         """It may have been killed when it was done, before it logged that."""
-        end = time.monotonic() + 120
-        while "rebuilding=1" in self.status():
-            assert time.monotonic() < end, self.status()
-            time.sleep(0.1)
+        until(lambda: "rebuilding=1" not in self.status())
 
 
 def equal(cluster, user, mails):

@@ -46,3 +46,15 @@ def mail_of_all(cluster, node, users):
         with Client(cluster.imap(node, user)) as client:
             seen[user] = sorted(client.look().mails()["INBOX"])
     return seen
+
+
+def rendezvous(user, workers):
+    """The workers in the user's order: his home, his first standby, ...; doc/FORMATS.md, anew."""
+    def score(worker):
+        value, mask = 0xcbf29ce484222325, 2 ** 64 - 1
+        for byte in user.encode() + b"\0" + worker.encode():
+            value = (value ^ byte) * 0x100000001b3 & mask
+        for factor in (0xff51afd7ed558ccd, 0xc4ceb9fe1a85ec53):
+            value = (value ^ value >> 33) * factor & mask
+        return value ^ value >> 33
+    return sorted(workers, key=score, reverse=True)

@@ -12,6 +12,7 @@
 #include "mail-namespace.h"
 #include "mailbox-list-private.h"
 #include "mailbox-list-index.h"
+#include "mailbox-list-iter.h"
 #include "mailbox-uidvalidity.h"
 #include "mail-index-private.h"
 #include "maildir-storage.h"
@@ -530,27 +531,61 @@ static int observe_rename(struct crdt_mailbox *cbox, struct mailbox *src, struct
 	return ret;
 }
 
-static int crdt_mailbox_rename(struct mailbox *src, struct mailbox *dest)
+static bool name_is_taken(struct mailbox_list *list, const char *vname)
 {
-	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(src);
-	struct crdt_mailbox *cdest = CRDT_MAILBOX_CONTEXT(dest);
-	const struct crdt_journal_info *info;
-	const char *path = crdt_path(src), *new_path = crdt_path(dest), *error;
-	struct crdt_jrec rec;
-	struct crdt_dot last;
+	const char *path;
+	struct stat st;
 
-	if (is_observing(cbox))
-		return observe_rename(cbox, src, dest);
-	if (cdest == NULL || path == NULL || new_path == NULL) {
-		/* To where nothing is recorded: for the other replicas it would be
-		   a DELETE of mails that still exist.  Dovecot itself allows it
-		   only between private namespaces of one format. */
-		mail_storage_set_error(src->storage, MAIL_ERROR_NOTPOSSIBLE,
-			"Can't rename to a mailbox that isn't replicated");
+	/* (not as the list index has it, which may lag) */
+	return mailbox_list_get_path(list, mailbox_list_get_storage_name(list, vname),
+				     MAILBOX_LIST_PATH_TYPE_MAILBOX, &path) > 0 && stat(path, &st) == 0;
+}
+
+/*
+ * A name that does not exist may have children.  If one of them has the name that a child of
+ * src would get, Maildir++ leaves that one where it was, and says OK: part of it is
+ * renamed, and no record could say which.  So nothing is.  1: *taken_r is such a name; 0; -1.
+ */
+static int rename_child_taken(struct mailbox *src, struct mailbox *dest, const char **taken_r)
+{
+	char sep = mail_namespace_get_sep(src->list->ns);
+	size_t len = strlen(src->vname);
+	struct mailbox_list_iterate_context *iter;
+	const struct mailbox_info *info;
+	int ret = 0;
+
+	iter = mailbox_list_iter_init(src->list, t_strdup_printf("%s%c*", src->vname, sep),
+				      MAILBOX_LIST_ITER_RAW_LIST | MAILBOX_LIST_ITER_RETURN_NO_FLAGS |
+				      MAILBOX_LIST_ITER_NO_AUTO_BOXES);
+	while (ret == 0 && (info = mailbox_list_iter_next(iter)) != NULL) {
+		/* (a name may have % and *; and "a" may become "a/b", which is no child then) */
+		if (strncmp(info->vname, src->vname, len) != 0 || info->vname[len] != sep ||
+		    strcmp(info->vname, dest->vname) == 0)
+			continue;
+		*taken_r = t_strconcat(dest->vname, info->vname + len, NULL);
+		ret = name_is_taken(dest->list, *taken_r) ? 1 : 0;
+	}
+	if (mailbox_list_iter_deinit(&iter) < 0) {
+		mail_storage_copy_list_error(src->storage, src->list);
 		return -1;
 	}
-	if (crdt_record_reserve(cbox->cuser, 2 * CRDT_PATH_MAX + 1024, &error) < 0) {
-		crdt_record_set_error(src, error);
+	return ret;
+}
+
+static int rename_locked(struct crdt_mailbox *cbox, struct mailbox *dest, const char *path, const char *new_path)
+{
+	struct mailbox *src = cbox->box;
+	const struct crdt_journal_info *info;
+	const char *taken, *error;
+	struct crdt_jrec rec;
+	struct crdt_dot last;
+	int ret;
+
+	if ((ret = rename_child_taken(src, dest, &taken)) != 0) {
+		if (ret > 0) {
+			mail_storage_set_error(src->storage, MAIL_ERROR_EXISTS,
+				t_strdup_printf("Target mailbox already exists: %s", taken));
+		}
 		return -1;
 	}
 	if (cbox->module_ctx.super.rename_box(src, dest) < 0)
@@ -562,7 +597,7 @@ static int crdt_mailbox_rename(struct mailbox *src, struct mailbox *dest)
 	rec.new_path = crdt_str(new_path);
 	/* super has opened it, if it is more than a directory */
 	if (dest->opened)
-		(void)crdt_mailbox_read_guid(cdest, &rec.mailbox);
+		(void)crdt_mailbox_read_guid(CRDT_MAILBOX_CONTEXT_REQUIRE(dest), &rec.mailbox);
 	if ((info = crdt_record_info(cbox->cuser, &error)) != NULL)
 		rec.seen = info->seen;
 	if (info == NULL || crdt_record(cbox->cuser, &rec, 1, &last, &error) < 0) {
@@ -573,6 +608,37 @@ static int crdt_mailbox_rename(struct mailbox *src, struct mailbox *dest)
 	crdt_ack_note(cbox->cuser, &last);
 	crdt_record_finish(cbox->cuser);
 	return 0;
+}
+
+static int crdt_mailbox_rename(struct mailbox *src, struct mailbox *dest)
+{
+	struct crdt_mailbox *cbox = CRDT_MAILBOX_CONTEXT_REQUIRE(src);
+	const char *path = crdt_path(src), *new_path = crdt_path(dest), *error;
+	int ret;
+
+	if (is_observing(cbox))
+		return observe_rename(cbox, src, dest);
+	if (CRDT_MAILBOX_CONTEXT(dest) == NULL || path == NULL || new_path == NULL) {
+		/* To where nothing is recorded: for the other replicas it would be
+		   a DELETE of mails that still exist.  Dovecot itself allows it
+		   only between private namespaces of one format. */
+		mail_storage_set_error(src->storage, MAIL_ERROR_NOTPOSSIBLE,
+			"Can't rename to a mailbox that isn't replicated");
+		return -1;
+	}
+	if (crdt_record_reserve(cbox->cuser, 2 * CRDT_PATH_MAX + 1024, &error) < 0) {
+		crdt_record_set_error(src, error);
+		return -1;
+	}
+	/* Until it is recorded: crdt-worker, which looks with the list locked, would find it to be
+	 * gone, and nobody may make what was looked for. */
+	if (mailbox_list_lock(src->list) < 0) {
+		mail_storage_copy_list_error(src->storage, src->list);
+		return -1;
+	}
+	ret = rename_locked(cbox, dest, path, new_path);
+	mailbox_list_unlock(src->list);
+	return ret;
 }
 
 /* ---- subscribe ---- */

@@ -276,7 +276,7 @@ def assert_right(cluster, workers, users, timeout=60):
     wrong += [f"{user.name}: {each}" for user in users for each in user.model.broken]
     if wrong:
         for user in users:
-            print(f"{user.name}:\n{user.model.view}", *user.model.log, sep="\n")
+            print(f"{user.name}, before:\n{user.model.view}", *user.model.log, f"now:\n{user.view}", sep="\n")
     assert not wrong, "\n".join(wrong)
     for user in users:
         user.model.rest(user.view)

@@ -421,6 +421,21 @@ def test_rename_with_children(any_cluster, user):
     assert view.mails() == {"INBOX": [], "x/y": ["m"], "x/y/b": ["n"], "x/y/b/c": ["o"]}
 
 
+def test_rename_to_where_children_are(any_cluster, user):
+    """Dovecot would leave a child whose new name is taken under the old one, and say OK."""
+    with Client.login(any_cluster, "w1", user) as client:
+        client.do("create a", "create a/g", "create a/f", "append a m", "append a/f n", "append a/g o",
+                  "create x/y/f", "append x/y/f p")
+        before = agreed(any_cluster, user).mails()
+        assert (before["a/f"], before["x/y/f"], "x/y" in before) == (["n"], ["p"], False)
+        answer = client.imap.rename("a", "x/y")
+        assert answer[0] == "NO" and b"ALREADYEXISTS" in answer[1][0], answer
+        assert agreed(any_cluster, user).mails() == before
+        client.do("rename x/y/f z", "rename a x/y")
+    assert agreed(any_cluster, user).mails() == {
+        "INBOX": [], "x/y": ["m"], "x/y/f": ["n"], "x/y/g": ["o"], "z": ["p"]}
+
+
 def test_subscribe(any_cluster, user):
     with Client.login(any_cluster, "w1", user) as client:
         client.do("create f", "create g", "subscribe f", "subscribe g", "unsubscribe g")

@@ -186,15 +186,28 @@ static int create_locked(struct worker_user *user, struct mailbox *box, const st
 	return ret;
 }
 
+/* The directories, without numbers: a user may have made it since the kill. */
+static int create_directories(struct mailbox *box, const char **error_r)
+{
+	if (mailbox_create(box, NULL, FALSE) == 0 || mailbox_get_last_mail_error(box) == MAIL_ERROR_EXISTS)
+		return MS_OK;
+	return worker_box_error(box, "create", error_r) == MS_TEMP ? MS_TEMP : MS_FAIL;
+}
+
+/*
+ * However little is there is finished and recorded, though it may not be wanted any
+ * more: then the engine has it removed.  (The list is locked: nobody is making it now.)
+ */
 static int recover_locked(struct worker_user *user, struct mailbox *box, const struct worker_msg *req,
 			  const char **error_r)
 {
 	struct ms_mailbox made;
-	int ret = worker_box_exists(box, error_r);
+	int ret = worker_box_begun(box, error_r);
 
 	if (ret != MS_OK)
-		return ret == MS_GONE ? MS_OK : ret;	/* it had not begun */
-	if ((ret = create_rest(user, box, req, error_r)) != MS_OK)
+		return ret == MS_GONE ? MS_OK : ret;
+	if ((ret = create_directories(box, error_r)) != MS_OK ||
+	    (ret = create_rest(user, box, req, error_r)) != MS_OK)
 		return ret;
 	return create_tell(user, box, req, &made, error_r);
 }

@@ -528,6 +528,15 @@ int worker_box_exists(struct mailbox *box, const char **error_r)
 	return existence == MAILBOX_EXISTENCE_SELECT && !is_not_yet(box) ? MS_OK : MS_GONE;
 }
 
+int worker_box_begun(struct mailbox *box, const char **error_r)
+{
+	enum mailbox_existence existence;
+
+	if (store_exists(box, &existence) < 0)
+		return worker_box_error(box, "exists", error_r);
+	return existence != MAILBOX_EXISTENCE_NONE ? MS_OK : MS_GONE;
+}
+
 /* Opens box, which is freed otherwise, if it has this GUID (NULL: any).  1; 0: it
  * has not, or does not exist; -1. */
 static int box_try(struct worker_user *user, struct worker_box *wbox, struct mailbox *box,

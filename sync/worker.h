@@ -85,6 +85,8 @@ int worker_box_alloc(struct worker_user *user, const struct crdt_str *path,
 /* Asks the mail store, not Dovecot's list index.  MS_OK: it exists; MS_GONE: no, or it is
  * an INBOX that opening would make. */
 int worker_box_exists(struct mailbox *box, const char **error_r);
+/* MS_OK: at least a part of it is there, as a kill may leave it; MS_GONE: nothing. */
+int worker_box_begun(struct mailbox *box, const char **error_r);
 /* Opens and syncs; the box belongs to wbox, which is user->box or user->source,
  * until another is opened there.  MS_RETRY: its UIDVALIDITY is another one (0 in
  * box: any). */

@@ -1110,7 +1110,7 @@ def test_killed_while_moving(dovecot, user):
 
 
 STEPS = ("rename", "link", "unlink", "write", "pwrite64", "fdatasync", "fsync", "openat", "utime",
-         "flock", "fcntl", "umask")
+         "flock", "fcntl", "umask", "mkdir")
 
 
 def shadow(recs, box):
@@ -1132,23 +1132,24 @@ def shadow(recs, box):
     return mails, news
 
 
-def kill_steps():
-    """(system call, its number), as far as the caller sends back True for a kill."""
-    every = os.environ.get("CRDT_KILLS") == "all"
+def kill_steps(walked):
+    """(system call, its number), as far as the caller sends back True for a kill: every one
+    of those that are walked, one of each other."""
     for n, call in enumerate(STEPS):
+        every = call in walked or os.environ.get("CRDT_KILLS") == "all"
         number, killed = 1 if every else 1 + n, True
         while killed:
             killed = (yield call, number) and every
             number += 1
 
 
-def kill_at_each_step(dovecot, user, prepare, call):
+def kill_at_each_step(dovecot, user, prepare, call, walked=()):
     """
     For each step: prepare(tool, n) makes something new; call(tool, it) sends one
     request, which is killed there; then yields (tool, it, code of the answer, step).
     CRDT_KILLS=all takes every step, else it is one of each system call.
     """
-    kills, rounds, steps = 0, 0, kill_steps()
+    kills, rounds, steps = 0, 0, kill_steps(walked)
     step = next(steps)
     while True:
         rounds += 1
@@ -1243,6 +1244,25 @@ def test_killed_while_creating(dovecot, user, maildir):
         created = records(t, kind=CREATE)
         assert {(r["mailbox"], r["path"], r["applier"]) for r in created} == {(it["guid"], it["path"], "1")}, step
         assert t.apply(it["guid"], [dovecot.save(message(1), want=5)], uidvalidity=it["uidvalidity"])[0] == [DONE]
+
+
+@pytest.mark.allows_errors
+@kills_needed
+def test_killed_while_creating_what_is_not_wanted_any_more(dovecot, user, maildir):
+    """... since it was renamed or deleted elsewhere: no request asks for it again, so what is
+    there has a record, by which the engine removes it."""
+    def prepare(t, n):
+        t.call("connect")
+        return dict(path=f"a{n}", guid=os.urandom(16).hex(), uidvalidity=1000 + n, uidnext=5, numberer="1:5")
+    left = 0
+    for t, it, _, step in kill_at_each_step(dovecot, user, prepare, lambda t, it: t.send("create", **it),
+                                            walked=("mkdir",)):
+        again(t, "list", good=(OK, NO_BOX), guid=it["guid"])
+        created = {(r["mailbox"], r["path"], r["applier"]) for r in records(t, kind=CREATE)}
+        there = (dovecot.mail / user / "Maildir" / f".{it['path']}").exists()
+        assert created == ({(it["guid"], it["path"], "1")} if there else set()), step
+        left += there
+    assert left > 0
 
 
 @pytest.mark.allows_errors

@@ -289,6 +289,7 @@ def rounds(long_run):
     return 50 if long_run else 5
 
 
+@pytest.mark.usefixtures("no_stale_locks")
 def test_kills_of_services(cluster, long_run, figure):
     """crdt-sync, crdt-worker and crdt-stored are killed while clients work;
     no client notices."""
@@ -462,6 +463,7 @@ def reinstall(cluster):
                 os.replace(f"{path}.new", path)
 
 
+@pytest.mark.usefixtures("no_stale_locks")
 def test_upgrade(cluster):
     """The plugin and the services are installed anew under clients at work, and reloaded
     some time later: until then old processes work beside new ones."""
@@ -492,6 +494,7 @@ def mapped(cluster, worker):
             yield from (line for line in file if "crdt" in line and "(deleted)" in line)
 
 
+@pytest.mark.usefixtures("no_stale_locks")
 def test_kills_of_a_worker_node(cluster, long_run):
     """All of a worker is killed, its user goes on at the other one at once;
     it returns with what it had not sent."""

@@ -10,6 +10,7 @@
 #define FETCH_ROUNDS_MAX 7	/* then the pause grows no more: a daemon may get the text at any time */
 #define FETCH_SLOT_MSECS 1000	/* no room to ask again: look again */
 #define SERVE_RETRY_MSECS 500
+#define SERVE_WAITS_MAX 20	/* for a record of its removal: none may come (another program removed it) */
 
 /* A text that a user's mail waits for.  It takes room (NODE_FETCHES_*) only while a
  * daemon is asked: texts that nobody has hold up nobody. */
@@ -37,6 +38,7 @@ struct serve {
 	struct crdt_content content;
 	uint64_t offset, end;
 	bool reading;			/* a piece is on its way from the mail store */
+	unsigned waits;			/* it was not where it should be */
 	int64_t due;
 };
 
@@ -536,7 +538,8 @@ void node_read(struct node *n, int64_t now, struct visit_read *reads)
 			continue;
 		}
 		s->reading = false;
-		if (r->result == MS_TEMP || r->result == MS_RETRY || s->offset != r->offset) {
+		if (r->result == MS_TEMP || s->offset != r->offset ||
+		    (r->result == MS_RETRY && s->waits++ < SERVE_WAITS_MAX)) {
 			/* also when it was asked anew from another place */
 			if (s->offset == r->offset)
 				s->due = now + SERVE_RETRY_MSECS;

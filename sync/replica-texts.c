@@ -95,37 +95,57 @@ static bool is_text(const struct crdt_content *c, const struct text_place *p, ui
 	return memcmp(id, c->b, sizeof(c->b)) == 0;
 }
 
-/* The text in one place; a place where it is not any more (the journal tells of that
- * later, or a compare does) is forgotten. */
+static bool is_shown(struct replica *r, const struct place *p)
+{
+	struct shadow s;
+	bool shown = shadow_get(r, &p->box, p->uid, &s);
+
+	if (shown)
+		shadow_free(&s);
+	return shown;
+}
+
+static int text_is_not_at(struct replica *r, const struct crdt_content *c, const struct place *p)
+{
+	char *error = NULL;
+
+	(void)replica_txn_begin(r);
+	text_place_forget(r, c, p);
+	if (replica_txn_commit(r, false, &error) == 0)
+		return MS_GONE;
+	free(error);	/* seen by the next who uses the database */
+	return MS_TEMP;
+}
+
+/*
+ * The text in one place.  MS_GONE: it is not there, and the place is forgotten.  MS_RETRY: the
+ * mail is not there, and no record that was read says so.  A record is about to come, or a
+ * compare finds it; until then the mail may be one that lives on in the state, and its
+ * removal (record_delete()) has to name it while no daemon has its op.
+ */
 static int text_read(struct replica *r, const struct crdt_content *c, const struct text_place *p, uint64_t offset,
 		     size_t len, struct crdt_buf *out)
 {
 	struct ms_mailbox m;
-	int res = MS_GONE;
-	char *error = NULL;
+	bool found, shown;
 	struct box b;
-	bool found;
+	int res;
 
 	(void)replica_txn_begin(r);
 	found = box_get(r, &p->at.box, &b);
+	shown = found && is_shown(r, &p->at);
 	store_abort(&r->txn);
-	if (found) {
-		m = box_ms(&b);
-		crdt_buf_clear(out);
-		res = r->ms->body(r->ms, &m, p->at.uid, offset, len, out);
-		box_free(&b);
-	}
-	if (res == MS_OK && !is_text(c, p, offset, len, out))
-		res = MS_GONE;
-	if (res != MS_GONE)
-		return res;
-	(void)replica_txn_begin(r);
-	text_place_forget(r, c, &p->at);
-	if (replica_txn_commit(r, false, &error) < 0) {
-		free(error);	/* seen by the next who uses the database */
-		return MS_TEMP;
-	}
-	return MS_GONE;
+	if (!found)
+		return text_is_not_at(r, c, &p->at);
+	m = box_ms(&b);
+	crdt_buf_clear(out);
+	res = r->ms->body(r->ms, &m, p->at.uid, offset, len, out);
+	box_free(&b);
+	if (res == MS_GONE && shown)
+		return MS_RETRY;
+	if (res == MS_GONE || (res == MS_OK && !is_text(c, p, offset, len, out)))
+		return text_is_not_at(r, c, &p->at);
+	return res;
 }
 
 /* The mail store lost some places and cannot read others now: whichever has the

@@ -159,7 +159,8 @@ int replica_acknowledged(struct replica *r, uint64_t all, uint64_t any, char **e
 /* Only the first: no mail store is at hand, or it is not this user's. */
 int replica_forget_ops(struct replica *r, uint64_t all, char **error_r);
 /* A piece of a text that a peer asks for, from a place where this user's mail store has
- * it.  MS_GONE: it is in none. */
+ * it.  MS_GONE: it is in none.  MS_RETRY: it is not where it was, and the journal, as far as
+ * it was read, does not say why. */
 int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t offset, size_t len,
 		      struct crdt_buf *out, uint64_t *size_r);
 

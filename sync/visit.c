@@ -238,14 +238,14 @@ static int read_body(struct run *run, struct visit_read *r)
 static bool read_bodies(struct run *run)
 {
 	struct visit_read *r, *reads = run->v->reads;
-	bool read = run->v->read_journal, news = false;
+	bool read = false, news = false;
 
 	if (reads == NULL)
 		return false;
 	for (r = reads; r != NULL; r = r->next) {
 		r->result = read_body(run, r);
-		if (r->result == MS_GONE && !read && run->v->mail_result == VISIT_MAIL_OK) {
-			/* moved just now: the journal tells where to */
+		if ((r->result == MS_GONE || r->result == MS_RETRY) && !read && run->v->mail_result == VISIT_MAIL_OK) {
+			/* moved or removed just now: the journal tells of it */
 			read = true;
 			news = read_journal(run);
 			r->result = read_body(run, r);

@@ -41,11 +41,10 @@ struct link {
 /* What is open of a user on a worker. */
 struct engine {
 	struct vmail mail;
-	int (*read)(struct mailstore *ms, const struct ms_position *pos, size_t pos_n,
-		    bool (*cb)(void *ctx, const struct ms_record *rec), void *ctx,
-		    struct ms_position *ids_r, size_t *ids_n_r);
+	struct mailstore calls;		/* mail's own */
 	struct replica *replica;
 	uint32_t gen;			/* of the mail store, and of replica */
+	bool acted_meanwhile;		/* the worker is not told yet */
 	unsigned acted;			/* native records that the worker was told of */
 	bool quiet;			/* observed, and the journal has nothing from before */
 };
@@ -344,13 +343,74 @@ static struct engine *engine_of(struct mailstore *ms)
 	abort();
 }
 
+static void act(struct engine *e);
+
+/* A visit holds up nobody: the user acts between any two of its calls. */
+static const struct mailstore *meanwhile(struct mailstore *ms)
+{
+	struct engine *e = engine_of(ms);
+
+	if (!sim.calm && !ms->observe && rnd(40) == 0) {
+		if (sim.verbose)
+			fprintf(stderr, "  meanwhile\n");
+		act(e);
+		e->acted_meanwhile = true;
+	}
+	return &e->calls;
+}
+
 static int read_with_texts(struct mailstore *ms, const struct ms_position *pos, size_t pos_n,
 			   bool (*cb)(void *ctx, const struct ms_record *rec), void *ctx,
 			   struct ms_position *ids_r, size_t *ids_n_r)
 {
 	struct read_ctx c = { cb, ctx };
 
-	return engine_of(ms)->read(ms, pos, pos_n, read_record, &c, ids_r, ids_n_r);
+	return meanwhile(ms)->read(ms, pos, pos_n, read_record, &c, ids_r, ids_n_r);
+}
+
+static int meanwhile_apply(struct mailstore *ms, struct ms_apply *a)
+{
+	return meanwhile(ms)->apply(ms, a);
+}
+
+static int meanwhile_create(struct mailstore *ms, const struct ms_mailbox *box, bool used, uint32_t uidnext,
+			    const struct crdt_numberer *numberer, struct ms_mailbox *made_r, bool *existed_r)
+{
+	return meanwhile(ms)->create(ms, box, used, uidnext, numberer, made_r, existed_r);
+}
+
+static int meanwhile_remove(struct mailstore *ms, const struct ms_mailbox *box, const struct ms_position *known)
+{
+	return meanwhile(ms)->remove(ms, box, known);
+}
+
+static int meanwhile_rename(struct mailstore *ms, const struct ms_mailbox *box, const char *new_path)
+{
+	return meanwhile(ms)->rename(ms, box, new_path);
+}
+
+static int meanwhile_revalidate(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uidvalidity,
+				uint32_t uidnext, const struct crdt_numberer *numberer, const struct ms_reuid *map,
+				size_t map_n, const struct ms_position *known)
+{
+	return meanwhile(ms)->revalidate(ms, box, uidvalidity, uidnext, numberer, map, map_n, known);
+}
+
+static int meanwhile_body(struct mailstore *ms, const struct ms_mailbox *box, uint32_t uid, uint64_t offset, size_t len,
+			  struct crdt_buf *buf)
+{
+	return meanwhile(ms)->body(ms, box, uid, offset, len, buf);
+}
+
+static int meanwhile_check(struct mailstore *ms, struct crdt_str path, const struct ms_position *known,
+			   const struct ms_mark *mark, struct ms_checked *checked_r)
+{
+	return meanwhile(ms)->check(ms, path, known, mark, checked_r);
+}
+
+static int meanwhile_note(struct mailstore *ms, struct ms_note *note)
+{
+	return meanwhile(ms)->note(ms, note);
 }
 
 static void worker_start(struct worker *w)
@@ -518,6 +578,9 @@ static void carry_out(struct worker *w)
 	else
 		visit_run(v, e->replica, mail, w->spool, &hooks);
 	e->mail.kill_armed = false;
+	if (e->acted_meanwhile && rnd(10) != 0)
+		node_changed(w->node, sim.now, v->user);
+	e->acted_meanwhile = false;
 	if (sim.verbose)
 		fprintf(stderr, "%8lld %s: visit of %s: mail %d, journal %d, apply %d, progress %d, reads %d\n",
 			(long long)sim.now, w->name, v->user, v->mail, v->journal, v->apply, v->applied ? (int)v->progress : -1,
@@ -599,8 +662,16 @@ static void mail_new(struct worker *w, struct engine *e)
 	vmail_init(&e->mail, w->i, &sim.rng);
 	e->mail.trace = sim.verbose;
 	e->quiet = false;
-	e->read = e->mail.ms.read;
+	e->calls = e->mail.ms;
 	e->mail.ms.read = read_with_texts;
+	e->mail.ms.apply = meanwhile_apply;
+	e->mail.ms.create = meanwhile_create;
+	e->mail.ms.remove = meanwhile_remove;
+	e->mail.ms.rename = meanwhile_rename;
+	e->mail.ms.revalidate = meanwhile_revalidate;
+	e->mail.ms.body = meanwhile_body;
+	e->mail.ms.check = meanwhile_check;
+	e->mail.ms.note = meanwhile_note;
 	/* else a session makes it */
 	if (sim.replicas == 0)
 		(void)vmail_create(&e->mail, "INBOX");

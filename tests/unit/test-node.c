@@ -210,6 +210,29 @@ static void gone(void **state)
 	assert_int_equal(x->bodies, 0);
 }
 
+/* One that is missing, and that nobody was heard to have removed, is waited for; not for ever. */
+static void not_told_yet(void **state)
+{
+	struct fix *x = *state;
+	unsigned asked = 0;
+
+	want(x, "u", 1);
+	while (x->nones == 0 && asked < 100) {
+		struct visit *v;
+
+		run(x);
+		v = take_visit(x);
+		read_all(v);
+		v->reads->result = MS_RETRY;
+		visited(x, v);
+		asked++;
+		x->now += 500;
+	}
+	assert_int_equal(x->nones, 1);
+	assert_int_equal(x->bodies, 0);
+	assert_in_range(asked, 5, 50);
+}
+
 /* A limit is no reason to say that there is no such text. */
 static void many(void **state)
 {
@@ -1277,7 +1300,7 @@ static void without_a_copy(void **state)
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(many), TEST(nobody_has), TEST(window),
+	const struct CMUnitTest tests[] = { TEST(nobody_looked), TEST(gone), TEST(not_told_yet), TEST(many), TEST(nobody_has), TEST(window),
 		TEST(large_texts), TEST(gathered), TEST(connection_lost), TEST(held_up), TEST(import_rate),
 		TEST(import_at_once), TEST(many_users),
 		TEST(name_used_again), TEST(generation_to_come), TEST(removed_user),

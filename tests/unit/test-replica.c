@@ -252,6 +252,32 @@ static void places(void **state)
 	crdt_buf_free(&out);
 }
 
+/* What is not where it was, and was not said to be removed, may be on its way out: whoever
+ * removed it has not been heard yet. */
+static void not_told_yet(void **state)
+{
+	struct crdt_mail_key key = { .guid = "g", .guid_len = 1 };
+	struct fix *x = *state;
+	struct crdt_buf out = CRDT_BUF_INIT;
+	struct crdt_id box = { .b = "box" };
+	char *error;
+
+	x->ms.body = mailbox_body;
+	put_places(x, &text_id, 1);
+	x->results[1] = MS_GONE;
+	(void)replica_txn_begin(x->r);
+	shadow_put(x->r, &box, 1, &key, 0, NULL, 0);
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+	assert_int_equal(read_text(x, &out), MS_RETRY);
+	assert_int_equal(read_text(x, &out), MS_RETRY);
+	assert_int_equal(x->reads, 1);
+	(void)replica_txn_begin(x->r);
+	shadow_delete(x->r, &box, 1, &key);
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+	assert_int_equal(read_text(x, &out), MS_GONE);
+	crdt_buf_free(&out);
+}
+
 /* A place may hold another mail: with another size, or with the same. */
 static void wrong_places(void **state)
 {
@@ -1371,7 +1397,7 @@ static void observed_then_on(void **state)
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places), TEST(wrong_places), TEST(applied_has_all_own), TEST(first_what_is_here),
+	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places), TEST(not_told_yet), TEST(wrong_places), TEST(applied_has_all_own), TEST(first_what_is_here),
 		TEST(folders_that_fail), TEST(many_subscriptions),
 		TEST(folder_that_fails_beside_mails), TEST(wants_in_order), TEST(waits_for_lower_uids),
 		TEST(waits_for_one_before), TEST(parents_first),

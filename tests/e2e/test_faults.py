@@ -3,7 +3,8 @@
 there, once, on all replicas.
 
 The random choices come from a seed, which is printed; CRDT_SEED=n repeats
-them (not the timing). CRDT_LONG=1 runs 50 rounds instead of 5.
+them (not the timing). CRDT_LONG=1 runs 50 rounds instead of 5; kills of anything: 300
+instead of 3, or CRDT_ROUNDS=n.
 
 Needs root and what was built; see conftest.py.
 """
@@ -416,7 +417,7 @@ def test_kills_of_anything(cluster, long_run, figure):
         stream.client.do("create f", "create g")
         stream.folders.update({"f": {}, "g": {}})
     kills = collections.Counter()
-    for number in range(300 if long_run else 3):
+    for number in range(int(os.environ.get("CRDT_ROUNDS") or (300 if long_run else 3))):
         with running(streams) as failures:
             for _ in range(3):
                 await_steps(streams, chance.randrange(1, 10), failures)

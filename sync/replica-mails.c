@@ -827,6 +827,20 @@ static void slice_heard(struct slice *s)
 	}
 }
 
+/* Their rows in the queue, so that nobody comes back only to find that they are done. */
+static void slice_unqueue(struct slice *s)
+{
+	for (size_t i = 0; i < s->n; i++) {
+		struct crdt_buf k = CRDT_BUF_INIT;
+
+		if (mail_is_dirty(s->r, &s->keys[i]))
+			continue;
+		mail_queue_key(s->r, &k, &s->keys[i]);
+		rrows(s->r)->del(rrows(s->r), k.data, k.len);
+		crdt_buf_free(&k);
+	}
+}
+
 static enum replica_progress outcomes(struct slice *s, const struct ms_apply *a, char **error_r)
 {
 	struct replica *r = s->r;
@@ -867,6 +881,7 @@ static enum replica_progress outcomes(struct slice *s, const struct ms_apply *a,
 			break;
 		}
 	}
+	slice_unqueue(s);
 	return replica_txn_commit(r, false, error_r) < 0 ? REPLICA_FAILED : REPLICA_DONE;
 }
 

@@ -55,12 +55,16 @@ def open_files():
 def is_stale(path):
     """Whether the lock file's owner was killed: Dovecot finds that out when somebody
     wants the lock; where its pid was not in it yet only after two minutes.  (The
-    owner has the file open until the pid is written.)"""
+    owner has the file open until the pid is written.)  One that somebody waits for
+    is his at once: only where nobody came for a second is it not likely that it
+    is another one, in use, by the time it is removed."""
     with open(path, "rb") as file:
         stat, owner = os.fstat(file.fileno()), re.match(rb"(\d+):", file.read(100))
+    if time.time() <= stat.st_ctime + 1:
+        return False
     if owner:
         return not os.path.exists(f"/proc/{int(owner.group(1))}")
-    return time.time() > stat.st_ctime + 1 and (stat.st_dev, stat.st_ino) not in set(open_files())
+    return (stat.st_dev, stat.st_ino) not in set(open_files())
 
 
 def lock_files(directory):

@@ -394,13 +394,16 @@ def until(condition, timeout=300):
         time.sleep(0.1)
 
 
-def holds(check_it):
-    """Whether a check passes now."""
-    try:
-        check_it()
-    except AssertionError:
-        return False
-    return True
+def until_holds(check_it, timeout):
+    """Or what the check says at last."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return check_it()
+        except AssertionError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 @pytest.mark.usefixtures("no_stale_locks")
@@ -430,8 +433,7 @@ def test_kills_of_anything(cluster, long_run, figure):
                     cluster.start(node)
         for stream in streams:
             stream.close()
-        until(lambda: holds(lambda: check(cluster, streams, watch)), timeout=120)
-        check(cluster, streams, watch)
+        until_holds(lambda: check(cluster, streams, watch), timeout=120)
     figure("kills of anything", f"{sum(kills.values())}: {dict(kills)};"
            f" {sum(stream.done for stream in streams)} commands,"
            f" {sum(stream.resumed for stream in streams)} connections lost")

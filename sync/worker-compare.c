@@ -426,6 +426,7 @@ struct note {
 	struct mailbox *box;
 	struct apply_txn txn;
 	struct mail_index_view *head;
+	ARRAY_TYPE(seq_range) asked;	/* expunges that the index log tells of, done or not */
 	ARRAY_TYPE(seq_range) lost;
 };
 
@@ -480,7 +481,9 @@ static void note_added(struct note *n, uint32_t uid, uint32_t seq)
 	unsigned count = array_count(&n->txn.recs);
 	struct crdt_jrec *rec;
 
-	if (seq == 0)
+	/* An EXPUNGE has its record when it is in the log, and leaves the index with the
+	 * next sync: as news its mail would come back. */
+	if (seq == 0 || seq_range_exists(&n->asked, uid))
 		return;
 	apply_txn_record_found(&n->txn, n->head, seq, uid, NULL);
 	if (array_count(&n->txn.recs) > count) {
@@ -534,7 +537,6 @@ static void note_gone(struct note *n, uint32_t uid, uint32_t seq)
 static void note_expunges(struct note *n)
 {
 	struct crdt_jrec template = { .kind = CRDT_JREC_EXPUNGE };
-	ARRAY_TYPE(seq_range) logged;
 	ARRAY_TYPE(uint32_t) proven;
 	struct seq_range_iter iter;
 	unsigned nth = 0;
@@ -543,12 +545,10 @@ static void note_expunges(struct note *n)
 
 	if (array_count(&n->lost) == 0)
 		return;
-	t_array_init(&logged, 64);
 	t_array_init(&proven, 64);
-	crdt_modseq_expunged(n->box->index, &logged);
 	seq_range_array_iter_init(&iter, &n->lost);
 	while (seq_range_array_iter_nth(&iter, nth++, &uid)) {
-		if (all || seq_range_exists(&logged, uid))
+		if (all || seq_range_exists(&n->asked, uid))
 			array_push_back(&proven, &uid);
 	}
 	apply_txn_record_uids(&n->txn, &template, &proven);
@@ -561,6 +561,7 @@ static int note_locked(struct note *n, const char **error_r)
 	int ret;
 
 	n->head = mail_index_view_open(n->box->index);
+	crdt_modseq_expunged(n->box->index, &n->asked);
 	apply_note_begin(&n->txn, n->user, n->box);
 	if ((n->req->what & WORKER_NOTE_MADE) != 0)
 		note_made(n);
@@ -588,6 +589,7 @@ int worker_note(struct worker_conn *conn, struct worker_user *user, const struct
 	    (ret = worker_box_open(user, &user->box, &req->box, &n.box, error_r)) != MS_OK ||
 	    (ret = worker_box_lock(&user->box, error_r)) != MS_OK)
 		return ret;
+	t_array_init(&n.asked, 64);
 	t_array_init(&n.lost, 64);
 	if (apply_log_lock(n.box->index, &unlock) < 0) {
 		mailbox_set_index_error(n.box);

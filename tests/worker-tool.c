@@ -15,6 +15,7 @@
  *   list guid=
  *   body guid= uid= offset= len=        prints size and SHA-256
  *   revalidate guid= path= uidvalidity= new= [numberer=] pos= [map=UID:NEW,...]
+ *   note guid= [path=] added=FIRST:LAST,...
  *   cmd kind=save|move|flags|expunge ...    collected for the next apply
  *   apply guid= [path=] [uidvalidity=] [seen=] [numberer=] [numberernext=]
  */
@@ -338,6 +339,19 @@ static int do_revalidate(void)
 	return ms->revalidate(ms, &box, (uint32_t)number("new"), (uint32_t)number("uidnext"), &n, map, count, pos);
 }
 
+/* added=first:last,... */
+static int do_note(void)
+{
+	static uint64_t p[MS_RANGES_MAX][2];
+	static struct crdt_uid_range added[MS_RANGES_MAX];
+	struct ms_note note = { .box = mailbox("guid"), .added = added };
+
+	note.added_n = (uint16_t)pairs("added", 10, p, MS_RANGES_MAX);
+	for (unsigned i = 0; i < note.added_n; i++)
+		added[i] = (struct crdt_uid_range){ (uint32_t)p[i][0], (uint32_t)p[i][1] };
+	return ms->note(ms, &note);
+}
+
 /* Mails */
 
 static uint16_t strings(const char *name, const struct crdt_str **list_r)
@@ -482,7 +496,7 @@ static const struct { const char *name; int (*call)(void); } calls[] = {
 	{ "connect", do_connect }, { "disconnect", do_disconnect }, { "read", do_read },
 	{ "trim", do_trim }, { "seen", do_seen }, { "create", do_create }, { "remove", do_remove },
 	{ "rename", do_rename }, { "subscribe", do_subscribe }, { "list", do_list }, { "body", do_body },
-	{ "revalidate", do_revalidate }, { "cmd", do_cmd }, { "apply", do_apply },
+	{ "revalidate", do_revalidate }, { "note", do_note }, { "cmd", do_cmd }, { "apply", do_apply },
 };
 
 int main(int argc, char *argv[])

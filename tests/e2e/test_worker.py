@@ -1267,6 +1267,27 @@ def test_killed_while_creating_what_is_not_wanted_any_more(dovecot, user, maildi
 
 @pytest.mark.allows_errors
 @kills_needed
+def test_expunge_is_recorded_and_not_synced_yet(dovecot, user, maildir):
+    """The index has the mail until the next sync: that is none that was added."""
+    with dovecot.tool(user) as t:
+        box = t.create("box")["guid"]
+        t.apply(box, [dovecot.save(message(1)), dovecot.save(message(2))])
+        c = dovecot.imap(user, "box")
+        ok(c.store("2", "+FLAGS", r"(\Deleted)"))
+        uids = sorted(t.list(box))
+        pid = wait_for("login line", lambda: re.findall(r"mpid=(\d+)", dovecot.log_text()))[-1]
+        # Maildir's sync sets it before it locks anything.
+        with killed_at(pid, "umask", 1), pytest.raises(imaplib.IMAP4.abort):
+            c.expunge()
+        c.shutdown()
+        assert native_changes(t)[-1]["kind"] == str(EXPUNGE)
+        t.call("note", guid=box, path="box", added=f"{uids[0]}:{uids[1]}")
+        noted = [mail["uid"] for r in native_changes(t) if r["kind"] == str(APPEND) for mail in r["mails"]]
+        assert noted == [str(uids[0])]
+
+
+@pytest.mark.allows_errors
+@kills_needed
 def test_killed_while_removing(dovecot, user, maildir):
     def prepare(t, n):
         box = t.create(f"box{n}")["guid"]

@@ -511,6 +511,8 @@ static int ms_read(struct mailstore *ms, const struct ms_position *pos, size_t p
 		rec.seq = v->journal_base + i;
 		memset(mails, 0, sizeof(mails));
 		b = vmail_box_by_guid(v, &rec.mailbox);
+		if (b != NULL && b->uidvalidity != rec.uidvalidity)
+			b = NULL;	/* its UIDs are others now */
 		for (unsigned k = 0; k < rec.mails_n; k++) {
 			struct vmail_mail *m = b == NULL ? NULL : vmail_mail_by_uid(b, rec.mails[k].uid);
 

@@ -164,7 +164,7 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 	struct crdt_vv ctx;
 	struct box b;
 	unsigned n = 0;
-	bool gone;
+	bool gone, again = false;
 	int ret = 0;
 
 	if (!record_box(r, rec, &b))
@@ -203,6 +203,7 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 		if (rebuild_append(r, &b, jm, m))
 			continue;
 		append_key(r, &primary.id, &b, m, i, &keys[n]);
+		again = again || keys[n].copy != 0;
 		replica_context_cap_mail(r, &ctx, &keys[n]);
 		memset(om, 0, sizeof(*om));
 		key_to_op(&keys[n], om);
@@ -240,6 +241,9 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 		b.uidnext = rec->mails[rec->mails_n - 1].uid + 1;
 		box_put(r, &b);
 	}
+	/* A copy, or Dovecot lost the UID and found the file anew: a compare tells. */
+	if (again)
+		compare_look(r, b.path, b.path_len);
 	for (unsigned i = 0; i < n; i++)
 		free((void *)mails[i].keywords);
 	free(keys);

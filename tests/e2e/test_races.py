@@ -49,6 +49,28 @@ def test_append_then_rename(cluster):
     assert look(cluster, "w2", "u2").mails() == wanted
 
 
+def test_uidlist_has_a_mail_twice(cluster):
+    """Two processes took its lock from one that was killed, and wrote it: Dovecot goes by the later UID."""
+    user = "u4"
+    uidlist = os.path.join(cluster.home("w1", user), "Maildir", "dovecot-uidlist")
+    with Client.login(cluster, "w1", user) as client:
+        client.do("append INBOX a", "append INBOX b", "append INBOX c")
+    cluster.wait()
+    with open(uidlist, encoding="ascii") as file:
+        lines = file.read().splitlines()
+    with open(uidlist, "a", encoding="ascii") as file:
+        uid, name = lines[2].split(" :", 1)
+        file.write(f"{int(uid) + 10} :{name}\n")
+    with Client.login(cluster, "w1", user) as client:
+        client.do("append INBOX d")
+
+    def both_show_four():
+        cluster.wait()
+        return all(sorted(look(cluster, worker, user).mails()["INBOX"]) == ["a", "b", "c", "d"] for worker in ("w1", "w2"))
+
+    until(both_show_four)
+
+
 def complete(directory):
     """What Dovecot does when it opens a Maildir that lacks directories."""
     until(lambda: os.path.isdir(directory))

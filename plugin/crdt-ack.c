@@ -30,6 +30,7 @@ static enum ack { ACK_YES, ACK_NO, ACK_AGAIN } ask(struct crdt_user *cuser, int6
 
 	if (left <= 0)
 		return ACK_NO;
+	crdt_record_wake(cuser);
 	switch (crdt_ask(cuser, crdt_ask_line(cuser, "ack", t_strdup_printf("%016"PRIx64"\t%"PRIu64"\t%"PRId64,
 			 cuser->unacked.origin, cuser->unacked.seq, left)), end, &answer)) {
 	case CRDT_ASK_ANSWERED:

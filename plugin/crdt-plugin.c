@@ -24,6 +24,8 @@ static void crdt_user_deinit(struct mail_user *user)
 	i_assert(cuser != NULL);
 	crdt_login_imap_user_deinit(cuser);
 	/* mailboxes, and so transactions, end in super */
+	cuser->ending = TRUE;
+	crdt_record_wake(cuser);
 	cuser->module_ctx.super.deinit(user);
 	crdt_mailbox_forget_checked(cuser);
 	crdt_journal_close(&cuser->journal);

@@ -40,6 +40,10 @@ struct crdt_user {
 	bool is_new;			/* nobody has anything of him */
 	bool unavailable;		/* the copy is not complete: no mailbox can be opened */
 	bool observe_failed;		/* said that changes are not counted */
+	bool ending;
+	/* The sync service is to be woken when this process has answered. */
+	struct timeout *to_wake;
+	struct timeval wake_since;
 	/* Mailboxes that this session opened for a STATUS: no need to look at their
 	 * numberers again while the journal's generation is this. */
 	uint64_t checked_generation;
@@ -153,8 +157,10 @@ void crdt_record_abort(struct crdt_user *cuser, const struct crdt_dot *last, uns
 /* Asks the sync service to look for changes without a record; changed: there is
  * one. */
 void crdt_record_survey(struct crdt_user *cuser, bool changed);
-/* After the change: crdt_fsync, and wakes the sync service. */
+/* After the change: crdt_fsync, and wakes the sync service, soon. */
 void crdt_record_finish(struct crdt_user *cuser);
+/* At once, if that is still to be done. */
+void crdt_record_wake(struct crdt_user *cuser);
 /* For CREATE, RENAME, SUBSCRIBE and choosing a UIDVALIDITY: the journal's header,
  * as of now.  NULL and *error_r. */
 const struct crdt_journal_info *crdt_record_info(struct crdt_user *cuser, const char **error_r);

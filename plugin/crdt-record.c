@@ -3,9 +3,11 @@
 #include "crdt-private.h"
 #include "crdt-copy.h"
 #include "crdt-generation.h"
+#include "ioloop.h"
 #include "mail-namespace.h"
 #include "mailbox-list.h"
 #include "mail-user.h"
+#include "time-util.h"
 #include "../crdt/plant.h"
 
 #include <fcntl.h>
@@ -13,6 +15,7 @@
 #include <unistd.h>
 
 #define NOTIFY_FIFO "crdt-notify"
+#define WAKE_LATE_MSECS 20	/* a command that goes on and on is not waited for longer */
 /* crdt-sync reads them at once.  Where it does not run, the journal is not to grow. */
 #define OBSERVED_UNREAD_MAX 65536
 
@@ -205,6 +208,34 @@ void crdt_record_observed(struct crdt_user *cuser, enum crdt_jrec_kind kind, uin
 	errno = old_errno;
 }
 
+void crdt_record_wake(struct crdt_user *cuser)
+{
+	if (cuser->to_wake == NULL)
+		return;
+	timeout_remove(&cuser->to_wake);
+	T_BEGIN {
+		notify(cuser, "");
+	} T_END;
+}
+
+/*
+ * The service, once awake, takes a processor; where there are few, it is the one that this
+ * process needs to go on: after the commit come Maildir's sync and the answer.  So it is
+ * woken when the process is back in its main loop.  (If it is killed before: by the marker.)
+ */
+static void wake_soon(struct crdt_user *cuser)
+{
+	struct timeval now;
+
+	i_gettimeofday(&now);
+	if (cuser->to_wake == NULL) {
+		cuser->wake_since = now;
+		cuser->to_wake = timeout_add_short_to(io_loop_get_root(), 0, crdt_record_wake, cuser);
+	}
+	if (cuser->ending || timeval_diff_msecs(&now, &cuser->wake_since) > WAKE_LATE_MSECS)
+		crdt_record_wake(cuser);
+}
+
 void crdt_record_finish(struct crdt_user *cuser)
 {
 	const char *error;
@@ -213,9 +244,7 @@ void crdt_record_finish(struct crdt_user *cuser)
 		return;
 	if (cuser->set.fsync_always && crdt_journal_sync(cuser->journal, &error) < 0)
 		e_error(cuser->user->event, "crdt: %s", error);
-	T_BEGIN {
-		notify(cuser, "");
-	} T_END;
+	wake_soon(cuser);
 }
 
 const struct crdt_journal_info *crdt_record_info(struct crdt_user *cuser, const char **error_r)

@@ -14,6 +14,7 @@
 #include "net.h"
 #include "restrict-access.h"
 #include "master-service.h"
+#include "background.h"
 #include "node.h"
 #include "pool.h"
 #include "status-socket.h"
@@ -721,6 +722,7 @@ int main(int argc, char *argv[])
 {
 	const char *error;
 
+	background_process();
 	master_service = crdt_compat_sync_service_init(&argc, &argv);
 	if (master_getopt(master_service) > 0)
 		return FATAL_DEFAULT;

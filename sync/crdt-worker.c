@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* crdt-worker: a Dovecot service (client_limit = 1) that reads and changes a
  * user's mail store on behalf of crdt-sync.  See worker.h. */
+#include "background.h"
 #include "worker.h"
 #include "restrict-access.h"
 #include "master-service.h"
@@ -25,6 +26,7 @@ int main(int argc, char *argv[])
 		MAIL_STORAGE_SERVICE_FLAG_NO_IDLE_TIMEOUT;
 	int c;
 
+	background_process();
 	master_service = crdt_compat_worker_service_init(&argc, &argv);
 	while ((c = master_getopt(master_service)) > 0) {
 		switch (c) {

@@ -460,6 +460,28 @@ static enum step box_drop(struct replica *r, struct box *b, char **error_r)
 	return do_remove(r, b, error_r);
 }
 
+/* Mails of a folder that was shown here, too, and is shown elsewhere by now: until they
+ * have been copied to there, this mailbox may be all that has their texts. */
+static bool box_has_others(struct replica *r, const struct box *b, const struct crdt_id *id)
+{
+	uint32_t uids[SLICE], first = 1;
+	bool others = false;
+	size_t n;
+
+	while (!others && (n = shadow_uids(r, &b->guid, first, UINT32_MAX, uids, SLICE)) > 0) {
+		for (size_t i = 0; i < n && !others; i++) {
+			struct shadow s;
+
+			if (!shadow_get(r, &b->guid, uids[i], &s))
+				continue;
+			others = !crdt_id_equal(&s.key.folder, id);
+			shadow_free(&s);
+		}
+		first = uids[n - 1] + 1;
+	}
+	return others;
+}
+
 static enum step folder_dead(struct replica *r, const struct crdt_id *id, char **error_r)
 {
 	struct box b;
@@ -469,7 +491,7 @@ static enum step folder_dead(struct replica *r, const struct crdt_id *id, char *
 	creating(r, id, false);
 	if (!box_of(r, id, &b))
 		return STEP_SETTLED;
-	if (b.folders_n == 1 && !crdt_id_equal(id, &crdt_inbox_id)) {
+	if (b.folders_n == 1 && !crdt_id_equal(id, &crdt_inbox_id) && !box_has_others(r, &b, id)) {
 		step = do_remove(r, &b, error_r);
 	} else {
 		box_leave(r, &b, id);

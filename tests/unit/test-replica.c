@@ -695,6 +695,56 @@ static void waits_for_one_before(void **state)
 	assert_int_equal(saved[WAITING], FIRST_CLAIM + WAITING);
 }
 
+/* A mailbox showed two folders of one path: one of them is somewhere else now, its mails are
+ * still to be copied to there, and the other one is deleted. */
+
+static unsigned removes;
+
+static int failing_remove(struct mailstore *ms, const struct ms_mailbox *box, const struct ms_position *known)
+{
+	(void)ms;
+	(void)box;
+	(void)known;
+	removes++;
+	return MS_TEMP;
+}
+
+static void apply_folders(struct fix *x)
+{
+	char *error = NULL;
+	bool more;
+
+	assert_int_not_equal(replica_apply_folders(x->r, &more, &error), REPLICA_FAILED);
+	free(error);
+}
+
+static void has_mails_of_another(void **state)
+{
+	struct crdt_mail_key key = { .folder.b = "alive", .guid = "g", .guid_len = 1 };
+	struct box b = { .guid.b = "box", .uidvalidity = 64, .uidnext = 2 };
+	const struct crdt_id dead = { .b = "dead" };
+	struct fix *x = *state;
+	char *error;
+
+	empty_mailstore(x);
+	x->ms.remove = failing_remove;
+	removes = 0;
+	(void)replica_txn_begin(x->r);
+	box_set_path(x->r, &b, "p", 1);
+	box_attach(x->r, &b, &dead);
+	shadow_put(x->r, &b.guid, 1, &key, 0, NULL, 0);
+	replica_mark_folder(x->r, &dead);
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+	apply_folders(x);
+	assert_int_equal(removes, 0);
+	(void)replica_txn_begin(x->r);
+	shadow_delete(x->r, &b.guid, 1, &key);
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+	apply_folders(x);
+	assert_int_equal(removes, 1);
+	box_free(&b);
+}
+
 /* A tree is renamed by its root: the mail store takes the rest along. */
 
 enum { RENAMES = 64 };
@@ -1397,7 +1447,7 @@ static void observed_then_on(void **state)
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(places), TEST(not_told_yet), TEST(wrong_places), TEST(applied_has_all_own), TEST(first_what_is_here),
+	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(has_mails_of_another), TEST(places), TEST(not_told_yet), TEST(wrong_places), TEST(applied_has_all_own), TEST(first_what_is_here),
 		TEST(folders_that_fail), TEST(many_subscriptions),
 		TEST(folder_that_fails_beside_mails), TEST(wants_in_order), TEST(waits_for_lower_uids),
 		TEST(waits_for_one_before), TEST(parents_first),

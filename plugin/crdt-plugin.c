@@ -23,7 +23,7 @@ static void crdt_user_deinit(struct mail_user *user)
 
 	i_assert(cuser != NULL);
 	crdt_login_imap_user_deinit(cuser);
-	/* mailboxes, and so transactions, end in super */
+	/* mailboxes, and so transactions, end in super: what they record wakes at once */
 	cuser->ending = TRUE;
 	crdt_record_wake(cuser);
 	cuser->module_ctx.super.deinit(user);

@@ -40,7 +40,7 @@ struct crdt_user {
 	bool is_new;			/* nobody has anything of him */
 	bool unavailable;		/* the copy is not complete: no mailbox can be opened */
 	bool observe_failed;		/* said that changes are not counted */
-	bool ending;
+	bool ending;			/* no timeout may outlive the user */
 	/* The sync service is to be woken when this process has answered. */
 	struct timeout *to_wake;
 	struct timeval wake_since;
@@ -157,9 +157,10 @@ void crdt_record_abort(struct crdt_user *cuser, const struct crdt_dot *last, uns
 /* Asks the sync service to look for changes without a record; changed: there is
  * one. */
 void crdt_record_survey(struct crdt_user *cuser, bool changed);
-/* After the change: crdt_fsync, and wakes the sync service, soon. */
+/* After the change: crdt_fsync; and the sync service is woken when the process is back in
+ * its main loop, or by the first change 20 ms later. */
 void crdt_record_finish(struct crdt_user *cuser);
-/* At once, if that is still to be done. */
+/* Wakes it at once, if that is still to be done: before waiting for what it does. */
 void crdt_record_wake(struct crdt_user *cuser);
 /* For CREATE, RENAME, SUBSCRIBE and choosing a UIDVALIDITY: the journal's header,
  * as of now.  NULL and *error_r. */

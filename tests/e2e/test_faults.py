@@ -22,7 +22,7 @@ import time
 
 import pytest
 
-from compare_lib import configure, login
+from compare_lib import configure, login, until
 from imap_lib import Client, look, message
 from kill_lib import stale_locks_go
 
@@ -373,7 +373,7 @@ class Survivor(Stream):
             self.resume()
 
     def resume(self):
-        until(self.log_in)
+        until(self.log_in, timeout=300)
         self.client.unselect()
         super().resume()
 
@@ -387,23 +387,22 @@ class Survivor(Stream):
         return True
 
 
-def until(condition, timeout=300):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.1)
-
-
 def until_holds(check_it, timeout):
     """Or what the check says at last."""
-    deadline = time.monotonic() + timeout
-    while True:
+    failures = []
+
+    def holds():
         try:
-            return check_it()
-        except AssertionError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.1)
+            check_it()
+        except AssertionError as error:
+            failures[:] = [error]
+            return False
+        return True
+
+    try:
+        until(holds, timeout)
+    except AssertionError:
+        raise failures[0] from None
 
 
 @pytest.mark.usefixtures("no_stale_locks")

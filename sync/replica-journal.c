@@ -153,6 +153,22 @@ static int own_create(struct replica *r, const struct crdt_id *id, struct crdt_s
 	return replica_own_op(r, &op, &ctx);
 }
 
+/* All folders have left the mailbox, which has a GUID of its own and was about to go: what the
+ * user puts into it begins another folder of that path. */
+static bool box_begins(struct replica *r, struct box *b, const struct crdt_id *id)
+{
+	struct crdt_folder f;
+	bool named;
+
+	if (b->folders_n > 0)
+		return false;
+	named = crdt_folder_get(rrows(r), id, &f) && f.path_len > 0;
+	crdt_folder_free(&f);
+	if (!named)
+		box_attach(r, b, id);
+	return !named;
+}
+
 static int record_append(struct replica *r, const struct ms_record *mrec)
 {
 	const struct crdt_jrec *rec = mrec->rec;
@@ -230,7 +246,7 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 		op.mails = mails;
 		/* Before the database was lost the DELETE may have been applied here, and so
 		 * be stable: others have forgotten the folder, and its name. */
-		if (gone && rebuild_is_on(r))
+		if (gone && (rebuild_is_on(r) || box_begins(r, &b, &primary.id)))
 			ret = own_create(r, &primary.id, (struct crdt_str){ (const uint8_t *)b.path, (uint16_t)b.path_len },
 					 b.uidvalidity);
 		if (ret == 0)

@@ -1197,6 +1197,42 @@ static int script_trim(struct mailstore *ms, const struct ms_position *pos)
 	return MS_OK;
 }
 
+/* All folders have left a mailbox that is not gone yet, and a mail comes into it: it begins a folder
+ * there, or others would have a mail of a folder without a name and show it nowhere. */
+static void append_where_folders_left(void **state)
+{
+	static const char path[] = "a";
+	struct fix *x = *state;
+	struct crdt_jrec_mail jm = { .uid = 64 };
+	struct crdt_jrec append = { .seq = 1, .kind = CRDT_JREC_APPEND, .uidvalidity = 64, .mails_n = 1, .mails = &jm,
+				    .mailbox.b = "mailbox" };
+	struct ms_mail mail = { .guid = { (const uint8_t *)"g", 1 }, .size = 1 };
+	const struct ms_record records[] = { { 9, &append, &mail } };
+	struct box b = { .guid = append.mailbox, .uidvalidity = 64, .uidnext = 64 };
+	struct crdt_folder f;
+	char *error;
+
+	append.path = (struct crdt_str){ (const uint8_t *)path, 1 };
+	set_mailstore(x);
+	(void)replica_txn_begin(x->r);
+	box_set_path(x->r, &b, append.path.p, append.path.n);
+	box_free(&b);
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+	script = records;
+	script_n = 1;
+	x->ms.read = script_read;
+	assert_true(replica_outbound(x->r, &error) >= 0);
+	(void)replica_txn_begin(x->r);
+	assert_true(crdt_folder_get(rrows(x->r), &append.mailbox, &f));
+	assert_true(f.live);
+	assert_int_equal(f.path_len, 1);
+	crdt_folder_free(&f);
+	assert_true(box_of(x->r, &append.mailbox, &b));
+	assert_memory_equal(b.guid.b, append.mailbox.b, sizeof(b.guid.b));
+	box_free(&b);
+	store_abort(&x->r->txn);
+}
+
 /* A DELETE whose RENAME beside it comes later.  sent: one daemon of several had the mail before.
  * Whether the mail lives. */
 static bool lives_by_rename(struct fix *x, bool sent)
@@ -1453,7 +1489,7 @@ int main(void)
 		TEST(waits_for_one_before), TEST(parents_first),
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
 		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_that_is_staged_anew), TEST(state_with_our_ops),
-		TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent),
+		TEST(append_where_folders_left), TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent),
 		TEST(observed_is_counted), TEST(observed_beside_on), TEST(claims_at_once), TEST(observed_claims_nothing), TEST(observed_then_on) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

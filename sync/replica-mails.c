@@ -562,9 +562,9 @@ static void shown_cmd(struct slice *s, const struct crdt_mail_key *key, struct c
 	if (!shadow_get(s->r, &s->b.guid, uid, &sh))
 		return;
 	v = uid_verdict(s->r, &s->b, m, uid, &to);
-	if ((tried & TRIED_FLAGS) != 0 || crdt_mail_flags(m) != sh.flags || !keywords_equal(m, &sh)) {
-		flags_cmd(s, key, m, &sh, uid, (tried & TRIED_FLAGS) != 0);
-	} else if (v == CRDT_UID_SHOW_AT_CLAIM || v == CRDT_UID_CLAIM_OWN) {
+	if (v == CRDT_UID_SHOW_AT_CLAIM || v == CRDT_UID_CLAIM_OWN) {
+		/* Before its flags: mails with higher claims may come with this slice, and above
+		 * them it would have to get another UID, where sessions already know it at this. */
 		struct ms_cmd *c = slice_cmd(s, MS_MOVE, key, uid);
 
 		numbering(s, c, m);
@@ -572,6 +572,8 @@ static void shown_cmd(struct slice *s, const struct crdt_mail_key *key, struct c
 			c->want_uid = 0;
 			c->policy = MS_UID_OWN;
 		}
+	} else if ((tried & TRIED_FLAGS) != 0 || crdt_mail_flags(m) != sh.flags || !keywords_equal(m, &sh)) {
+		flags_cmd(s, key, m, &sh, uid, (tried & TRIED_FLAGS) != 0);
 	} else if ((tried & TRIED_ADD) != 0) {
 		/* Perhaps half moved, and now it need not move any more. */
 		(void)slice_cmd(s, MS_EXPUNGE, key, 0);

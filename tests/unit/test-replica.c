@@ -695,6 +695,82 @@ static void waits_for_one_before(void **state)
 	assert_int_equal(saved[WAITING], FIRST_CLAIM + WAITING);
 }
 
+/* Expunged, and here again at once: its old record moves to the new UID.  That comes before its
+ * flags, or mails behind it are shown above that UID and it needs another one, which costs
+ * sessions where it already has it what they do with it. */
+
+static uint32_t moved_to, saved_at;
+
+static int failing_apply(struct mailstore *ms, struct ms_apply *a)
+{
+	(void)ms;
+	(void)a;
+	return MS_TEMP;
+}
+
+/* Notes what comes together first. */
+static int first_apply(struct mailstore *ms, struct ms_apply *a)
+{
+	(void)ms;
+	for (size_t i = 0; i < a->n; i++) {
+		if (a->cmds[i].kind == MS_MOVE)
+			moved_to = a->cmds[i].want_uid;
+		else if (a->cmds[i].kind == MS_SAVE)
+			saved_at = a->cmds[i].want_uid;
+		a->cmds[i].outcome = MS_CMD_FAILED;
+	}
+	if (a->n > 0)
+		ms->apply = failing_apply;
+	return MS_OK;
+}
+
+static void show(struct fix *x, const struct crdt_op_folder *f, const struct crdt_op_mail *m, const char *box)
+{
+	struct crdt_mail_key key = { .folder = f->id, .guid_len = (uint8_t)m->guid.n };
+	struct place p = { .uid = m->uid };
+	char *error;
+
+	memcpy(key.guid, m->guid.p, m->guid.n);
+	memcpy(p.box.b, box, strlen(box));
+	(void)replica_txn_begin(x->r);
+	place_put(x->r, &key, &p);
+	shadow_put(x->r, &p.box, p.uid, &key, m->flags, NULL, 0);
+	assert_true(replica_mail_settled(x->r, &key));
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+}
+
+static void moves_before_flags(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op_folder f = { .id.b = "A", .path = { (const uint8_t *)"A", 1 }, .counter = 1, .validity = 64 };
+	struct crdt_op_mail m = { .uid = FIRST_CLAIM, .guid = { (const uint8_t *)"m", 1 }, .content.b = "1" };
+	struct crdt_op op = { .kind = CRDT_OP_CREATE, .folders_n = 1, .folders = &f };
+
+	empty_mailstore(x);
+	x->ms.apply = first_apply;
+	put_box(x, "a", &f);
+	deliver(x, &op, 1);
+	op.kind = CRDT_OP_ADD;
+	op.mails = &m;
+	op.mails_n = 1;
+	deliver(x, &op, 2);
+	show(x, &f, &m, "a");
+	op.kind = CRDT_OP_EXPUNGE;
+	deliver(x, &op, 3);
+	op.kind = CRDT_OP_ADD;
+	m.uid++;
+	m.flags = CRDT_FLAG_SEEN;
+	deliver(x, &op, 4);
+	m.guid.p = (const uint8_t *)"n";
+	m.uid++;
+	deliver(x, &op, 5);
+	texts[1] = REPLICA_TEXT_HERE;
+	moved_to = saved_at = 0;
+	(void)apply_all(x, some_text);
+	assert_int_equal(moved_to, FIRST_CLAIM + 1);
+	assert_int_equal(saved_at, FIRST_CLAIM + 2);
+}
+
 /* A mailbox showed two folders of one path: one of them is somewhere else now, its mails are
  * still to be copied to there, and the other one is deleted. */
 
@@ -1486,7 +1562,7 @@ int main(void)
 	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(has_mails_of_another), TEST(places), TEST(not_told_yet), TEST(wrong_places), TEST(applied_has_all_own), TEST(first_what_is_here),
 		TEST(folders_that_fail), TEST(many_subscriptions),
 		TEST(folder_that_fails_beside_mails), TEST(wants_in_order), TEST(waits_for_lower_uids),
-		TEST(waits_for_one_before), TEST(parents_first),
+		TEST(waits_for_one_before), TEST(moves_before_flags), TEST(parents_first),
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
 		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_that_is_staged_anew), TEST(state_with_our_ops),
 		TEST(append_where_folders_left), TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent),

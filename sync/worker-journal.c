@@ -165,6 +165,7 @@ static int journal_refresh(struct worker_user *user, const char **error_r)
 
 static int journals_open(struct worker_user *user, struct journals *js, const char **error_r)
 {
+	crdt_origin origin;
 	int ret;
 
 	i_zero(js);
@@ -177,9 +178,15 @@ static int journals_open(struct worker_user *user, struct journals *js, const ch
 	js->have_current = ret == MS_OK;
 	if (ret != MS_OK && ret != MS_GONE)
 		return ret;
-	if ((ret = journals_set_aside(user, js, error_r)) != MS_OK) {
-		journals_close(user, js);
-		return ret;
+	/* Who sets one aside begins another: not each time a look through a directory that has
+	 * an entry for each mailbox. */
+	origin = js->have_current ? crdt_journal_info(user->journal)->origin : 0;
+	if (origin == 0 || origin != user->alone) {
+		if ((ret = journals_set_aside(user, js, error_r)) != MS_OK) {
+			journals_close(user, js);
+			return ret;
+		}
+		user->alone = js->n == 0 ? origin : 0;
 	}
 	if (js->have_current)
 		js->e[js->n++].j = user->journal;

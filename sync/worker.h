@@ -55,6 +55,7 @@ struct worker_user {
 	bool observe;			/* crdt_mode */
 	bool outdated;			/* the name has passed to another generation meanwhile */
 	struct crdt_journal *journal;	/* NULL: not opened yet */
+	crdt_origin alone;		/* while it is this one no journal that was set aside is beside it */
 	int lock_fd;			/* locked file, -1: none */
 	const char *lock_path;
 

@@ -20,6 +20,7 @@
 #include "ostream.h"
 #include "iostream-temp.h"
 #include "mail-user.h"
+#include "mailbox-list-private.h"
 #include "maildir-storage.h"
 #include "mail-search-build.h"
 
@@ -986,15 +987,25 @@ static int apply_run(struct apply_run *run)
 	return apply_header(run);
 }
 
-int apply_cmds(struct worker_conn *conn, struct worker_user *user, struct ms_apply *a,
-	       const char **error_r)
+/* Changes take milliseconds, and Dovecot makes and removes files for each lock of the list:
+ * once then for opening and syncing, not twice.  Texts take longer, and sessions would wait. */
+static struct mailbox_list *list_to_hold(const struct worker_user *user, const struct ms_apply *a)
+{
+	if (user->box.box == NULL || !crdt_id_equal(&user->box.guid, &a->box.guid))
+		return NULL;
+	for (size_t i = 0; i < a->n; i++) {
+		if (a->cmds[i].kind == MS_SAVE || a->cmds[i].kind == MS_MOVE)
+			return NULL;
+	}
+	return user->box.box->list;
+}
+
+static int apply_opened(struct worker_conn *conn, struct worker_user *user, struct ms_apply *a,
+			const char **error_r)
 {
 	struct apply_run run = { .conn = conn, .user = user, .a = a, .n = a->n, .error_r = error_r };
 	int ret;
 
-	worker_body_free(&user->body);
-	if ((ret = worker_user_lock(user, error_r)) != MS_OK)
-		return ret;
 	ret = worker_box_open(user, &user->box, &a->box, &run.box, error_r);
 	if (ret == MS_RETRY) {
 		const char *error;
@@ -1014,5 +1025,23 @@ int apply_cmds(struct worker_conn *conn, struct worker_user *user, struct ms_app
 		worker_box_close(user, &user->box);
 	}
 	pool_unref(&run.pool);
+	return ret;
+}
+
+int apply_cmds(struct worker_conn *conn, struct worker_user *user, struct ms_apply *a,
+	       const char **error_r)
+{
+	struct mailbox_list *list;
+	int ret;
+
+	worker_body_free(&user->body);
+	if ((ret = worker_user_lock(user, error_r)) != MS_OK)
+		return ret;
+	list = list_to_hold(user, a);
+	if (list != NULL && (ret = worker_list_lock(list, error_r)) != MS_OK)
+		return ret;
+	ret = apply_opened(conn, user, a, error_r);
+	if (list != NULL)
+		mailbox_list_unlock(list);
 	return ret;
 }

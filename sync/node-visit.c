@@ -107,6 +107,17 @@ static void import_note(struct user *u, const struct visit *v)
 	u->import_paid = 0;
 }
 
+/* A visit of its own costs as much as the one that took the change, and after it the mail
+ * process has to make the journal's marker again. */
+static bool trim_is_due(const struct user *u, bool reads)
+{
+	int64_t due = u->trim_due;
+
+	if (due != 0 && reads)
+		due -= NODE_TRIM_MSECS - NODE_TRIM_ALONG_MSECS;
+	return due != 0 && due <= u->n->now;
+}
+
 static struct visit *order(struct user *u)
 {
 	struct node *n = u->n;
@@ -147,7 +158,7 @@ static struct visit *order(struct user *u)
 		u->journal = u->apply = false;
 		v->reads = u->reads;
 		u->reads = NULL;
-		if (u->trim_due != 0 && u->trim_due <= n->now) {
+		if (trim_is_due(u, v->journal)) {
 			v->acknowledge = true;
 			node_user_acked(u, &v->acked, &v->acked_any);
 			u->trim_due = 0;

@@ -29,7 +29,8 @@
 #define NODE_USERS_MAX 200000		/* in memory; more changed ones wait for the next look at the markers */
 #define NODE_FEED_SYNC_MSECS 20		/* feed is acknowledged so late at most, or */
 #define NODE_FEED_SYNC_BYTES (256 * 1024)	/* when so much waits */
-#define NODE_TRIM_MSECS 200		/* journal is trimmed so long after the last reason to */
+#define NODE_TRIM_MSECS 5000		/* journal is trimmed so long after the first reason to, */
+#define NODE_TRIM_ALONG_MSECS 1000	/* by a visit that reads it anyway so long after */
 #define NODE_APPLIED_MSECS 1000		/* APPLIED for a user, at most so often */
 #define NODE_NO_USER_MSECS (10 * 60 * 1000)	/* a user whom userdb does not know is tried again */
 #define NODE_GENERATION_MSECS 60000	/* one of a generation that the mail store is not of yet */

@@ -108,6 +108,7 @@ static int take_all(cfg_t *cfg, const char *path, struct watch_conf *conf, char 
 	conf_take_str(cfg, "director_socket", &conf->director_socket);
 	conf_take_str(cfg, "hosts_file", &conf->hosts_file);
 	conf_take_str(cfg, "anvil_socket", &conf->anvil_socket);
+	conf_take_str(cfg, "ipc_socket", &conf->ipc_socket);
 	conf_take_str(cfg, "user", &conf->user);
 	conf->interval_msecs = cfg_getint(cfg, "interval");
 	conf->timeout_msecs = cfg_getint(cfg, "timeout");
@@ -117,9 +118,12 @@ static int take_all(cfg_t *cfg, const char *path, struct watch_conf *conf, char 
 	conf->rules.return_msecs = cfg_getint(cfg, "return_wait") * 1000;
 	conf->log_level = conf_log_level(cfg_getstr(cfg, "log_level"));
 	if ((conf->director_socket[0] == '\0') == (conf->hosts_file[0] == '\0'))
-		return conf_fail(error_r, "%s: needs either director_socket (Dovecot 2.3) or hosts_file (2.4)", path);
-	if (conf->anvil_socket[0] != '\0' && conf->hosts_file[0] == '\0')
-		return conf_fail(error_r, "%s: anvil_socket is for hosts_file; a director moves sessions itself", path);
+		return conf_fail(error_r, "%s: needs either director_socket or hosts_file", path);
+	if ((conf->anvil_socket[0] != '\0' || conf->ipc_socket[0] != '\0') && conf->hosts_file[0] == '\0')
+		return conf_fail(error_r, "%s: anvil_socket and ipc_socket are for hosts_file; a director moves sessions itself",
+				 path);
+	if (conf->anvil_socket[0] != '\0' && conf->ipc_socket[0] != '\0')
+		return conf_fail(error_r, "%s: either anvil_socket (Dovecot 2.4) or ipc_socket (2.3)", path);
 	return take_workers(cfg, path, conf, error_r);
 }
 
@@ -138,6 +142,7 @@ int watch_conf_parse(const char *text, const char *path, struct watch_conf *conf
 		CFG_STR("director_socket", "", CFGF_NONE),
 		CFG_STR("hosts_file", "", CFGF_NONE),
 		CFG_STR("anvil_socket", "", CFGF_NONE),
+		CFG_STR("ipc_socket", "", CFGF_NONE),
 		CFG_STR("user", "", CFGF_NONE),
 		CFG_INT("interval", 1000, CFGF_NONE),
 		CFG_INT("timeout", 2000, CFGF_NONE),
@@ -151,7 +156,7 @@ int watch_conf_parse(const char *text, const char *path, struct watch_conf *conf
 	};
 	static const struct { const char *key; cfg_validate_callback_t check; } checks[] = {
 		{ "director_socket", conf_check_socket }, { "hosts_file", conf_check_socket },
-		{ "anvil_socket", conf_check_socket },
+		{ "anvil_socket", conf_check_socket }, { "ipc_socket", conf_check_socket },
 		{ "interval", check_msecs }, { "timeout", check_msecs }, { "misses", check_rounds },
 		{ "rises", check_rounds }, { "hold", check_secs }, { "return_wait", check_secs },
 		{ "log_level", conf_check_log_level }, { "worker", check_worker },
@@ -193,6 +198,7 @@ void watch_conf_free(struct watch_conf *conf)
 	free(conf->director_socket);
 	free(conf->hosts_file);
 	free(conf->anvil_socket);
+	free(conf->ipc_socket);
 	free(conf->user);
 	memset(conf, 0, sizeof(*conf));
 }

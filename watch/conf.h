@@ -13,7 +13,7 @@
 struct watch_conf {
 	char *director_socket;		/* one of these two is empty */
 	char *hosts_file;
-	char *anvil_socket;		/* empty: sessions stay where they are */
+	char *anvil_socket, *ipc_socket;	/* at most one; both empty: sessions stay where they are */
 	char *user;			/* empty: stay who we are */
 	int64_t interval_msecs, timeout_msecs;
 	struct watch_rules rules;

@@ -224,7 +224,8 @@ static int start(char **error_r)
 	entries = xcalloc(conf.n, sizeof(*entries));
 	for (size_t i = 0; i < conf.n; i++)
 		entries[i] = (struct hosts_entry){ conf.workers[i].name, conf.targets[i].address, conf.in_use[i] };
-	proxy = proxy_new(conf.hosts_file, conf.anvil_socket, entries, conf.n, now, log_text, NULL, error_r);
+	proxy = proxy_new(conf.hosts_file, conf.anvil_socket, conf.ipc_socket, entries, conf.n, now, log_text, NULL,
+			  error_r);
 	return proxy == NULL ? -1 : 0;
 }
 

@@ -85,8 +85,8 @@ static void sessions_log(void *ctx, int level, const char *text)
 	p->log(p->ctx, level, text);
 }
 
-struct proxy *proxy_new(const char *hosts_file, const char *anvil_socket, struct hosts_entry *e, size_t n,
-			int64_t now, proxy_log *log, void *ctx, char **error_r)
+struct proxy *proxy_new(const char *hosts_file, const char *anvil_socket, const char *ipc_socket,
+			struct hosts_entry *e, size_t n, int64_t now, proxy_log *log, void *ctx, char **error_r)
 {
 	struct proxy *p = xcalloc(1, sizeof(*p));
 	struct sessions_callbacks callbacks = { .place = place, .done = pass_done, .log = sessions_log,
@@ -107,7 +107,9 @@ struct proxy *proxy_new(const char *hosts_file, const char *anvil_socket, struct
 	if (hosts_write(hosts_file, e, n, error_r) < 0)
 		goto failed;
 	if (anvil_socket[0] != '\0')
-		p->sessions = sessions_new(anvil_socket, &callbacks);
+		p->sessions = sessions_new(anvil_socket, false, &callbacks);
+	else if (ipc_socket[0] != '\0')
+		p->sessions = sessions_new(ipc_socket, true, &callbacks);
 	sessions_changed(p, now);
 	free(used);
 	return p;

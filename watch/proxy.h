@@ -2,7 +2,7 @@
 #ifndef CRDT_WATCH_PROXY_H
 #define CRDT_WATCH_PROXY_H
 /*
- * Dovecot 2.4's proxy as what sends users to workers: the hosts file that it reads, and the
+ * Dovecot's proxy as what sends users to workers: the hosts file that it reads, and the
  * sessions that run through it.  After each change of the file those sessions are ended that
  * are not where it says now.
  */
@@ -13,7 +13,7 @@
 
 #define PROXY_NEXT_MSECS 1000		/* where there are more than SESSIONS_MOVE_MAX */
 #define PROXY_AGAIN_MSECS 5000		/* once more: logins that had read the file before it changed */
-#define PROXY_RETRY_MSECS 10000		/* anvil could not be asked */
+#define PROXY_RETRY_MSECS 10000		/* Dovecot could not be asked */
 
 typedef void proxy_log(void *ctx, int level, const char *text);
 
@@ -21,11 +21,11 @@ struct proxy;
 /*
  * The entries (taken over, with strings that must stay) come with what an administrator
  * wants: one that is not `up` is not to be used.  Reads the file and writes it.
- * anvil_socket may be empty: then sessions stay where they are.
+ * One of the sockets may be set (sessions.h), or none: then sessions stay where they are.
  * NULL with *error_r (malloc'ed).
  */
-struct proxy *proxy_new(const char *hosts_file, const char *anvil_socket, struct hosts_entry *e, size_t n,
-			int64_t now, proxy_log *log, void *ctx, char **error_r);
+struct proxy *proxy_new(const char *hosts_file, const char *anvil_socket, const char *ipc_socket,
+			struct hosts_entry *e, size_t n, int64_t now, proxy_log *log, void *ctx, char **error_r);
 void proxy_free(struct proxy **p);
 bool proxy_is_up(const struct proxy *p, size_t i);
 /* 0; -1: logged. */

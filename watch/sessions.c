@@ -10,8 +10,13 @@
 #include <string.h>
 
 /* The empty line: no process of Dovecot's, which could be asked in turn. */
-#define REQUEST "VERSION\tanvil-client\t2\t0\n\nCONNECT-DUMP\n"
+#define ANVIL_LIST "VERSION\tanvil-client\t2\t0\n\nCONNECT-DUMP\n"
+#define ANVIL_KICK "KICK-USER\t"
 #define GREETING "VERSION\tanvil-server\t2\t"
+/* All login processes are asked, and kick by themselves. */
+#define IPC_LIST "proxy\t*\tLIST-FULL\n"
+#define IPC_KICK "proxy\t*\tKICK\t"
+#define IPC_FIELDS_MAX 64		/* five, and those of passdb that begin with user_ */
 #define PASS_MSECS 60000
 #define USER_MAX_BYTES 900		/* anvil reads lines of 1024 */
 
@@ -31,6 +36,7 @@ struct victim {
 
 struct sessions {
 	char *path;
+	bool ipc;
 	struct sessions_callbacks cb;
 	enum stage stage;
 	struct lines lines;
@@ -43,11 +49,12 @@ struct sessions {
 	bool failed;			/* said so */
 };
 
-struct sessions *sessions_new(const char *socket_path, const struct sessions_callbacks *cb)
+struct sessions *sessions_new(const char *socket_path, bool ipc, const struct sessions_callbacks *cb)
 {
 	struct sessions *s = xcalloc(1, sizeof(*s));
 
 	s->path = xstrdup(socket_path);
+	s->ipc = ipc;
 	s->cb = *cb;
 	lines_init(&s->lines);
 	return s;
@@ -84,19 +91,34 @@ bool sessions_busy(const struct sessions *s)
 
 /* ---- the list ---- */
 
+/* Dovecot escapes control characters by \001. */
+static bool is_user(const char *name)
+{
+	return name[0] != '\0' && strlen(name) <= USER_MAX_BYTES && strchr(name, '\001') == NULL;
+}
+
 bool sessions_parse(char *line, const char **user_r, const char **id_r, const char **address_r)
 {
 	char *f[7];	/* pid, user, service, client, id, destination, more */
 
-	if (lines_split(line, f, 7) < 6 || f[1][0] == '\0' || strlen(f[1]) > USER_MAX_BYTES || f[4][0] == '\0' ||
-	    strlen(f[4]) > SESSION_ID_MAX || f[5][0] == '\0')
-		return false;
-	/* anvil escapes control characters by this one */
-	if (strchr(f[1], '\001') != NULL)
+	if (lines_split(line, f, 7) < 6 || !is_user(f[1]) || f[4][0] == '\0' || strlen(f[4]) > SESSION_ID_MAX ||
+	    f[5][0] == '\0')
 		return false;
 	*user_r = f[1];
 	*id_r = f[4];
 	*address_r = f[5];
+	return true;
+}
+
+bool sessions_parse_ipc(char *line, const char **user_r, const char **address_r)
+{
+	char *f[IPC_FIELDS_MAX];	/* :user, some of passdb, service, client, destination, port */
+	size_t n = lines_split(line, f, IPC_FIELDS_MAX);
+
+	if (n < 5 || n == IPC_FIELDS_MAX || f[0][0] != ':' || !is_user(f[0] + 1) || f[n - 2][0] == '\0')
+		return false;
+	*user_r = f[0] + 1;
+	*address_r = f[n - 2];
 	return true;
 }
 
@@ -109,10 +131,10 @@ static int compare_ids(const void *_a, const void *_b)
 
 static void take_session(struct sessions *s, char *line)
 {
-	const char *user, *id, *address;
+	const char *user, *id = "", *address;
 	struct victim v = { 0 };
 
-	if (!sessions_parse(line, &user, &id, &address))
+	if (!(s->ipc ? sessions_parse_ipc(line, &user, &address) : sessions_parse(line, &user, &id, &address)))
 		return;
 	v.place = s->cb.place(s->cb.ctx, user, address);
 	if (v.place == SESSION_RIGHT)
@@ -162,7 +184,7 @@ static void choose(struct sessions *s)
 
 static void remember(struct sessions *s)
 {
-	if (s->n == 0)
+	if (s->n == 0 || s->ipc)	/* that has no ids */
 		return;
 	s->ended = xrealloc(s->ended, (s->ended_n + s->n) * sizeof(*s->ended));
 	for (size_t i = 0; i < s->n; i++) {
@@ -181,7 +203,7 @@ static bool kick_next(struct sessions *s)
 		s->next++;
 	if (s->next == s->n)
 		return true;
-	lines_put(&s->lines, "KICK-USER\t");
+	lines_put(&s->lines, s->ipc ? IPC_KICK : ANVIL_KICK);
 	lines_put(&s->lines, s->victims[s->next++].user);
 	lines_put(&s->lines, "\n");
 	return false;
@@ -201,9 +223,10 @@ static int on_line(struct sessions *s, char *line)
 		s->stage = LIST;
 		break;
 	case LIST:
-		if (line[0] != '\0') {
+		if (line[0] != (s->ipc ? '+' : '\0')) {
 			take_session(s, line);
-			break;
+			errno = EPROTO;
+			return s->ipc && line[0] == '-' ? -1 : 0;
 		}
 		s->stage = KICK;
 		choose(s);
@@ -235,7 +258,7 @@ static void say(struct sessions *s, int level, const char *what)
 {
 	char text[512];
 
-	snprintf(text, sizeof(text), "anvil_socket %s: %s", s->path, what);
+	snprintf(text, sizeof(text), "%s_socket %s: %s", s->ipc ? "ipc" : "anvil", s->path, what);
 	s->cb.log(s->cb.ctx, level, text);
 }
 
@@ -260,12 +283,12 @@ void sessions_start(struct sessions *s, int64_t now, bool anew)
 	if (anew)
 		s->ended_n = 0;
 	memset(&s->result, 0, sizeof(s->result));
-	s->stage = GREETED;
+	s->stage = s->ipc ? LIST : GREETED;
 	s->due = now + PASS_MSECS;
 	if (lines_connect(&s->lines, s->path) < 0)
 		finish(s, now, false, strerror(errno));
 	else
-		lines_put(&s->lines, REQUEST);
+		lines_put(&s->lines, s->ipc ? IPC_LIST : ANVIL_LIST);
 }
 
 void sessions_run(struct sessions *s, int64_t now)

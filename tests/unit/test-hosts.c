@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* crdt-watch without a director: which worker a user belongs to, the file that says so,
- * and what anvil is asked. */
+ * and what Dovecot is asked of sessions. */
 #include "../../watch/hosts.h"
 #include "../../watch/lines.h"
 #include "../../watch/rendezvous.h"
@@ -237,6 +237,34 @@ static void test_session_lines(void **state)
 	assert_false(sessions_parse(line, &user, &id, &address));
 }
 
+static void test_ipc_lines(void **state)
+{
+	static const char *const none[] = {
+		"", "+", ":u1\timap\t192.0.2.9\t192.0.2.1", "u1\timap\t192.0.2.9\t192.0.2.1\t143",
+		":\timap\t192.0.2.9\t192.0.2.1\t143", ":u\001t1\timap\t192.0.2.9\t192.0.2.1\t143",
+		":u1\timap\t192.0.2.9\t\t143",
+	};
+	char line[2048];
+	const char *user, *address;
+
+	(void)state;
+	snprintf(line, sizeof(line), ":u 1@x\timap\t192.0.2.9\t192.0.2.1\t143");
+	assert_true(sessions_parse_ipc(line, &user, &address));
+	assert_string_equal(user, "u 1@x");
+	assert_string_equal(address, "192.0.2.1");
+	snprintf(line, sizeof(line), ":u1\t\talt\tpop3\t\t2001:db8::4\t110");
+	assert_true(sessions_parse_ipc(line, &user, &address));
+	assert_string_equal(address, "2001:db8::4");
+	for (size_t i = 0; i < sizeof(none) / sizeof(none[0]); i++) {
+		snprintf(line, sizeof(line), "%s", none[i]);
+		assert_false(sessions_parse_ipc(line, &user, &address));
+	}
+	memset(line, '\t', 100);
+	memcpy(line, ":u1", 3);
+	snprintf(line + 100, sizeof(line) - 100, "192.0.2.1\t110");
+	assert_false(sessions_parse_ipc(line, &user, &address));
+}
+
 /* A connection through a real socket; *peer_r is the other side. */
 static void connect_lines(struct lines *l, int *peer_r)
 {
@@ -297,7 +325,8 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_scores), cmocka_unit_test(test_rank),
 		cmocka_unit_test(test_spread), cmocka_unit_test(test_file),
-		cmocka_unit_test(test_session_lines), cmocka_unit_test(test_lines),
+		cmocka_unit_test(test_session_lines), cmocka_unit_test(test_ipc_lines),
+		cmocka_unit_test(test_lines),
 	};
 
 	return cmocka_run_group_tests(tests, make_dir, remove_dir);

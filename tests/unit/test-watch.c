@@ -391,7 +391,7 @@ static void test_conf(void **state)
 {
 	static const struct { const char *text, *error; } bad[] = {
 		{ SOCKET, "c: needs 1 to 64 worker sections, and has 0" },
-		{ W0, "c: needs either director_socket (Dovecot 2.3) or hosts_file (2.4)" },
+		{ W0, "c: needs either director_socket or hosts_file" },
 		{ SOCKET "hosts_file = \"/h\"\n" W0, "c: needs either director_socket" },
 		{ "director_socket = \"s\"\n" W0, "c:1: director_socket must be an absolute path" },
 		{ SOCKET "worker w0 { }\n", "c:2: worker w0: needs address, an IP address" },
@@ -404,7 +404,10 @@ static void test_conf(void **state)
 		{ SOCKET "misses = 0\n" W0, "c:2: misses must be from 1 to 100, not 0" },
 		{ SOCKET "timeout = 1\n" W0, "c:2: timeout must be from 100 to 60000, not 1" },
 		{ SOCKET "log_level = \"loud\"\n" W0, "c:2: log_level must be" },
-		{ SOCKET "anvil_socket = \"/a\"\n" W0, "c: anvil_socket is for hosts_file" },
+		{ SOCKET "anvil_socket = \"/a\"\n" W0, "c: anvil_socket and ipc_socket are for hosts_file" },
+		{ SOCKET "ipc_socket = \"/a\"\n" W0, "c: anvil_socket and ipc_socket are for hosts_file" },
+		{ "hosts_file = \"/h\"\nanvil_socket = \"/a\"\nipc_socket = \"/i\"\n" W0,
+		  "c: either anvil_socket (Dovecot 2.4) or ipc_socket (2.3)" },
 		{ "hosts_file = \"/h\"\nanvil_socket = \"a\"\n" W0, "c:2: anvil_socket must be an absolute path" },
 		{ SOCKET W0 "worker w1 { address = \"192.0.2.2\"\n in_use = false }\n",
 		  "c: worker w1: in_use is for hosts_file; a director is told with 'doveadm director update 192.0.2.2 0'" },

@@ -1,8 +1,8 @@
 -- SPDX-License-Identifier: LGPL-2.1-or-later
 --
--- To which worker Dovecot 2.4's proxy sends a user. (2.3 has a director: see director.conf.)
--- Dovecot's auth process runs this; conf.d/proxy-2.4.conf has the settings. It needs
--- Debian's dovecot-auth-lua and Lua 5.3 or later.
+-- To which worker Dovecot's proxy sends a user. Dovecot's auth process runs this;
+-- conf.d/proxy-2.3.conf and proxy-2.4.conf have the settings. It needs Debian's
+-- dovecot-auth-lua and Lua 5.3 or later.
 --
 -- crdt-watch(8) writes hosts_file, a small file that is read at each login. Nothing else is
 -- asked, so that logins go on while crdt-watch is down.
@@ -16,8 +16,10 @@ local hosts_file = "/var/lib/crdt-watch/hosts"
 -- SMTP AUTH would let everybody in.
 local proxies = { imap = true, pop3 = true, lmtp = true, submission = true, sieve = true, doveadm = true }
 
+-- Dovecot 2.3 has no settings for a script, and wants a number.
 function script_init(settings)
-  hosts_file = settings.hosts_file or hosts_file
+  hosts_file = settings and settings.hosts_file or os.getenv("CRDT_HOSTS_FILE") or hosts_file
+  return 0
 end
 
 -- doc/FORMATS.md has the score; watch/rendezvous.c computes the same.
@@ -53,8 +55,9 @@ local function worker_of(user)
 end
 
 function auth_passdb_lookup(request)
-  if not proxies[request.protocol] then
-    return dovecot.auth.PASSDB_RESULT_USER_UNKNOWN, "crdt-proxy: not for " .. tostring(request.protocol)
+  local service = request.protocol or request.service     -- of 2.4, of 2.3
+  if not proxies[service] then
+    return dovecot.auth.PASSDB_RESULT_USER_UNKNOWN, "crdt-proxy: not for " .. tostring(service)
   end
   local address, problem = worker_of(request.user)
   if address == nil then

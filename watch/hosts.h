@@ -2,8 +2,8 @@
 #ifndef CRDT_WATCH_HOSTS_H
 #define CRDT_WATCH_HOSTS_H
 /*
- * Where there is no director (Dovecot 2.4): a file with a line for each worker, from which
- * conf.d/crdt-proxy.lua takes where a user's connections go (doc/FORMATS.md).  It is replaced
+ * For Dovecot's proxy, in place of a director: a file with a line for each worker, from which
+ * watch/crdt-proxy.lua takes where a user's connections go (doc/FORMATS.md).  It is replaced
  * as a whole; a reader never sees half of it.  What it says is what crdt-watch decided last,
  * also after a restart of either or of the machine.
  */

@@ -2,12 +2,11 @@
 #ifndef CRDT_WATCH_RENDEZVOUS_H
 #define CRDT_WATCH_RENDEZVOUS_H
 /*
- * Which worker a user belongs to, by rendezvous hashing: where there is no director (Dovecot
- * 2.4), and with crdt_replicas.  Of the workers in use it is the one with the highest score for
- * him, so that all who know the same workers agree, and that a worker which leaves or comes moves
- * nobody but its own users.  The next ones in that order are his standbys: the same whom a proxy
- * sends him to when the first is out of use.  doc/FORMATS.md has the score; crdt-proxy.lua
- * computes the same.
+ * Which worker a user belongs to, by rendezvous hashing: for Dovecot's proxy, and with
+ * crdt_replicas.  Of the workers in use it is the one with the highest score for him, so that all
+ * who know the same workers agree, and that a worker which leaves or comes moves nobody but its
+ * own users.  The next ones in that order are his standbys: the same whom a proxy sends him to
+ * when the first is out of use.  doc/FORMATS.md has the score; crdt-proxy.lua computes the same.
  */
 #include <stdbool.h>
 #include <stddef.h>

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Users come through two proxies of Dovecot 2.4, each with a crdt-watch of its own.
-
-Needs root and Debian 13's packages (scripts/chroot-2.4); of its workers one has Dovecot 2.4
-where that was built (scripts/build --dovecot 2.4).
+"""Users come through two proxies, each with a crdt-watch of its own: one of Dovecot 2.3, and one
+of 2.4 where its packages are there (scripts/chroot-2.4). Of the workers one has Dovecot 2.4
+where that was built (scripts/build --dovecot 2.4). Needs root.
 """
 
 import concurrent.futures
 import imaplib
+import itertools
 import os
 import re
 import signal
@@ -22,11 +22,8 @@ from watch_lib import WatchLog, first_login, mail_of_all, rendezvous, until
 
 CHROOT = subprocess.run([os.path.join(TOP, "scripts", "chroot-2.4"), "path"], capture_output=True,
                         text=True, check=True).stdout.strip()
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not os.path.exists(f"{CHROOT}/usr/lib/dovecot/modules/auth/libauthdb_lua.so"),
-                       reason="needs scripts/chroot-2.4 make"),
-]
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+HAS_24 = os.path.exists(f"{CHROOT}/usr/lib/dovecot/modules/auth/libauthdb_lua.so")
 BUILT = os.path.exists(os.path.join(TOP, "build-2.4", "inst"))
 WORKERS = ("w1", "w2", "w3")
 PROXIES = ("p1", "p2")
@@ -36,7 +33,7 @@ USERS = tuple(f"u{i}" for i in range(1, 13))
 @pytest.fixture(scope="module", name="cluster")
 def fixture_cluster(new_cluster):
     return new_cluster(workers=len(WORKERS), users=len(USERS), proxies=len(PROXIES),
-                       dovecot="2.3,2.4" if BUILT else "2.3")
+                       dovecot="2.3,2.4" if BUILT else "2.3", proxy_dovecot="2.3,2.4" if HAS_24 else "2.3")
 
 
 def home_of(user, workers=WORKERS):
@@ -61,26 +58,34 @@ def until_places(cluster, down=(), proxies=PROXIES):
     until(lambda: all(places(cluster, proxy) == wanted for proxy in proxies))
 
 
-def sessions(cluster, proxy):
+def is_24(cluster, proxy):
+    return cluster.node(proxy)["dovecot"] == "2.4"
+
+
+def sessions(cluster):
     """{user: workers to which sessions of his are proxied}"""
     names = {node["cluster_address"]: node["name"] for node in cluster.description["nodes"]}
-    lines = cluster.doveadm(proxy, "-f", "tab", "proxy", "list", "-1").decode().splitlines()[1:]
     found = {}
-    for user, _, _, _, address in (line.split("\t")[:5] for line in lines if line):
-        found.setdefault(user, set()).add(names[address])
+    for proxy in PROXIES:
+        each = ["-1"] if is_24(cluster, proxy) else []
+        for line in cluster.doveadm(proxy, "-f", "tab", "proxy", "list", *each).decode().splitlines():
+            user, *fields = line.split("\t")
+            for address in names.keys() & set(fields):
+                found.setdefault(user, set()).add(names[address])
     return found
 
 
-def until_sessions(cluster, proxy, wanted):
+def until_sessions(cluster, wanted):
     """Sessions are where they should be: {user: worker}, or not there at all."""
-    until(lambda: all(workers == {wanted[user]} for user, workers in sessions(cluster, proxy).items()))
+    until(lambda: all(workers == {wanted[user]} for user, workers in sessions(cluster).items()))
 
 
 class Users:
-    """A session of each of the users, through a proxy."""
+    """A session of each of the users, through the proxies in turn."""
 
-    def __init__(self, cluster, users, proxy="p1"):
-        self.clients = {user: Client(cluster.imap(proxy, user)) for user in users}
+    def __init__(self, cluster, users, proxies=PROXIES):
+        self.clients = {user: Client(cluster.imap(proxy, user))
+                        for user, proxy in zip(users, itertools.cycle(proxies))}
         for client in self.clients.values():
             client.select("INBOX")
 
@@ -156,23 +161,24 @@ def test_users_are_pinned(cluster):
 
 def test_names_are_one_user_however_written(cluster):
     before = len(logins(cluster, home_of("u1"), "u1"))
-    imap = cluster.imap("p1")
-    imap.login("U1", cluster.password("u1"))
-    imap.logout()
-    assert len(logins(cluster, home_of("u1"), "u1")) == before + 1
+    for proxy in PROXIES:
+        imap = cluster.imap(proxy)
+        imap.login("U1", cluster.password("u1"))
+        imap.logout()
+    assert len(logins(cluster, home_of("u1"), "u1")) == before + len(PROXIES)
 
 
 def test_doveadm_works_on_the_users_worker(cluster):
-    for user in USERS[:3]:
-        cluster.doveadm("p2", "mailbox", "create", "-u", user, "made")
+    for user, proxy in zip(USERS, PROXIES * 2):
+        cluster.doveadm(proxy, "mailbox", "create", "-u", user, "made")
         assert "made" in look(cluster, home_of(user), user).folders
 
 
 def test_addresses(cluster):
     """What LMTP takes for the user is what IMAP does."""
-    for user in USERS[:3]:
-        cluster.doveadm("p1", "mailbox", "create", "-u", user, "detail")
-        cluster.deliver("p1", f"{user.upper()}+detail@test.invalid", message("detail"))
+    for user, proxy in zip(USERS, PROXIES * 2):
+        cluster.doveadm(proxy, "mailbox", "create", "-u", user, "detail")
+        cluster.deliver(proxy, f"{user.upper()}+detail@test.invalid", message("detail"))
         assert look(cluster, home_of(user), user).mails()["detail"] == ["detail"]
 
 
@@ -193,22 +199,25 @@ def test_passwords_are_checked(cluster):
         list(threads.map(refused, tries))
     with pytest.raises(smtplib.SMTPRecipientsRefused, match="User doesn't exist"):
         cluster.deliver("p1", stranger, message("x"))
-    # Postfix for SMTP AUTH, say
-    with pytest.raises(CommandFailed, match="auth failed"):
-        cluster.doveadm("p1", "auth", "test", "-x", "service=smtp", "u1", "wrong")
-    # else the line above shows nothing
-    assert b"auth succeeded" in cluster.doveadm("p1", "auth", "test", "-x", "service=imap", "u1", "wrong")
+    for proxy in PROXIES:
+        # Postfix for SMTP AUTH, say
+        with pytest.raises(CommandFailed, match="auth failed"):
+            cluster.doveadm(proxy, "auth", "test", "-x", "service=smtp", "u1", "wrong")
+        # else the line above shows nothing
+        assert b"auth succeeded" in cluster.doveadm(proxy, "auth", "test", "-x", "service=imap", "u1", "wrong")
 
 
 @pytest.mark.allows_errors
-def test_workers_certificates_are_checked(cluster):
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_workers_certificates_are_checked(cluster, proxy):
     """One that is not of the CA gets no passwords."""
     try:
-        local_conf(cluster, "p2", f"ssl_client_ca_file = {os.path.dirname(cluster.description['ca_file'])}/p1.pem\n")
+        local_conf(cluster, proxy, ("ssl_client_ca_file = " if is_24(cluster, proxy) else "ssl_ca = <")
+                   + f"{os.path.dirname(cluster.description['ca_file'])}/p1.pem\n")
 
         def refused():
             try:
-                cluster.imap("p2", "u1").logout()
+                cluster.imap(proxy, "u1").logout()
                 return False
             except imaplib.IMAP4.error as error:
                 return "UNAVAILABLE" in str(error)
@@ -216,22 +225,22 @@ def test_workers_certificates_are_checked(cluster):
         until(refused)          # once the new login processes are there
         before = len(logins(cluster, home_of("u1"), "u1"))
         with pytest.raises(imaplib.IMAP4.error, match="UNAVAILABLE"):
-            cluster.imap("p2", "u1")
-        assert "certificate" in cluster.log("p2")
+            cluster.imap(proxy, "u1")
+        assert "certificate" in cluster.log(proxy)
         assert len(logins(cluster, home_of("u1"), "u1")) == before
         with pytest.raises(smtplib.SMTPRecipientsRefused):
-            cluster.deliver("p2", "u1", message("x"))
+            cluster.deliver(proxy, "u1", message("x"))
     finally:
-        local_conf(cluster, "p2", "")
-    first_login(cluster, "u1", "p2")
+        local_conf(cluster, proxy, "")
+    first_login(cluster, "u1", proxy)
 
 
 @pytest.mark.skipif(not BUILT, reason="needs scripts/build --dovecot 2.4")
 def test_many_logins_at_once(cluster):
-    """To a worker with 2.4: no first command stays without an answer."""
+    """From 2.4 to 2.4: no first command stays without an answer."""
     def work(user):
         for _ in range(25):
-            imap = cluster.imap("p1", user)
+            imap = cluster.imap("p2", user)
             imap.sock.settimeout(10)
             assert imap.list()[0] == "OK"
             imap.logout()
@@ -266,7 +275,7 @@ def test_killed_worker(cluster, figure):
     cluster.wait()
     assert mail_of_all(cluster, "p2", USERS) == wanted
     displaced = Users(cluster, victims)
-    until_sessions(cluster, "p1", {user: home_of(user, left) for user in USERS})
+    until_sessions(cluster, {user: home_of(user, left) for user in USERS})
     assert watching.alive() == set(others) and displaced.alive() == set(victims)
     # It is back, but cannot learn what it missed.
     cluster.cut("s1")
@@ -285,8 +294,8 @@ def test_killed_worker(cluster, figure):
     assert mail_of_all(cluster, "p1", USERS) == wanted
     for users in (watching, displaced):
         users.close()
-    again = Users(cluster, USERS, "p2")
-    until_sessions(cluster, "p2", {user: home_of(user) for user in USERS})
+    again = Users(cluster, USERS)
+    until_sessions(cluster, {user: home_of(user) for user in USERS})
     again.close()
 
 
@@ -294,13 +303,13 @@ def test_killed_worker(cluster, figure):
 def test_unreachable_worker(cluster, figure):
     """Packets to it vanish: sessions through the proxy, which would hang, are ended."""
     user = users_of("w2")[0]
-    session = Client(cluster.imap("p1", user))
-    session.select("INBOX")
+    hanging = [Client(cluster.imap(proxy, user)) for proxy in PROXIES]
     said = WatchLog(cluster, "p1")
     with cluster.partition("w2"):
         start = time.monotonic()
-        with pytest.raises((imaplib.IMAP4.abort, OSError)):
-            session.imap.noop()         # hangs, then it is ended
+        for session in hanging:
+            with pytest.raises((imaplib.IMAP4.abort, OSError)):
+                session.imap.noop()         # hangs, then it is ended
         figure("unreachable worker", f"{time.monotonic() - start:.1f} s until sessions were ended, "
                f"{first_login(cluster, user, 'p1'):.1f} s more to a login")
         assert "w2: taken out: IMAP: cannot be reached" in said.text()
@@ -315,7 +324,7 @@ def test_without_crdt_watch(cluster):
     for proxy in PROXIES:
         cluster.kill(proxy, "crdt-watch")
     through = Users(cluster, USERS)
-    until_sessions(cluster, "p1", {user: home_of(user) for user in USERS})
+    until_sessions(cluster, {user: home_of(user) for user in USERS})
     cluster.kill("w3")
     victims = users_of("w3")
     with pytest.raises(imaplib.IMAP4.error, match="UNAVAILABLE"):
@@ -329,7 +338,7 @@ def test_without_crdt_watch(cluster):
     cluster.kill("p1", "crdt-watch")
     cluster.start("w3")
     cluster.start("p2")         # has never seen it down, nor up
-    displaced = Users(cluster, victims)
+    displaced = Users(cluster, victims, ["p1"])
     assert displaced.alive() == set(victims)
     said = WatchLog(cluster, "p1")
     cluster.start("p1")         # one that has not taken it out itself
@@ -340,16 +349,17 @@ def test_without_crdt_watch(cluster):
 
 
 @pytest.mark.allows_errors
-def test_no_decision(cluster):
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_no_decision(cluster, proxy):
     """Without the file nobody is let in, nor told that his password is wrong."""
-    cluster.kill("p2", "crdt-watch")
-    os.unlink(f"{cluster.directory}/nodes/p2/watch/hosts")
+    cluster.kill(proxy, "crdt-watch")
+    os.unlink(f"{cluster.directory}/nodes/{proxy}/watch/hosts")
     with pytest.raises(imaplib.IMAP4.error, match="UNAVAILABLE"):
-        cluster.imap("p2", "u1")
+        cluster.imap(proxy, "u1")
     with pytest.raises(smtplib.SMTPRecipientsRefused, match="45[0-9]"):
-        cluster.deliver("p2", "u1", message("x"))
-    cluster.start("p2")
-    first_login(cluster, "u1", "p2")
+        cluster.deliver(proxy, "u1", message("x"))
+    cluster.start(proxy)
+    first_login(cluster, "u1", proxy)
 
 
 def configure(cluster, proxy, text):
@@ -362,22 +372,23 @@ def configure(cluster, proxy, text):
     return said
 
 
-def test_out_of_use(cluster):
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_out_of_use(cluster, proxy):
     """What an administrator takes out of use gives its users up at once, and gets them back
     when he puts it back and it has caught up."""
-    with open(f"{cluster.directory}/nodes/p1/crdt-watch.conf", encoding="ascii") as file:
+    with open(f"{cluster.directory}/nodes/{proxy}/crdt-watch.conf", encoding="ascii") as file:
         good = file.read()
-    users = Users(cluster, USERS)
+    users = Users(cluster, USERS, [proxy])
     moved = set(users_of("w2"))
     try:
-        said = configure(cluster, "p1", good.replace("worker w2 {", "worker w2 {\n  in_use = no"))
+        said = configure(cluster, proxy, good.replace("worker w2 {", "worker w2 {\n  in_use = no"))
         said.until("w2: an administrator took it out of use", f"sessions of {len(moved)} users ended")
         assert users.alive() == set(USERS) - moved
         users.close()
-        users = Users(cluster, USERS)
-        until_sessions(cluster, "p1", {user: home_of(user, ("w1", "w3")) for user in USERS})
+        users = Users(cluster, USERS, [proxy])
+        until_sessions(cluster, {user: home_of(user, ("w1", "w3")) for user in USERS})
     finally:
-        said = configure(cluster, "p1", good)
+        said = configure(cluster, proxy, good)
     until_places(cluster)
     said.until("w2: brought back: it has caught up", f"sessions of {len(moved)} users ended")
     assert users.alive() == set(USERS) - moved
@@ -385,8 +396,9 @@ def test_out_of_use(cluster):
 
 
 @pytest.mark.allows_errors
+@pytest.mark.skipif(not HAS_24, reason="needs scripts/chroot-2.4 make")
 def test_sessions_that_cannot_be_ended(cluster):
-    """Where each has a login process of its own Dovecot says that it ended one, and did not:
+    """Where each has a login process of its own Dovecot 2.4 says that it ended one, and did not:
     crdt-watch notices."""
     with open(f"{cluster.directory}/nodes/p2/crdt-watch.conf", encoding="ascii") as file:
         good = file.read()
@@ -394,7 +406,7 @@ def test_sessions_that_cannot_be_ended(cluster):
     try:
         local_conf(cluster, "p2", "service imap-login {\n  restart_request_count = 1\n  process_limit = 50\n}\n")
         time.sleep(1)       # the old login processes do not take connections any more
-        users = Users(cluster, USERS, "p2")
+        users = Users(cluster, USERS, ["p2"])
         said = configure(cluster, "p2", good.replace("worker w2 {", "worker w2 {\n  in_use = no"))
         said.until(f"sessions of {len(moved)} users ended",
                    f"{len(moved)} sessions are still there, though Dovecot was told to end them")

@@ -8,21 +8,18 @@ Needs root and what was built; see conftest.py.
 import itertools
 import os
 import shutil
-import subprocess
 import urllib.parse
 
 import pytest
 
 from compare_lib import configure, until
-from crdtlib import TOP, in_netns
+from crdtlib import in_netns
 from crdtcluster import status
 from imap_lib import Client, look, message
 from test_login import poll, refused, shown, state_dir
 from watch_lib import first_login, rendezvous
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.allows_errors]
-LUA = subprocess.run([os.path.join(TOP, "scripts", "chroot-2.4"), "path"], capture_output=True, text=True,
-                     check=True).stdout.strip() + "/usr/lib/dovecot/modules/auth/libauthdb_lua.so"
 WORKERS = ("w1", "w2", "w3")
 USERS = [f"u{i}" for i in range(1, 31)]
 NUMBERS = itertools.count()
@@ -289,7 +286,6 @@ def test_bad_settings(cluster):
     cluster.wait()
 
 
-@pytest.mark.skipif(not os.path.exists(LUA), reason="needs scripts/chroot-2.4 make")
 def test_proxy_goes_to_the_standby(own_cluster):
     """The worker of a user dies: crdt-watch and the proxy take him to the one that has his
     mail, where he is not refused; nobody else gets a copy."""

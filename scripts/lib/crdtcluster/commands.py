@@ -47,13 +47,16 @@ def _refuse_unsupported(options):
     if options.delay and not os.access(options.delaylink, os.X_OK):
         raise Refused(f"there is no {options.delaylink}: run scripts/build")
     formats, versions = options.mail_format.split(","), options.dovecot.split(",")
+    if options.proxies:
+        versions += options.proxy_dovecot.split(",")
     if not all(map(mailformat.is_known, formats)):
         raise Refused("--mail-format takes FORMAT[+OPTION...] or a list of these, not"
                       f" {options.mail_format}; formats: {', '.join(mailformat.FORMATS)};"
                       f" options: {', '.join(mailformat.OPTIONS)}")
     if not set(versions) <= {"2.3", "2.4"}:
-        raise Refused(f"--dovecot takes 2.3, 2.4 or a list of these, not {options.dovecot}")
-    if "2.4" in versions or options.proxies:
+        raise Refused("--dovecot and --proxy-dovecot take 2.3, 2.4 or a list of these, not"
+                      f" {','.join(versions)}")
+    if "2.4" in versions:
         chroot.root()
     if "2.3" not in versions and not options.director:
         return

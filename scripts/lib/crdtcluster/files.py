@@ -251,7 +251,7 @@ def _configure_director(cluster, node):
 def _configure_proxy(cluster, node):
     node_dir = cluster.node_dir(node)
     os.mkdir(f"{node_dir}/state", 0o755)
-    _render("proxy-2.4.conf.in", node.doveadm_config, {
+    _render(f"proxy-{node.dovecot}.conf.in", node.doveadm_config, {
         "name": node.name,
         "base_dir": cluster.node_runtime_dir(node),
         "node_dir": node_dir,
@@ -260,7 +260,8 @@ def _configure_proxy(cluster, node):
         "cert": certs.certificate_of(cluster, node),
         "cert_key": certs.key_of(cluster, node),
         "ca": cluster.ca_file,
-        "example": f"{_examples(cluster)}/proxy-2.4.conf",
+        "example": f"{_examples(cluster)}/proxy-{node.dovecot}.conf",
+        "script": f"{cluster.data_dir}/share/{os.path.basename(_PROXY_SCRIPT)}",
         "hosts_file": _hosts_file(cluster, node),
         "watch_user": DOVECOT_USER,
         "doveadm_port": DOVEADM_PORT,
@@ -290,8 +291,9 @@ def _configure_watch(cluster, node):
         tells = f"director_socket = \"{runtime_dir}/director-admin\"\n"
     else:
         _make_watch_state(os.path.dirname(_hosts_file(cluster, node)))
+        socket = "anvil" if node.dovecot == "2.4" else "ipc"
         tells = (f"hosts_file = \"{_hosts_file(cluster, node)}\"\n"
-                 f"anvil_socket = \"{runtime_dir}/anvil\"\nuser = \"{DOVECOT_USER}\"\n")
+                 f"{socket}_socket = \"{runtime_dir}/{socket}\"\nuser = \"{DOVECOT_USER}\"\n")
     _write(watch_config(cluster, node), tells + "".join(workers))
 
 

@@ -299,7 +299,7 @@ def _describe(directory, cluster_id, data_dir, options):
     if options.director:
         cluster.nodes.append(_director(cluster, subnet))
     for i in range(1, options.proxies + 1):
-        cluster.nodes.append(_proxy(cluster, i, subnet))
+        cluster.nodes.append(_proxy(cluster, i, subnet, _nth(options.proxy_dovecot, i)))
     return cluster
 
 
@@ -354,13 +354,14 @@ def _director(cluster, subnet):
     return node
 
 
-def _proxy(cluster, i, subnet):
+def _proxy(cluster, i, subnet, version):
     node = Node(
         name=f"p{i}", kind="proxy", netns=f"crdt-{cluster.id}-p{i}",
         address=f"{subnet}.1.{210 + i}", cluster_address=f"{subnet}.2.{210 + i}",
-        imap_port=143, imaps_port=993, lmtp_port=24, pop3_port=110, dovecot="2.4",
+        imap_port=143, imaps_port=993, lmtp_port=24, pop3_port=110, dovecot=version)
+    if version == "2.4":
         # Where an installation has crdt-proxy.lua, and the example says it is.
-        inside=chroot.command(cluster.data_dir, _runtime_dir(cluster.id),
-                              f"{cluster.data_dir}/share:/usr/share/dovecot-crdt"))
+        node.inside = chroot.command(cluster.data_dir, _runtime_dir(cluster.id),
+                                     f"{cluster.data_dir}/share:/usr/share/dovecot-crdt")
     node.doveadm_config = f"{cluster.node_dir(node)}/dovecot.conf"
     return node

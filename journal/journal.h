@@ -94,6 +94,7 @@ struct crdt_jrec {
 	uint8_t kind;
 	bool applier;			/* written by crdt-worker for its own change: order and UIDs
 					 * for the sync engine, never an op (I6) */
+	bool session;			/* FLAGS, EXPUNGE: a session names mails by the UIDs that it knows */
 	struct crdt_id mailbox;		/* Dovecot's mailbox GUID; zero where unused */
 	uint32_t uidvalidity;
 	/* What the applier had applied to this mailbox (index header extension,

@@ -6,8 +6,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define REC_BEFORE 2
-#define REC_APPLIER 0x01	/* bit of the flags byte */
+/* bits of the flags byte */
+#define REC_APPLIER 0x01
+#define REC_BEFORE 0x02
+#define REC_SESSION 0x04
 
 bool crdt_jrec_kind_known(uint8_t kind)
 {
@@ -73,7 +75,8 @@ void crdt_jrec_encode(struct crdt_buf *b, const struct crdt_jrec *rec)
 {
 	assert(crdt_jrec_kind_known(rec->kind));
 	crdt_buf_u8(b, rec->kind);
-	crdt_buf_u8(b, (rec->applier ? REC_APPLIER : 0) | (rec->before.seq > 0 ? REC_BEFORE : 0));
+	crdt_buf_u8(b, (rec->applier ? REC_APPLIER : 0) | (rec->before.seq > 0 ? REC_BEFORE : 0) |
+		    (rec->session ? REC_SESSION : 0));
 	crdt_buf_varint(b, rec->seq);
 	crdt_buf_raw(b, rec->mailbox.b, sizeof(rec->mailbox.b));
 	crdt_buf_varint(b, rec->uidvalidity);
@@ -230,6 +233,7 @@ int crdt_jrec_decode(const void *p, size_t n, struct crdt_jrec *rec_r, const cha
 	rec_r->kind = crdt_get_u8(&r);
 	flags = crdt_get_u8(&r);
 	rec_r->applier = (flags & REC_APPLIER) != 0;
+	rec_r->session = (flags & REC_SESSION) != 0;
 	rec_r->seq = crdt_get_varint(&r);
 	if ((id = crdt_get_raw(&r, sizeof(rec_r->mailbox.b))) != NULL)
 		memcpy(rec_r->mailbox.b, id, sizeof(rec_r->mailbox.b));

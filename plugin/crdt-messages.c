@@ -113,6 +113,8 @@ static struct crdt_jrec *record_new(struct records *r, enum crdt_jrec_kind kind,
 	rec->seen = *seen;
 	if (kind == CRDT_JREC_APPEND)
 		rec->path = r->path;
+	else
+		rec->session = TRUE;
 	return rec;
 }
 
@@ -342,8 +344,12 @@ static bool get_flag_change(struct mail_index_transaction *t, struct mail_index_
 
 	i_zero(change_r);
 	mail_index_lookup_uid(t->view, requests[0].seq, &change_r->uid);
-	if (!mail_index_lookup_seq(head, change_r->uid, &seq))
-		return FALSE;	/* expunged by another session */
+	if (!mail_index_lookup_seq(head, change_r->uid, &seq)) {
+		/* Expunged since by another session; or crdt-worker has given it another UID, and
+		 * crdt-sync will find it there. */
+		head = t->view;
+		seq = requests[0].seq;
+	}
 	rec = mail_index_lookup(head, seq);
 	kw = t_new(uint32_t, n);
 	t_array_init(&cur_kw, 8);

@@ -437,6 +437,7 @@ static int take_survey(struct replica *r, char **error_r)
 		(void)replica_txn_begin(r);
 		survey_listed(r, &s);
 		survey_unlisted(r, &s);
+		former_forget(r);
 		survey_put(r, rebuild_is_on(r) ? REBUILD_LOOKS : compare_is_first(r) ? FIRST_LOOKS : SURVEY_DONE);
 		if (replica_txn_commit(r, false, error_r) < 0)
 			ret = REPLICA_FAILED;

@@ -13,37 +13,13 @@ enum { UIDS_SLICE = CRDT_OP_MAILS_MAX };
 
 /* ---- small things ---- */
 
-static bool str_equal(struct crdt_str a, struct crdt_str b)
-{
-	return a.n == b.n && memcmp(a.p, b.p, a.n) == 0;
-}
-
-static int str_cmp(const void *va, const void *vb)
-{
-	const struct crdt_str *a = va, *b = vb;
-	size_t n = a->n < b->n ? a->n : b->n;
-	int c = n == 0 ? 0 : memcmp(a->p, b->p, n);
-
-	return c != 0 ? c : (int)a->n - (int)b->n;
-}
-
-static bool str_in(const struct crdt_str *list, size_t n, struct crdt_str s)
-{
-	for (size_t i = 0; i < n; i++) {
-		if (str_equal(list[i], s))
-			return true;
-	}
-	return false;
-}
-
-static void key_to_op(const struct crdt_mail_key *key, struct crdt_op_mail *m)
+void mail_key_to_op(const struct crdt_mail_key *key, struct crdt_op_mail *m)
 {
 	m->guid = (struct crdt_str){ key->guid, key->guid_len };
 	m->copy = key->copy;
 }
 
-/* folders[0] of an op on the mails of b under folder id. */
-static struct crdt_op_folder op_folder(struct replica *r, const struct box *b, const struct crdt_id *id)
+struct crdt_op_folder box_op_folder(struct replica *r, const struct box *b, const struct crdt_id *id)
 {
 	struct crdt_op_folder of;
 	struct crdt_folder primary;
@@ -67,7 +43,7 @@ static struct crdt_op_folder op_folder(struct replica *r, const struct box *b, c
  */
 static int record_create(struct replica *r, const struct crdt_jrec *rec);
 
-static bool record_box(struct replica *r, const struct crdt_jrec *rec, struct box *b_r)
+bool record_box(struct replica *r, const struct crdt_jrec *rec, struct box *b_r)
 {
 	rebuild_box(r, rec);
 	if (box_get(r, &rec->mailbox, b_r))
@@ -119,7 +95,7 @@ static struct crdt_str *sorted(const struct crdt_str *list, unsigned n)
 		abort();
 	if (n > 0)
 		memcpy(copy, list, n * sizeof(*copy));
-	qsort(copy, n, sizeof(*copy), str_cmp);
+	qsort(copy, n, sizeof(*copy), keyword_cmp);
 	return copy;
 }
 
@@ -196,7 +172,7 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 		else
 			primary.id = b.guid;
 	}
-	folder = op_folder(r, &b, &primary.id);
+	folder = box_op_folder(r, &b, &primary.id);
 	keys = calloc(CRDT_OP_MAILS_MAX, sizeof(*keys));
 	if (keys == NULL)
 		abort();
@@ -222,7 +198,7 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 		again = again || keys[n].copy != 0;
 		replica_context_cap_mail(r, &ctx, &keys[n]);
 		memset(om, 0, sizeof(*om));
-		key_to_op(&keys[n], om);
+		mail_key_to_op(&keys[n], om);
 		om->uid = jm->uid;
 		om->content = m->content;
 		om->size = m->size;
@@ -264,266 +240,6 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 		free((void *)mails[i].keywords);
 	free(keys);
 	crdt_folder_free(&primary);
-	box_free(&b);
-	return ret;
-}
-
-/* ---- FLAGS ---- */
-
-struct change {			/* what a STORE really changed on one mail */
-	struct crdt_mail_key key;
-	uint8_t add, remove;
-	struct crdt_str *kw_add, *kw_remove;
-	unsigned kw_add_n, kw_remove_n;
-};
-
-static bool change_alike(const struct change *a, const struct change *b)
-{
-	if (a->add != b->add || a->remove != b->remove || a->kw_add_n != b->kw_add_n ||
-	    a->kw_remove_n != b->kw_remove_n || !crdt_id_equal(&a->key.folder, &b->key.folder))
-		return false;
-	for (unsigned i = 0; i < a->kw_add_n; i++) {
-		if (!str_equal(a->kw_add[i], b->kw_add[i]))
-			return false;
-	}
-	for (unsigned i = 0; i < a->kw_remove_n; i++) {
-		if (!str_equal(a->kw_remove[i], b->kw_remove[i]))
-			return false;
-	}
-	return true;
-}
-
-/* Compares the record with the shadow, updates the shadow, says what changed. */
-static bool change_of(struct replica *r, const struct box *b, uint32_t uid, const struct crdt_jrec *rec,
-		      struct change *c_r)
-{
-	struct crdt_str *kw;
-	struct shadow s;
-	unsigned n = 0;
-
-	memset(c_r, 0, sizeof(*c_r));
-	if (!shadow_get(r, &b->guid, uid, &s))
-		return false;
-	c_r->key = s.key;
-	c_r->add = rec->flags_add & CRDT_FLAGS_ALL & (uint8_t)~s.flags;
-	c_r->remove = rec->flags_remove & s.flags & (uint8_t)~rec->flags_add;
-	c_r->kw_add = calloc(rec->kw_add_n + 1u, sizeof(struct crdt_str));
-	c_r->kw_remove = calloc(rec->kw_remove_n + 1u, sizeof(struct crdt_str));
-	kw = calloc((size_t)s.keywords_n + rec->kw_add_n + 1u, sizeof(*kw));
-	if (c_r->kw_add == NULL || c_r->kw_remove == NULL || kw == NULL)
-		abort();
-	for (unsigned i = 0; i < s.keywords_n; i++) {
-		if (!str_in(rec->kw_remove, rec->kw_remove_n, s.keywords[i]) ||
-		    str_in(rec->kw_add, rec->kw_add_n, s.keywords[i]))
-			kw[n++] = s.keywords[i];
-	}
-	for (unsigned i = 0; i < rec->kw_add_n; i++) {
-		if (!str_in(s.keywords, s.keywords_n, rec->kw_add[i])) {
-			c_r->kw_add[c_r->kw_add_n++] = rec->kw_add[i];
-			kw[n++] = rec->kw_add[i];
-		}
-	}
-	for (unsigned i = 0; i < rec->kw_remove_n; i++) {
-		if (str_in(s.keywords, s.keywords_n, rec->kw_remove[i]) &&
-		    !str_in(rec->kw_add, rec->kw_add_n, rec->kw_remove[i]))
-			c_r->kw_remove[c_r->kw_remove_n++] = rec->kw_remove[i];
-	}
-	qsort(c_r->kw_add, c_r->kw_add_n, sizeof(struct crdt_str), str_cmp);
-	qsort(c_r->kw_remove, c_r->kw_remove_n, sizeof(struct crdt_str), str_cmp);
-	qsort(kw, n, sizeof(*kw), str_cmp);
-	if ((c_r->add | c_r->remove) != 0 || c_r->kw_add_n + c_r->kw_remove_n > 0) {
-		shadow_put(r, &b->guid, uid, &s.key,
-			   (uint8_t)((s.flags & ~c_r->remove) | c_r->add), kw, n);
-	}
-	free(kw);
-	shadow_free(&s);
-	return (c_r->add | c_r->remove) != 0 || c_r->kw_add_n + c_r->kw_remove_n > 0;
-}
-
-static void change_free(struct change *c)
-{
-	free(c->kw_add);
-	free(c->kw_remove);
-}
-
-/* Whether something of a mail is merged and not applied: the context of an op
- * has to leave that out. */
-static bool mail_has_news(struct replica *r, const struct crdt_mail_key *key)
-{
-	struct crdt_vv all, capped;
-
-	replica_context(r, &all);
-	capped = all;
-	replica_context_cap_mail(r, &capped, key);
-	return crdt_vv_compare(&all, &capped) != CRDT_EQUAL;
-}
-
-/* One op for the mails of changes[first..] that changed alike; marks them done. */
-static int flags_op(struct replica *r, const struct box *b, const struct change *changes, bool *done,
-		    unsigned first, unsigned n)
-{
-	struct crdt_op_mail mails[CRDT_OP_MAILS_MAX];
-	struct crdt_op_folder folder = op_folder(r, b, &changes[first].key.folder);
-	struct crdt_op op;
-	struct crdt_vv ctx;
-	bool alone = mail_has_news(r, &changes[first].key);
-	unsigned mails_n = 0;
-
-	replica_context(r, &ctx);
-	for (unsigned i = first; i < n; i++) {
-		/* An op has one context: mails with news get ops of their own. */
-		if (done[i] || !change_alike(&changes[first], &changes[i]) ||
-		    (i > first && (alone || mail_has_news(r, &changes[i].key))))
-			continue;
-		done[i] = true;
-		memset(&mails[mails_n], 0, sizeof(mails[0]));
-		key_to_op(&changes[i].key, &mails[mails_n++]);
-		replica_context_cap_mail(r, &ctx, &changes[i].key);
-	}
-	memset(&op, 0, sizeof(op));
-	op.kind = CRDT_OP_FLAGS;
-	op.folders_n = 1;
-	op.folders = &folder;
-	op.mails_n = (uint16_t)mails_n;
-	op.mails = mails;
-	op.flags_add = changes[first].add;
-	op.flags_remove = changes[first].remove;
-	op.kw_add = changes[first].kw_add;
-	op.kw_add_n = (uint16_t)changes[first].kw_add_n;
-	op.kw_remove = changes[first].kw_remove;
-	op.kw_remove_n = (uint16_t)changes[first].kw_remove_n;
-	return replica_own_op(r, &op, &ctx);
-}
-
-static int flags_slice(struct replica *r, const struct box *b, const struct crdt_jrec *rec,
-		       const uint32_t *uids, unsigned n)
-{
-	struct change *changes = calloc(n + 1u, sizeof(*changes));
-	bool done[UIDS_SLICE] = { false };
-	unsigned count = 0;
-	int ret = 0;
-
-	if (changes == NULL)
-		abort();
-	for (unsigned i = 0; i < n; i++) {
-		if (change_of(r, b, uids[i], rec, &changes[count]))
-			count++;
-		else
-			change_free(&changes[count]);
-	}
-	for (unsigned i = 0; i < count && ret == 0; i++) {
-		if (!done[i])
-			ret = flags_op(r, b, changes, done, i, count);
-	}
-	for (unsigned i = 0; i < count; i++)
-		change_free(&changes[i]);
-	free(changes);
-	return ret;
-}
-
-/* ---- EXPUNGE ---- */
-
-/*
- * Each mail's context leaves out what of it is not applied, and the op has one
- * context: mails with something unapplied get ops of their own.
- */
-static int expunge_op(struct replica *r, const struct box *b, const struct crdt_mail_key *keys, unsigned n)
-{
-	struct crdt_op_mail mails[CRDT_OP_MAILS_MAX];
-	struct crdt_op_folder folder = op_folder(r, b, &keys[0].folder);
-	struct crdt_op op;
-	struct crdt_vv ctx;
-
-	replica_context(r, &ctx);
-	for (unsigned i = 0; i < n; i++) {
-		memset(&mails[i], 0, sizeof(mails[i]));
-		key_to_op(&keys[i], &mails[i]);
-		replica_context_cap_mail(r, &ctx, &keys[i]);
-	}
-	memset(&op, 0, sizeof(op));
-	op.kind = CRDT_OP_EXPUNGE;
-	op.folders_n = 1;
-	op.folders = &folder;
-	op.mails_n = (uint16_t)n;
-	op.mails = mails;
-	return replica_own_op(r, &op, &ctx);
-}
-
-int replica_expunge(struct replica *r, const struct box *b, struct crdt_mail_key *keys, unsigned n)
-{
-	unsigned start = 0, plain = 0;
-	int ret = 0;
-
-	/* Those with news go alone; the others together, by folder. */
-	for (unsigned i = 0; i < n && ret == 0; i++) {
-		if (mail_has_news(r, &keys[i]))
-			ret = expunge_op(r, b, &keys[i], 1);
-		else
-			keys[plain++] = keys[i];
-	}
-	for (unsigned i = 1; i <= plain && ret == 0; i++) {
-		if (i < plain && crdt_id_equal(&keys[i].folder, &keys[start].folder))
-			continue;
-		ret = expunge_op(r, b, &keys[start], i - start);
-		start = i;
-	}
-	return ret;
-}
-
-static int expunge_slice(struct replica *r, const struct box *b, const struct crdt_jrec *rec,
-			 const uint32_t *uids, unsigned n)
-{
-	struct crdt_mail_key *keys = calloc(n + 1u, sizeof(*keys));
-	unsigned count = 0;
-	int ret = 0;
-
-	if (keys == NULL)
-		abort();
-	for (unsigned i = 0; i < n; i++) {
-		struct shadow s;
-		struct place p;
-
-		if (!shadow_get(r, &b->guid, uids[i], &s))
-			continue;
-		/* A second record of a mail that lives on elsewhere: no removal. */
-		if (place_get(r, &s.key, &p) && p.uid == uids[i] && crdt_id_equal(&p.box, &b->guid))
-			keys[count++] = s.key;
-		shadow_delete(r, &b->guid, uids[i], &s.key);
-		if (rec->applier && !replica_mail_settled(r, &s.key))
-			replica_mark_mail(r, &s.key);
-		shadow_free(&s);
-	}
-	if (!rec->applier && count > 0)
-		ret = replica_expunge(r, b, keys, count);
-	free(keys);
-	return ret;
-}
-
-/* ---- records on ranges of UIDs ---- */
-
-typedef int uids_fn(struct replica *r, const struct box *b, const struct crdt_jrec *rec, const uint32_t *uids,
-		    unsigned n);
-
-static int record_uids(struct replica *r, const struct crdt_jrec *rec, uids_fn *fn)
-{
-	uint32_t uids[UIDS_SLICE];
-	struct box b;
-	int ret = 0;
-
-	if (!record_box(r, rec, &b))
-		return 0;
-	for (unsigned i = 0; i < rec->uids_n && ret == 0; i++) {
-		uint32_t first = rec->uids[i].first;
-		size_t n;
-
-		do {
-			n = shadow_uids(r, &b.guid, first, rec->uids[i].last, uids, UIDS_SLICE);
-			if (n > 0) {
-				ret = fn(r, &b, rec, uids, (unsigned)n);
-				first = uids[n - 1] + 1;
-			}
-		} while (n == UIDS_SLICE && ret == 0 && first <= rec->uids[i].last);
-	}
 	box_free(&b);
 	return ret;
 }
@@ -592,22 +308,6 @@ static int applier_append(struct replica *r, const struct crdt_jrec *rec)
 		box_put(r, &b);
 	}
 	box_free(&b);
-	return 0;
-}
-
-static int applier_flags(struct replica *r, const struct box *b, const struct crdt_jrec *rec,
-			 const uint32_t *uids, unsigned n)
-{
-	for (unsigned i = 0; i < n; i++) {
-		struct change c;
-
-		(void)change_of(r, b, uids[i], rec, &c);
-		if (c.key.guid_len > 0) {
-			if (!replica_mail_settled(r, &c.key))
-				replica_mark_mail(r, &c.key);
-		}
-		change_free(&c);
-	}
 	return 0;
 }
 
@@ -980,9 +680,9 @@ int replica_journal_record(struct replica *r, const struct ms_record *mrec)
 	case CRDT_JREC_APPEND:
 		return rec->applier ? applier_append(r, rec) : record_append(r, mrec);
 	case CRDT_JREC_FLAGS:
-		return record_uids(r, rec, rec->applier ? applier_flags : flags_slice);
+		return record_flags(r, rec);
 	case CRDT_JREC_EXPUNGE:
-		return record_uids(r, rec, expunge_slice);
+		return record_expunge(r, rec);
 	case CRDT_JREC_TAKEOVER:
 		return record_takeover(r, rec);
 	case CRDT_JREC_REVALIDATE:

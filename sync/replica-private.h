@@ -34,6 +34,7 @@
 #define ROW_OBSERVED '0'	/* -: whether he is only observed, and what there is; kind: how many changes (letters are used up) */
 #define ROW_NO_COPY '2'		/* -: whether there is a copy of his mail (replica-follow.c) */
 #define ROW_EXTRA 'x'		/* mailbox guid, uid(be32): a second record of a mail, to be removed */
+#define ROW_FORMER '3'		/* mailbox guid, uid(be32): a mail that had this UID (replica-changes.c) */
 /* What differs from the mail store; values: the dots that are not applied. */
 #define ROW_DIRTY_FOLDER 'f'
 #define ROW_DIRTY_SUBSCRIPTION 's'
@@ -278,6 +279,16 @@ int follow_complete(struct replica *r, char **error_r);	/* not within one; 0 or 
 
 /* replica-journal.c */
 int replica_journal_record(struct replica *r, const struct ms_record *rec);
+bool record_box(struct replica *r, const struct crdt_jrec *rec, struct box *b_r);
+void mail_key_to_op(const struct crdt_mail_key *key, struct crdt_op_mail *m);
+/* folders[0] of an op on the mails of b under folder id. */
+struct crdt_op_folder box_op_folder(struct replica *r, const struct box *b, const struct crdt_id *id);
+
+/* replica-changes.c */
+int record_flags(struct replica *r, const struct crdt_jrec *rec);
+int record_expunge(struct replica *r, const struct crdt_jrec *rec);
+int keyword_cmp(const void *a, const void *b);	/* of struct crdt_str, for qsort() */
+void former_forget(struct replica *r);	/* UIDs that mails had long ago */
 /* Own ops that remove mails of a mailbox, at most CRDT_OP_MAILS_MAX; puts keys in
  * another order. */
 int replica_expunge(struct replica *r, const struct box *b, struct crdt_mail_key *keys, unsigned n);

@@ -204,8 +204,8 @@ static bool print_record(void *ctx, const struct ms_record *mr)
 	const struct crdt_jrec *rec = mr->rec;
 	unsigned *n = ctx;
 
-	printf("record journal=%"PRIx64" seq=%"PRIu64" kind=%u applier=%d", mr->journal, rec->seq, rec->kind,
-	       rec->applier);
+	printf("record journal=%"PRIx64" seq=%"PRIu64" kind=%u applier=%d session=%d", mr->journal, rec->seq, rec->kind,
+	       rec->applier, rec->session);
 	print_hex("mailbox", rec->mailbox.b, 16);
 	printf(" uidvalidity=%u", rec->uidvalidity);
 	print_str("path", rec->path);

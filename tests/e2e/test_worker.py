@@ -793,6 +793,25 @@ def test_move(dovecot, user, tool):
         assert len(list((dovecot.mail / user / "Maildir/.box/cur").iterdir())) == 5
 
 
+def test_session_with_a_former_uid(dovecot, user, tool):
+    """A session that has not heard of the move yet names the mail by its old UID: Dovecot
+    says OK and does nothing, so the records have to tell."""
+    box = tool.create("box")["guid"]
+    guids = [os.urandom(16).hex() for _ in range(3)]
+    tool.apply(box, [dovecot.save(message(n), guids[n], want=n + 1) for n in range(3)])
+    with dovecot.imap(user, "box") as first, dovecot.imap(user, "box") as second:
+        moves = [dict(kind="move", uid=n + 1, mailguid=guids[n], key=mail_key(guids[n]), want=101 + n, policy="hold")
+                 for n in range(3)]
+        assert tool.apply(box, moves)[0] == [DONE, DONE, DONE]
+        after = last_seq(tool)
+        ok(first.uid("STORE", "1", "+FLAGS", r"(\Flagged kw)"))
+        ok(second.uid("STORE", "2", "+FLAGS.SILENT", r"(\Deleted)"))
+        ok(second.uid("EXPUNGE", "2"))
+    got = [(int(r["kind"]), r["uids"], r["add"], r.get("kwadd"), r["session"]) for r in records(tool, after)
+           if r["applier"] == "0"]
+    assert got == [(FLAGS, "1:1", str(FLAGGED), "kw", "1"), (FLAGS, "2:2", str(DELETED), None, "1")]
+
+
 def test_move_of_a_native_mail_keeps_its_guid(dovecot, user, tool):
     with dovecot.imap(user, "INBOX") as c:
         uid = append(c, "INBOX", 1)

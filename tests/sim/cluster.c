@@ -77,7 +77,7 @@ static struct sim {
 	unsigned workers_n, daemons_n, replicas;	/* crdt_replicas */
 	struct worker workers[WORKERS_MAX];
 	struct daemon daemons[DAEMONS_MAX];
-	uint64_t commands, kills, cuts, frames, rides, odd, lost, rebuilt, observed, without;
+	uint64_t commands, kills, cuts, frames, rides, odd, lost, rebuilt, observed, without, stale;
 	bool lost_one;			/* in this schedule */
 	bool joined;			/* the last worker is a member */
 	uint32_t gens[USERS];		/* the highest on some worker */
@@ -645,6 +645,7 @@ static void act(struct engine *e)
 	case 7: (void)vmail_expunge(v, p, uid); break;
 	case 8: case 9: (void)vmail_store(v, p, uid, flags[rnd(4)], 0, 0, 0); break;
 	case 10: (void)vmail_store(v, p, uid, 0, flags[rnd(4)], (uint32_t)1 << rnd(3), 0); break;
+	case 11: sim.stale += vmail_stale(v, rnd(2) == 0 ? flags[rnd(4)] : 0) == 0 ? 1 : 0; break;
 	default: (void)vmail_append(v, p, e->gen * (uint64_t)GENERATION_TEXTS + sim.mails++, 0, NULL); break;
 	}
 	v->mode = VMAIL_RECORDED;
@@ -1238,7 +1239,7 @@ static void run(uint64_t seed, unsigned steps)
 	struct store_options opts = { .create = true, .in_memory = true };
 	char *error = NULL;
 	bool verbose = sim.verbose;
-	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost, sim.replaced, sim.rebuilt, sim.observed, sim.without };
+	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost, sim.replaced, sim.rebuilt, sim.observed, sim.without, sim.stale };
 
 	memset(&sim, 0, sizeof(sim));
 	sim.verbose = verbose;
@@ -1253,6 +1254,7 @@ static void run(uint64_t seed, unsigned steps)
 	sim.rebuilt = totals[8];
 	sim.observed = totals[9];
 	sim.without = totals[10];
+	sim.stale = totals[11];
 	sim.seed = seed;
 	sim.rng = seed * 7919 + 17;
 	sim.now = 1000;
@@ -1342,10 +1344,10 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	for (uint64_t i = 0; i < runs; i++)
 		run(seed + i, steps > 0 ? steps : schedule_length(seed + i));
-	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost, %llu of daemons, %llu names used again, %llu visits of observed users, %llu times no copy: all converged\n",
+	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost, %llu of daemons, %llu names used again, %llu visits of observed users, %llu times no copy, %llu changes under former UIDs: all converged\n",
 	       (unsigned long long)runs, (unsigned long long)sim.commands, (unsigned long long)sim.frames,
 	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts, (unsigned long long)sim.odd, (unsigned long long)sim.lost,
 	       (unsigned long long)sim.rebuilt, (unsigned long long)sim.replaced, (unsigned long long)sim.observed,
-	       (unsigned long long)sim.without);
+	       (unsigned long long)sim.without, (unsigned long long)sim.stale);
 	return 0;
 }

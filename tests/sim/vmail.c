@@ -129,6 +129,7 @@ static void journal_uid(struct vmail *v, struct vmail_box *b, uint8_t kind, uint
 	struct crdt_jrec rec;
 
 	box_record(v, b, &rec, kind, applier);
+	rec.session = !applier;
 	rec.uids = &range;
 	rec.uids_n = 1;
 	vmail_journal(v, &rec);
@@ -142,6 +143,7 @@ static void journal_flags(struct vmail *v, struct vmail_box *b, uint32_t uid, ui
 	struct crdt_jrec rec;
 
 	box_record(v, b, &rec, CRDT_JREC_FLAGS, applier);
+	rec.session = !applier;
 	rec.uids = &range;
 	rec.uids_n = 1;
 	rec.flags_add = add;
@@ -414,6 +416,25 @@ int vmail_store(struct vmail *v, const char *path, uint32_t uid, uint8_t add, ui
 	m->flags = (uint8_t)((m->flags & ~remove) | add);
 	m->keywords = (m->keywords & ~kw_remove) | kw_add;
 	return 0;
+}
+
+int vmail_stale(struct vmail *v, uint8_t add)
+{
+	struct vmail_box *b = NULL;
+	uint32_t uid;
+
+	for (size_t i = 0; i < v->boxes_n; i++) {
+		if (v->boxes[i].former_n > 0 && (b == NULL || vmail_random(v->rng) % 2 == 0))
+			b = &v->boxes[i];
+	}
+	if (b == NULL)
+		return -1;
+	uid = b->former[vmail_random(v->rng) % (b->former_n < 8 ? b->former_n : 8)];
+	if (add != 0)
+		journal_flags(v, b, uid, add, 0, 0, 0, false);
+	else
+		journal_uid(v, b, CRDT_JREC_EXPUNGE, uid, false);
+	return v->mode == VMAIL_KILLED ? -1 : 0;
 }
 
 static bool subscription(struct vmail *v, const char *name, bool on)
@@ -692,6 +713,7 @@ static int apply_move(struct vmail *v, struct vmail_box *b, struct ms_cmd *c, st
 	if (vmail_killed(v, 4))
 		return MS_TEMP;
 	mail_remove(v, b, vmail_mail_by_uid(b, old));
+	b->former[b->former_n++ % 8] = old;
 	if (vmail_killed(v, 4))
 		return MS_TEMP;
 	journal_uid(v, b, CRDT_JREC_EXPUNGE, old, true);
@@ -874,6 +896,7 @@ static int ms_revalidate(struct mailstore *ms, const struct ms_mailbox *box, uin
 	b->uidvalidity = uidvalidity;
 	b->indexid++;
 	b->log.n = b->asked.n = 0;
+	b->former_n = 0;
 	b->stamp = (struct crdt_dot){ 0, 0 };
 	numbering_join(b, numberer, 0);
 	box_record(v, b, &rec, CRDT_JREC_REVALIDATE, true);

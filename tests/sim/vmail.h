@@ -30,6 +30,7 @@ struct vmail_box {
 	struct vmail_uids { uint32_t *uids; size_t n; } log, asked;
 	struct crdt_dot stamp;
 	uint32_t indexid;		/* of this index; log and asked begin anew with a new one */
+	uint32_t former[8]; unsigned former_n;	/* UIDs that the applier took from mails last, for vmail_stale() */
 };
 
 /* What becomes of the record of a user's change. */
@@ -81,6 +82,9 @@ int vmail_move(struct vmail *v, const char *from, uint32_t uid, const char *to);
 int vmail_store(struct vmail *v, const char *path, uint32_t uid, uint8_t add, uint8_t remove,
 		uint32_t kw_add, uint32_t kw_remove);
 int vmail_expunge(struct vmail *v, const char *path, uint32_t uid);
+/* A session that has not heard yet that a mail has another UID now: a STORE, or without flags
+ * an EXPUNGE, that has its record and changes nothing here. */
+int vmail_stale(struct vmail *v, uint8_t add);
 int vmail_subscribe(struct vmail *v, const char *name, bool on);
 /* A client's session opens the folder: takes over if need be. */
 int vmail_open(struct vmail *v, const char *path);

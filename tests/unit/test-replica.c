@@ -1273,6 +1273,105 @@ static int script_trim(struct mailstore *ms, const struct ms_position *pos)
 	return MS_OK;
 }
 
+/* crdt-worker gives a mail another UID, and a session that has not heard of it goes on with the
+ * old one.  What it does counts for the mail; a record by which crdt-worker tells that the old
+ * UID is gone does not. */
+
+enum { OLD_UID = 64, NEW_UID = 66 };
+
+static struct crdt_uid_range old_uid = { OLD_UID, OLD_UID };
+
+static struct crdt_jrec of_old_uid(uint8_t kind, bool applier, bool session)
+{
+	return (struct crdt_jrec){ .kind = kind, .applier = applier, .session = session, .uidvalidity = 64,
+				   .mailbox.b = "a", .uids_n = 1, .uids = &old_uid,
+				   .flags_add = kind == CRDT_JREC_FLAGS ? CRDT_FLAG_SEEN : 0 };
+}
+
+/* A mail at OLD_UID that moves, and then this; returns whether it lives. */
+static bool lives_after(struct fix *x, const struct crdt_jrec *then, size_t n, uint8_t *flags_r)
+{
+	struct crdt_op_folder f = { .id.b = "A", .path = { (const uint8_t *)"A", 1 }, .counter = 1, .validity = 64 };
+	struct crdt_op_mail m = { .uid = OLD_UID, .guid = { (const uint8_t *)"m", 1 }, .content.b = "1" };
+	struct crdt_op op = { .kind = CRDT_OP_CREATE, .folders_n = 1, .folders = &f };
+	struct crdt_mail_key key = { .folder.b = "A", .guid_len = 1, .guid = "m" };
+	struct crdt_jrec_mail jm = { .uid = NEW_UID };
+	struct crdt_jrec moved = { .kind = CRDT_JREC_APPEND, .applier = true, .uidvalidity = 64, .mailbox.b = "a",
+				   .mails_n = 1, .mails = &jm };
+	struct crdt_buf k = CRDT_BUF_INIT;
+	struct crdt_jrec recs[4];
+	struct ms_record records[4];
+	struct crdt_mail mail;
+	char *error;
+	bool live;
+
+	crdt_mail_key_encode(&k, 0, &key);
+	jm.key = (struct crdt_str){ k.data + 1, (uint16_t)(k.len - 1) };
+	recs[0] = moved;
+	memcpy(recs + 1, then, n * sizeof(*then));
+	for (size_t i = 0; i <= n; i++) {
+		recs[i].seq = i + 1;
+		records[i] = (struct ms_record){ 9, &recs[i], NULL };
+	}
+	set_mailstore(x);
+	put_box(x, "a", &f);
+	deliver(x, &op, 1);
+	op.kind = CRDT_OP_ADD;
+	op.mails = &m;
+	op.mails_n = 1;
+	deliver(x, &op, 2);
+	show(x, &f, &m, "a");
+	script = records;
+	script_n = n + 1;
+	x->ms.read = script_read;
+	assert_true(replica_outbound(x->r, &error) >= 0);
+	(void)replica_txn_begin(x->r);
+	assert_true(crdt_mail_get(rrows(x->r), &key, NULL, &mail));
+	live = mail.live;
+	*flags_r = crdt_mail_flags(&mail);
+	/* it is to be done at the UID that it has */
+	if (!live || *flags_r != 0)
+		assert_true(rows_any(rrows(x->r), ROW_DIRTY_MAIL));
+	crdt_mail_free(&mail);
+	store_abort(&x->r->txn);
+	crdt_buf_free(&k);
+	return live;
+}
+
+static void former_uid_flags(void **state)
+{
+	const struct crdt_jrec then[] = { of_old_uid(CRDT_JREC_EXPUNGE, true, false), of_old_uid(CRDT_JREC_FLAGS, false, true) };
+	uint8_t flags;
+
+	assert_true(lives_after(*state, then, 2, &flags));
+	assert_int_equal(flags, CRDT_FLAG_SEEN);
+}
+
+static void former_uid_expunge(void **state)
+{
+	const struct crdt_jrec then[] = { of_old_uid(CRDT_JREC_EXPUNGE, true, false), of_old_uid(CRDT_JREC_EXPUNGE, false, true) };
+	uint8_t flags;
+
+	assert_false(lives_after(*state, then, 2, &flags));
+}
+
+/* before the old one is gone */
+static void former_uid_expunge_between(void **state)
+{
+	const struct crdt_jrec then[] = { of_old_uid(CRDT_JREC_EXPUNGE, false, true) };
+	uint8_t flags;
+
+	assert_false(lives_after(*state, then, 1, &flags));
+}
+
+static void former_uid_found_gone(void **state)
+{
+	const struct crdt_jrec then[] = { of_old_uid(CRDT_JREC_EXPUNGE, false, false) };
+	uint8_t flags;
+
+	assert_true(lives_after(*state, then, 1, &flags));
+}
+
 /* All folders have left a mailbox that is not gone yet, and a mail comes into it: it begins a folder
  * there, or others would have a mail of a folder without a name and show it nowhere. */
 static void append_where_folders_left(void **state)
@@ -1565,7 +1664,8 @@ int main(void)
 		TEST(waits_for_one_before), TEST(moves_before_flags), TEST(parents_first),
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
 		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_that_is_staged_anew), TEST(state_with_our_ops),
-		TEST(append_where_folders_left), TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent),
+		TEST(former_uid_flags), TEST(former_uid_expunge),
+		TEST(former_uid_expunge_between), TEST(former_uid_found_gone), TEST(append_where_folders_left), TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent),
 		TEST(observed_is_counted), TEST(observed_beside_on), TEST(claims_at_once), TEST(observed_claims_nothing), TEST(observed_then_on) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

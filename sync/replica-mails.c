@@ -636,6 +636,10 @@ static void slice_mail(struct slice *s, const struct crdt_mail_key *key)
 	} else if (shown) {
 		shadow_free(&sh);
 	}
+	/* What is not there has no flags in doubt, and a compare would wait for their outcome: also
+	 * that of a mailbox which is in the way of this mail's. */
+	if (!shown)
+		mail_tried_clear(r, key, TRIED_FLAGS);
 	if (replica_mail_settled(r, key))
 		return;
 	live = crdt_mail_get(rrows(r), key, NULL, &m) && m.live;

@@ -771,6 +771,34 @@ static void moves_before_flags(void **state)
 	assert_int_equal(saved_at, FIRST_CLAIM + 2);
 }
 
+/* A command for a mail's flags was told, and then its mailbox went without a record, and another
+ * one is at its place: that is found by a compare, which waits for outcomes. */
+static void flags_of_a_lost_mailbox(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op_folder f = { .id.b = "A", .path = { (const uint8_t *)"1", 1 }, .counter = 1, .validity = 64 };
+	struct crdt_op_mail m = { .uid = FIRST_CLAIM, .guid = { (const uint8_t *)"m", 1 }, .content.b = "1" };
+	struct crdt_op op = { .kind = CRDT_OP_CREATE, .folders_n = 1, .folders = &f };
+	struct crdt_mail_key key = { .folder.b = "A", .guid_len = 1, .guid = "m" };
+	struct crdt_buf kw = CRDT_BUF_INIT;
+	char *error;
+
+	empty_mailstore(x);
+	deliver(x, &op, 1);
+	op.kind = CRDT_OP_ADD;
+	op.mails = &m;
+	op.mails_n = 1;
+	deliver(x, &op, 2);
+	(void)replica_txn_begin(x->r);
+	mail_tried_flags(x->r, &key, &kw);
+	assert_true(compare_has_to_wait(x->r));
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+	assert_int_equal(apply_all(x, some_text), REPLICA_LATER);
+	(void)replica_txn_begin(x->r);
+	assert_false(compare_has_to_wait(x->r));
+	store_abort(&x->r->txn);
+}
+
 /* A mailbox showed two folders of one path: one of them is somewhere else now, its mails are
  * still to be copied to there, and the other one is deleted. */
 
@@ -1661,7 +1689,7 @@ int main(void)
 	const struct CMUnitTest tests[] = { TEST(refused), TEST(many_refused), TEST(has_mails_of_another), TEST(places), TEST(not_told_yet), TEST(wrong_places), TEST(applied_has_all_own), TEST(first_what_is_here),
 		TEST(folders_that_fail), TEST(many_subscriptions),
 		TEST(folder_that_fails_beside_mails), TEST(wants_in_order), TEST(waits_for_lower_uids),
-		TEST(waits_for_one_before), TEST(moves_before_flags), TEST(parents_first),
+		TEST(waits_for_one_before), TEST(moves_before_flags), TEST(flags_of_a_lost_mailbox), TEST(parents_first),
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
 		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_that_is_staged_anew), TEST(state_with_our_ops),
 		TEST(former_uid_flags), TEST(former_uid_expunge),

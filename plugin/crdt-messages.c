@@ -113,8 +113,6 @@ static struct crdt_jrec *record_new(struct records *r, enum crdt_jrec_kind kind,
 	rec->seen = *seen;
 	if (kind == CRDT_JREC_APPEND)
 		rec->path = r->path;
-	else
-		rec->session = TRUE;
 	return rec;
 }
 
@@ -570,6 +568,9 @@ static int record_transaction(struct crdt_mailbox *cbox, struct mail_index_trans
 	*n_r = array_count(&r.recs);
 	if (*n_r == 0)
 		return 0;
+	/* (A takeover's EXPUNGE only tells what was found to be gone: record_expunges().) */
+	array_foreach_modifiable(&r.recs, first)
+		first->session = first->kind != CRDT_JREC_APPEND;
 	first = array_front_modifiable(&r.recs);
 	first->before = ext.stamp;
 	if (crdt_record(cbox->cuser, array_front_modifiable(&r.recs), *n_r, last_r, &error) < 0) {

@@ -301,7 +301,16 @@ void rebuild_flags(struct replica *r, const struct box *b, uint32_t uid, uint8_t
 		   const struct crdt_str *keywords, unsigned keywords_n);
 void rebuild_end(struct replica *r);
 
-/* replica-compare.c */
+/* replica-survey.c */
+/* 'k' rows: u8 of these, path: in this order. */
+enum look_kind { LOOK_AT = 0, LOOK_MISSING = 1, LOOK_SUBSCRIPTION = 2 };
+
+/* ROW_SURVEY: u8 */
+enum { SURVEY_NEVER = 0, SURVEY_DONE = 1, SURVEY_DUE = 2, REBUILD_DUE = 3, REBUILD_LOOKS = 4, FIRST_LOOKS = 5 };
+void compare_look_put(struct replica *r, enum look_kind kind, const void *path, size_t n, uint64_t print);
+unsigned survey_state(struct replica *r);
+void survey_state_put(struct replica *r, uint8_t state);
+int survey_take(struct replica *r, char **error_r);	/* not within a transaction; enum replica_progress */
 bool rebuild_is_on(struct replica *r);
 void rebuild_begin(struct replica *r);
 void rebuild_none(struct replica *r);	/* there is no mail store to be held against the state */
@@ -318,6 +327,8 @@ void compare_survey_due(struct replica *r);
 void compare_begin_anew(struct replica *r);
 /* The mailbox at this path is to be compared. */
 void compare_look(struct replica *r, const void *path, size_t len);
+/* Whether a mailbox was found in order when it had this print, and has had no record since. */
+bool compare_was_alike(struct replica *r, const struct crdt_id *guid, uint64_t print);
 /* The last record that an index transaction of the mailbox brought. */
 void box_record_put(struct replica *r, const struct crdt_id *guid, crdt_origin journal, uint64_t seq);
 struct ms_position box_record_get(struct replica *r, const struct crdt_id *guid);
@@ -337,12 +348,17 @@ void replica_box_lost(struct replica *r, const struct box *b);
 int replica_raise_validity(struct replica *r, const struct crdt_id *folder, uint32_t above);
 int replica_apply_subscriptions(struct replica *r, char **error_r);
 
+/* replica-claims.c */
+enum crdt_uid_verdict mail_uid_verdict(struct replica *r, const struct box *b, const struct crdt_mail *m, uint32_t uid,
+				       uint32_t *uid_r);
+void mail_claim_note(struct replica *r, const struct crdt_mail_key *key, uint32_t validity, uint32_t uid, int kind);
+/* Makes ops of the claims and floors noted.  0 or -1. */
+int replica_claims_flush(struct replica *r);
+
 /* replica-mails.c */
 /* Compares a mail's state with its shadow; true: nothing to do in the mail
  * store, and its dirty rows are cleared.  Notes claims and floors that are due (replica_claims_flush()). */
 bool replica_mail_settled(struct replica *r, const struct crdt_mail_key *key);
-/* Makes ops of the claims and floors noted.  0 or -1. */
-int replica_claims_flush(struct replica *r);
 /* Lets held mails of a mailbox be looked at again: its numbering changed. */
 void replica_unhold(struct replica *r, const struct box *b);
 int replica_apply_mails(struct replica *r, replica_body_cb *body, void *ctx, bool *more_r, char **error_r);

@@ -17,7 +17,7 @@ import struct
 import pytest
 
 from compare_lib import until
-from imap_lib import Client, message, multiappend_command, pipeline
+from imap_lib import Client, look, message, multiappend_command, pipeline
 from kill_lib import imap_pid, killed_at, stale_locks_go
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -236,6 +236,25 @@ def steps():
 
 @pytest.mark.allows_errors
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+def test_mail_that_came_back(cluster, user):
+    """A mail was moved away and back where the other worker could not see it, which then
+    gives it its new UID. A session that takes over there finds in the index log that the old
+    UID is gone: that says nothing of the mail."""
+    with Client.login(cluster, "w1", user) as client:
+        client.do("create f", "append f m1", "append f m2")
+        cluster.wait()
+        cluster.cut("w2")
+        try:
+            client.do("move f m1 INBOX", "move INBOX m1 f", "append f m3")
+        finally:
+            cluster.heal("w2")
+        told = client.look().mails()
+    until(lambda: look(cluster, "w2", user).mails() == told)
+    cluster.wait()
+    for worker in WORKERS:
+        assert look(cluster, worker, user).mails() == told
+
+
 def test_killed_in_takeover(cluster, user):
     """imap is killed at each step of the takeover: the client's next session misses
     nothing all the same."""

@@ -75,7 +75,7 @@ static struct status_source status_source;
 static struct wake_fifo *fifos;
 static struct timeout *to_run, *to_lock, *to_markers, *to_pool, *to_spool;
 static bool sent;			/* a frame, since the links were looked at */
-static unsigned int markers;
+static unsigned int markers, markers_all;
 
 static void sync_run(void);
 static bool user_name_valid(const char *name);
@@ -327,27 +327,31 @@ static bool user_name_valid(const char *name)
 	return i > 0 && i <= CRDT_USER_MAX;
 }
 
-static void marker_found(void *ctx ATTR_UNUSED, const char *user)
+static void marker_found(void *ctx, const char *user)
 {
-	markers++;
-	if (user_name_valid(user))
-		node_marked(node, now_msecs(), user);
+	const bool *trim = ctx;
+
+	markers_all++;
+	if (!user_name_valid(user) || node_marked(node, now_msecs(), user, *trim))
+		markers++;
 }
 
-static unsigned int markers_look(void)
+static unsigned int markers_look(bool trim)
 {
 	const char *error;
 
-	markers = 0;
-	if (crdt_dirty_list(set.state_dir, marker_found, NULL, &error) < 0)
+	markers = markers_all = 0;
+	if (crdt_dirty_list(set.state_dir, marker_found, &trim, &error) < 0)
 		i_error("Cannot look for users with changes: %s", error);
 	return markers;
 }
 
 static void markers_timeout(void *ctx ATTR_UNUSED)
 {
-	unsigned int msecs = markers_look() < MARKERS_MANY ? MARKERS_MSECS : MARKERS_MANY_MSECS;
+	unsigned int msecs;
 
+	(void)markers_look(FALSE);
+	msecs = markers_all < MARKERS_MANY ? MARKERS_MSECS : MARKERS_MANY_MSECS;
 	timeout_remove(&to_markers);
 	to_markers = timeout_add_short(msecs, markers_timeout, NULL);
 	sync_run();

@@ -729,7 +729,7 @@ void node_survey(struct node *n, int64_t now, const char *user, enum node_survey
 		node_wake(u, SCHED_LOW);
 }
 
-void node_marked(struct node *n, int64_t now, const char *user)
+bool node_marked(struct node *n, int64_t now, const char *user, bool trim)
 {
 	struct user *u = node_user_find(n, user, node_local_gen(n, user));
 	uint64_t all, any = 0;
@@ -737,10 +737,17 @@ void node_marked(struct node *n, int64_t now, const char *user)
 	n->now = now;
 	if (u != NULL)
 		node_user_acked(u, &all, &any);
-	if (u != NULL && (u->journal || u->trim_due != 0 || u->mail_due > now || u->ops_waiting > 0 ||
-			  (u->origin != 0 && any < u->last_seq)))
-		return;
-	node_changed(n, now, user);
+	if (u != NULL && (u->journal || u->mail_due > now || u->ops_waiting > 0 || (u->origin != 0 && any < u->last_seq)))
+		return true;
+	if (u == NULL || u->trim_due == 0) {
+		node_changed(n, now, user);
+		return true;
+	}
+	if (trim && u->trim_due > now) {
+		u->trim_due = now;
+		node_wake(u, SCHED_NOW);
+	}
+	return trim;
 }
 
 /* ---- own ops, syncs ---- */

@@ -112,9 +112,10 @@ enum node_survey_why {
 /* Mails that had no records were found so fast that no more are to be looked for now. */
 bool node_import_waits(const struct node *n, int64_t now);
 void node_survey(struct node *n, int64_t now, const char *user, enum node_survey_why why);
-/* There is a "has records" marker: as node_changed(), unless he is known to
- * wait for a daemon only. */
-void node_marked(struct node *n, int64_t now, const char *user);
+/* There is a "has records" marker: as node_changed(), unless he is known to wait for a daemon
+ * only, or for his journal to be trimmed; trim: that is done now, and tells of records whose
+ * wake-up was lost.  false: as far as is known there is nothing to be read. */
+bool node_marked(struct node *n, int64_t now, const char *user, bool trim);
 /* A visit's hooks, and its end.  They take what they are given. */
 void node_merged(struct node *n, int64_t now, struct visit_feed *feeds);
 void node_ops(struct node *n, int64_t now, struct visit_ops *ops);

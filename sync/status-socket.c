@@ -174,7 +174,7 @@ static bool client_ask(struct status_client *client, char *const *words, unsigne
 		return FALSE;
 	/* A wake-up may have been lost. */
 	if (q->user && crdt_dirty_is_marked(src->set->state_dir, words[1]))
-		node_marked(src->node, src->now(), words[1]);
+		(void)node_marked(src->node, src->now(), words[1], TRUE);
 	node_ask(src->node, src->now(), q->what, q->user ? words[1] : NULL, n > 2 ? words[2] : NULL,
 		 client_report_done, client, &client->question);
 	return TRUE;
@@ -257,14 +257,14 @@ static void client_look(struct status_client *client, enum node_report_what what
 {
 	const struct status_source *src = client->src;
 
-	client_head(client, src->dirty());
+	client_head(client, src->dirty(what != NODE_REPORT_BEHIND));
 	client->report = node_report_start(src->node, src->now(), what, client_report_done, client);
 }
 
 /* Without a word about users. */
 static void client_node(struct status_client *client)
 {
-	client_head(client, client->kind == STATUS_REMOTE ? *client->src->dirty_seen : client->src->dirty());
+	client_head(client, client->kind == STATUS_REMOTE ? *client->src->dirty_seen : client->src->dirty(FALSE));
 	client_answer(client, "", 0);
 }
 

@@ -16,7 +16,8 @@ struct status_source {
 	struct node *node;
 	/* Looks at the markers of changed users, wakes those users, returns how
 	 * many there are. */
-	unsigned int (*dirty)(void);
+	/* Users with journals to read; trim: also those that were read, which are trimmed now. */
+	unsigned int (*dirty)(bool trim);
 	const unsigned int *dirty_seen;	/* at the last look */
 	int64_t (*now)(void);
 	void (*run)(void);		/* let the node do what is due */

@@ -753,7 +753,7 @@ static void look(struct worker *w)
 {
 	for (unsigned u = 0; u < USERS; u++) {
 		if (w->engines[u].mail.journal_n > 0)
-			node_marked(w->node, sim.now, users[u]);
+			(void)node_marked(w->node, sim.now, users[u], sim.calm);
 		if (sim.calm && sim.now < sim.rest)
 			node_survey(w->node, sim.now, users[u], NODE_SURVEY_SWEEP);
 	}

@@ -752,7 +752,7 @@ static void generation_to_come(void **state)
 	assert_null(x->visits);
 	/* his predecessor is not held up */
 	node_changed(x->n, x->now, "a");
-	rest(x, 1000, 0);
+	rest(x, NODE_TRIM_MSECS + 1000, 0);
 	known_user(x, "a", 1);
 	status(x, VISIT_MAIL_GENERATION, 0, text);
 	assert_non_null(strstr(text, "pending=7"));

@@ -12,7 +12,7 @@ import time
 
 from crdtlib import in_netns
 
-from . import clients, cpu
+from . import clients, cpu, traffic
 from .report import factor, number, table
 from .samples import quantile
 
@@ -37,6 +37,7 @@ def run(bench):
 def _round(bench, side, users, round_):
     side.settle()
     before = side.meter.read()
+    disk, net = traffic.disk_bytes(side.cluster.directory), traffic.server_bytes(side.description)
     start = time.monotonic()
     children = [_client(bench, side, users[at::PROCESSES], round_, at) for at in range(PROCESSES)]
     commands, longest, used = 0, 0.0, 0.0
@@ -58,6 +59,11 @@ def _round(bench, side, users, round_):
                           "ms per 1000 commands")
     bench.samples.add("load cpu", side.name, "client", used * 1e6 / commands,
                       "ms per 1000 commands")
+    bench.samples.add("load bytes", side.name, "network",
+                      (traffic.server_bytes(side.description) - net) / commands, "bytes per command")
+    if disk is not None:
+        bench.samples.add("load bytes", side.name, "disk",
+                          (traffic.disk_bytes(side.cluster.directory) - disk) / commands, "bytes per command")
     bench.samples.add("load rate", side.name, "commands", commands / longest, "1/s")
     bench.samples.add("load rate", side.name, "until all is replicated", commands / taken, "1/s")
 
@@ -98,6 +104,10 @@ def report(bench):
                      number(mean("load cpu", side, "client") / 1000)))
     lines += table(["", "commands/s", "of stock", "until replicated", *_KINDS,
                     "dovecot's of stock", "client"], rows)
+    rows = [(side.title, *(number(mean("load bytes", side, what) / 1024)
+                           if bench.samples.get("load bytes", side.name, what) else "not counted"
+                           for what in ("disk", "network"))) for side in picked]
+    lines += table(["for each command", "KiB written to the disk", "KiB from server to server"], rows)
     rows = []
     names = sorted({what for part, _, what in bench.samples.values if part == PART})
     for name in names:

@@ -14,7 +14,7 @@
 enum {
 	UIDS_SLICE = CRDT_OP_MAILS_MAX,
 	FORMER_SECS = 2 * 3600,		/* no view of a client is older */
-	FORMER_SLICE = 1024,
+	FORMER_SLICE = 1024,		/* rows in one scan */
 };
 
 /* How a record names mails: by their UIDs, or by UIDs that they had; then the caller looked
@@ -82,7 +82,7 @@ static size_t former_uids(struct replica *r, const struct box *b, uint32_t first
 	return c.n;
 }
 
-struct forget_ctx { uint64_t before; struct crdt_buf keys; };
+struct forget_ctx { uint64_t before; struct crdt_buf old, last; unsigned n; };
 
 static bool forget_row(void *vctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
 {
@@ -90,8 +90,23 @@ static bool forget_row(void *vctx, const uint8_t *key, size_t klen, const uint8_
 	struct crdt_reader rv = crdt_reader(val, vlen);
 
 	if (crdt_get_u64(&rv) <= c->before)
-		crdt_buf_bytes(&c->keys, key, klen);
-	return c->keys.len < FORMER_SLICE * 21;
+		crdt_buf_bytes(&c->old, key, klen);
+	crdt_buf_clear(&c->last);
+	crdt_buf_raw(&c->last, key, klen);
+	return ++c->n < FORMER_SLICE;
+}
+
+static void forget_old(struct replica *r, const struct crdt_buf *keys)
+{
+	struct crdt_reader rd = crdt_reader(keys->data, keys->len);
+
+	while (crdt_reader_left(&rd) > 0 && !rd.bad) {
+		size_t n;
+		const uint8_t *key = crdt_get_bytes(&rd, 64, &n);
+
+		if (!rd.bad)
+			rrows(r)->del(rrows(r), key, n);
+	}
 }
 
 void former_forget(struct replica *r)
@@ -99,19 +114,17 @@ void former_forget(struct replica *r)
 	const uint8_t first = ROW_FORMER;
 	uint64_t time = now(r);
 	struct forget_ctx c = { .before = time > FORMER_SECS ? time - FORMER_SECS : 0 };
-	struct crdt_reader rd;
 
-	rrows(r)->scan(rrows(r), &first, 1, NULL, 0, forget_row, &c);
-	rd = crdt_reader(c.keys.data, c.keys.len);
-	while (crdt_reader_left(&rd) > 0) {
-		size_t n;
-		const uint8_t *key = crdt_get_bytes(&rd, 64, &n);
-
-		if (rd.bad)
-			break;
-		rrows(r)->del(rrows(r), key, n);
-	}
-	crdt_buf_free(&c.keys);
+	do {
+		c.n = 0;
+		crdt_buf_clear(&c.old);
+		if (c.last.len > 0)
+			crdt_buf_u8(&c.last, 0);	/* right after it */
+		rrows(r)->scan(rrows(r), &first, 1, c.last.data, c.last.len, forget_row, &c);
+		forget_old(r, &c.old);
+	} while (c.n == FORMER_SLICE);
+	crdt_buf_free(&c.old);
+	crdt_buf_free(&c.last);
 }
 
 /* ---- FLAGS ---- */

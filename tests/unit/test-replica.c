@@ -1392,6 +1392,48 @@ static void former_uid_expunge_between(void **state)
 	assert_false(lives_after(*state, then, 1, &flags));
 }
 
+static uint64_t clock_secs;
+static uint64_t clock_time(void *ctx) { (void)ctx; return clock_secs; }
+
+static size_t former_rows(struct fix *x)
+{
+	size_t n;
+
+	(void)replica_txn_begin(x->r);
+	n = (size_t)replica_rows_count(x->r, ROW_FORMER);
+	store_abort(&x->r->txn);
+	return n;
+}
+
+/* They are forgotten by a survey, however many there are. */
+static void former_uid_forgotten(void **state)
+{
+	const struct crdt_jrec then[] = { of_old_uid(CRDT_JREC_EXPUNGE, true, false) };
+	struct fix *x = *state;
+	uint8_t flags;
+	char *error;
+
+	clock_secs = 1000000;
+	x->cfg.time = clock_time;
+	assert_true(lives_after(x, then, 1, &flags));
+	assert_int_equal(former_rows(x), 1);
+	(void)replica_txn_begin(x->r);
+	for (uint32_t i = 0; i < 3000; i++) {
+		uint8_t key[21] = { ROW_FORMER }, value[12] = { 0 };
+
+		memcpy(key + 1, &i, sizeof(i));
+		rrows(x->r)->put(rrows(x->r), key, sizeof(key), value, sizeof(value));
+	}
+	former_forget(x->r);
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+	assert_int_equal(former_rows(x), 1);
+	clock_secs += 24 * 3600;
+	(void)replica_txn_begin(x->r);
+	former_forget(x->r);
+	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
+	assert_int_equal(former_rows(x), 0);
+}
+
 static void former_uid_found_gone(void **state)
 {
 	const struct crdt_jrec then[] = { of_old_uid(CRDT_JREC_EXPUNGE, false, false) };
@@ -1693,7 +1735,7 @@ int main(void)
 		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
 		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_that_is_staged_anew), TEST(state_with_our_ops),
 		TEST(former_uid_flags), TEST(former_uid_expunge),
-		TEST(former_uid_expunge_between), TEST(former_uid_found_gone), TEST(append_where_folders_left), TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent),
+		TEST(former_uid_expunge_between), TEST(former_uid_found_gone), TEST(former_uid_forgotten), TEST(append_where_folders_left), TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent),
 		TEST(observed_is_counted), TEST(observed_beside_on), TEST(claims_at_once), TEST(observed_claims_nothing), TEST(observed_then_on) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

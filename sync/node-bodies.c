@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#define FETCH_ROUNDS_MISSING 3	/* so often no daemon had it: then nobody waits for it.  (Once says nothing:
+				 * an op may be there before its text.) */
 #define FETCH_ROUNDS_LOGGED 6	/* asking all daemons in vain, 0.2 s doubling */
 #define FETCH_ROUNDS_MAX 7	/* then the pause grows no more: a daemon may get the text at any time */
 #define FETCH_SLOT_MSECS 1000	/* no room to ask again: look again */
@@ -201,7 +203,7 @@ static void fetch_ask(struct fetch *f)
 		node_log(n, 1, "user %s: no storage daemon has the text %s... of a mail: it is missing here "
 			 "until one has it", f->u->name, content_text(&f->content, text));
 	fetch_rest(f);
-	if (f->rounds == 1)
+	if (f->rounds == FETCH_ROUNDS_MISSING)
 		apply_gathered(f->u, false, 0);	/* who waited for it need not any more */
 }
 
@@ -327,12 +329,12 @@ void node_fetches_order(struct user *u, struct visit *v)
 		u->text_seen = n->now;
 	v->hold = u->incomplete || n->now - u->text_seen < NODE_FETCH_HOLD_MSECS;
 	for (const struct fetch *f = u->fetches; f != NULL; f = f->user_next)
-		count += f->rounds > 0 ? 1 : 0;
+		count += f->rounds >= FETCH_ROUNDS_MISSING ? 1 : 0;
 	if (count == 0)
 		return;
 	v->missing = xcalloc(count, sizeof(*v->missing));
 	for (const struct fetch *f = u->fetches; f != NULL; f = f->user_next) {
-		if (f->rounds > 0)
+		if (f->rounds >= FETCH_ROUNDS_MISSING)
 			v->missing[v->missing_n++] = f->content;
 	}
 	qsort(v->missing, v->missing_n, sizeof(*v->missing), content_cmp);

@@ -494,7 +494,18 @@ static void held_up(void **state)
 
 	SHA256((const uint8_t *)buf, len, c.b);
 	user_wants(x, "a", 5, 0);
+	/* once: it may still be on its way to there */
 	none(x, "a", &c);
+	x->now += NODE_FETCH_GATHER_MSECS;
+	run(x);
+	assert_null(x->visits);
+	for (unsigned i = 0; i < 2; i++) {
+		x->now += 1000;
+		run(x);
+		while (x->visits != NULL)
+			visit_wants(x, take_visit(x), 0, 5, 0);
+		none(x, "a", &c);
+	}
 	x->now += NODE_FETCH_GATHER_MSECS;
 	run(x);
 	v = take_visit(x);

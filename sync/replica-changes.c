@@ -263,12 +263,7 @@ static int flags_op(struct replica *r, const struct box *b, const struct change 
 		mail_key_to_op(&changes[i].key, &mails[mails_n++]);
 		replica_context_cap_mail(r, &ctx, &changes[i].key);
 	}
-	memset(&op, 0, sizeof(op));
-	op.kind = CRDT_OP_FLAGS;
-	op.folders_n = 1;
-	op.folders = &folder;
-	op.mails_n = (uint16_t)mails_n;
-	op.mails = mails;
+	op = mails_op(CRDT_OP_FLAGS, &folder, mails, mails_n);
 	op.flags_add = changes[first].add;
 	op.flags_remove = changes[first].remove;
 	op.kw_add = changes[first].kw_add;
@@ -326,12 +321,7 @@ static int expunge_op(struct replica *r, const struct box *b, const struct crdt_
 		mail_key_to_op(&keys[i], &mails[i]);
 		replica_context_cap_mail(r, &ctx, &keys[i]);
 	}
-	memset(&op, 0, sizeof(op));
-	op.kind = CRDT_OP_EXPUNGE;
-	op.folders_n = 1;
-	op.folders = &folder;
-	op.mails_n = (uint16_t)n;
-	op.mails = mails;
+	op = mails_op(CRDT_OP_EXPUNGE, &folder, mails, n);
 	return replica_own_op(r, &op, &ctx);
 }
 

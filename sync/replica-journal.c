@@ -19,6 +19,11 @@ void mail_key_to_op(const struct crdt_mail_key *key, struct crdt_op_mail *m)
 	m->copy = key->copy;
 }
 
+struct crdt_op mails_op(uint8_t kind, struct crdt_op_folder *folder, struct crdt_op_mail *mails, unsigned n)
+{
+	return (struct crdt_op){ .kind = kind, .folders_n = 1, .folders = folder, .mails_n = (uint16_t)n, .mails = mails };
+}
+
 struct crdt_op_folder box_op_folder(struct replica *r, const struct box *b, const struct crdt_id *id)
 {
 	struct crdt_op_folder of;
@@ -214,12 +219,7 @@ static int record_append(struct replica *r, const struct ms_record *mrec)
 		n++;
 	}
 	if (n > 0) {
-		memset(&op, 0, sizeof(op));
-		op.kind = CRDT_OP_ADD;
-		op.folders_n = 1;
-		op.folders = &folder;
-		op.mails_n = (uint16_t)n;
-		op.mails = mails;
+		op = mails_op(CRDT_OP_ADD, &folder, mails, n);
 		/* Before the database was lost the DELETE may have been applied here, and so
 		 * be stable: others have forgotten the folder, and its name. */
 		if (gone && (rebuild_is_on(r) || box_begins(r, &b, &primary.id)))

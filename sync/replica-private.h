@@ -284,6 +284,9 @@ void mail_key_to_op(const struct crdt_mail_key *key, struct crdt_op_mail *m);
 /* folders[0] of an op on the mails of b under folder id. */
 struct crdt_op_folder box_op_folder(struct replica *r, const struct box *b, const struct crdt_id *id);
 
+/* An op on mails of one folder; what else its kind needs is the caller's. */
+struct crdt_op mails_op(uint8_t kind, struct crdt_op_folder *folder, struct crdt_op_mail *mails, unsigned n);
+
 /* replica-changes.c */
 int record_flags(struct replica *r, const struct crdt_jrec *rec);
 int record_expunge(struct replica *r, const struct crdt_jrec *rec);

@@ -739,6 +739,18 @@ static void show(struct fix *x, const struct crdt_op_folder *f, const struct crd
 	assert_int_equal(replica_txn_commit(x->r, false, &error), 0);
 }
 
+/* Folder and mail of a CREATE are there, the mail is shown; the op is its ADD then. */
+static void show_first(struct fix *x, struct crdt_op *op, struct crdt_op_mail *m)
+{
+	put_box(x, "a", op->folders);
+	deliver(x, op, 1);
+	op->kind = CRDT_OP_ADD;
+	op->mails = m;
+	op->mails_n = 1;
+	deliver(x, op, 2);
+	show(x, op->folders, m, "a");
+}
+
 static void moves_before_flags(void **state)
 {
 	struct fix *x = *state;
@@ -748,13 +760,7 @@ static void moves_before_flags(void **state)
 
 	empty_mailstore(x);
 	x->ms.apply = first_apply;
-	put_box(x, "a", &f);
-	deliver(x, &op, 1);
-	op.kind = CRDT_OP_ADD;
-	op.mails = &m;
-	op.mails_n = 1;
-	deliver(x, &op, 2);
-	show(x, &f, &m, "a");
+	show_first(x, &op, &m);
 	op.kind = CRDT_OP_EXPUNGE;
 	deliver(x, &op, 3);
 	op.kind = CRDT_OP_ADD;
@@ -1342,13 +1348,7 @@ static bool lives_after(struct fix *x, const struct crdt_jrec *then, size_t n, u
 		records[i] = (struct ms_record){ 9, &recs[i], NULL };
 	}
 	set_mailstore(x);
-	put_box(x, "a", &f);
-	deliver(x, &op, 1);
-	op.kind = CRDT_OP_ADD;
-	op.mails = &m;
-	op.mails_n = 1;
-	deliver(x, &op, 2);
-	show(x, &f, &m, "a");
+	show_first(x, &op, &m);
 	script = records;
 	script_n = n + 1;
 	x->ms.read = script_read;

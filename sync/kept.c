@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "kept.h"
+#include "replica.h"
 
 #include <stdlib.h>
 
@@ -30,7 +31,9 @@ static void gone_key(struct crdt_buf *k, uint64_t user)
 		abort();
 }
 
-struct gone { struct crdt_vv gone, stable; };
+/* What each of several daemons said, by its id: whose place in crdt_storage may change. */
+struct said { uint64_t daemon; struct crdt_vv vv; };
+struct gone { struct crdt_vv gone, stable; struct said said[REPLICA_STORAGES_MAX]; unsigned n; };
 
 static void gone_get(struct store_txn *t, uint64_t user, struct gone *g)
 {
@@ -39,6 +42,7 @@ static void gone_get(struct store_txn *t, uint64_t user, struct gone *g)
 
 	crdt_vv_init(&g->gone);
 	crdt_vv_init(&g->stable);
+	g->n = 0;
 	gone_key(&k, user);
 	if (store_get(t, STORE_LOG, k.data, k.len, &v)) {
 		r = crdt_reader(v.data, v.len);
@@ -46,6 +50,13 @@ static void gone_get(struct store_txn *t, uint64_t user, struct gone *g)
 		if (!crdt_vv_decode(&r, &g->gone) || !crdt_vv_decode(&r, &g->stable)) {
 			crdt_vv_init(&g->gone);
 			crdt_vv_init(&g->stable);
+			r = crdt_reader("", 0);
+		}
+		while (g->n < REPLICA_STORAGES_MAX && crdt_reader_left(&r) > 0) {
+			g->said[g->n].daemon = crdt_get_u64(&r);
+			if (!crdt_vv_decode(&r, &g->said[g->n].vv))
+				break;
+			g->n++;
 		}
 	}
 	crdt_buf_free(&k);
@@ -59,6 +70,10 @@ static void gone_put(struct store_txn *t, uint64_t user, const struct gone *g)
 	gone_key(&k, user);
 	crdt_vv_encode(&v, &g->gone);
 	crdt_vv_encode(&v, &g->stable);
+	for (unsigned i = 0; i < g->n; i++) {
+		crdt_buf_u64(&v, g->said[i].daemon);
+		crdt_vv_encode(&v, &g->said[i].vv);
+	}
 	if (v.failed)
 		abort();
 	store_put(t, STORE_LOG, k.data, k.len, v.data, v.len);
@@ -74,12 +89,81 @@ void kept_gone(struct store_txn *t, uint64_t user, struct crdt_vv *vv_r)
 	crdt_vv_copy(vv_r, &g.gone);
 }
 
-void kept_stable(struct store_txn *t, uint64_t user, const struct crdt_vv *stable)
+static struct said *said_find(struct gone *g, uint64_t daemon)
 {
+	for (unsigned i = 0; i < g->n; i++) {
+		if (g->said[i].daemon == daemon)
+			return &g->said[i];
+	}
+	return NULL;
+}
+
+/* Those that are not in crdt_storage any more, or lost their data and have another id, are
+ * not waited for. */
+static bool said_drop_others(struct gone *g, const struct replica_stable *of, unsigned n)
+{
+	unsigned kept = 0, before = g->n, d;
+
+	for (unsigned i = 0; i < before; i++) {
+		for (d = 0; d < n && of[d].daemon != g->said[i].daemon; d++) ;
+		if (d < n)
+			g->said[kept++] = g->said[i];
+	}
+	g->n = kept;
+	return kept < before;
+}
+
+static bool said_add(struct gone *g, const struct replica_stable *of)
+{
+	struct said *s = said_find(g, of->daemon);
+
+	if (!of->said || of->daemon == 0 || (s == NULL && g->n == REPLICA_STORAGES_MAX))
+		return false;
+	if (s == NULL) {
+		s = &g->said[g->n++];
+		s->daemon = of->daemon;
+		crdt_vv_copy(&s->vv, &of->vv);
+		return true;
+	}
+	return !crdt_vv_covers_all(&s->vv, &of->vv) && crdt_vv_join(&s->vv, &of->vv);
+}
+
+/* What all of them said; false: one has said nothing yet. */
+static bool said_by_all(struct gone *g, const struct replica_stable *of, unsigned n, struct crdt_vv *all_r)
+{
+	const struct said *s;
+
+	for (unsigned i = 0; i < n; i++) {
+		if ((s = said_find(g, of[i].daemon)) == NULL)
+			return false;
+		if (i == 0)
+			crdt_vv_copy(all_r, &s->vv);
+		else
+			crdt_vv_meet(all_r, &s->vv);
+	}
+	return n > 0;
+}
+
+void kept_stable(struct store_txn *t, uint64_t user, const struct replica_stable *of, unsigned n)
+{
+	struct crdt_vv all;
 	struct gone g;
+	bool changed, known;
 
 	gone_get(t, user, &g);
-	if (!crdt_vv_covers_all(&g.stable, stable) && crdt_vv_join(&g.stable, stable))
+	if (n == 1) {	/* it need not be remembered apart */
+		changed = said_drop_others(&g, NULL, 0);
+		known = of->said;
+		crdt_vv_copy(&all, &of->vv);
+	} else {
+		changed = said_drop_others(&g, of, n);
+		for (unsigned i = 0; i < n; i++)
+			changed = said_add(&g, &of[i]) || changed;
+		known = said_by_all(&g, of, n, &all);
+	}
+	if (known && !crdt_vv_covers_all(&g.stable, &all))
+		changed = crdt_vv_join(&g.stable, &all) || changed;
+	if (changed)
 		gone_put(t, user, &g);
 }
 

@@ -35,7 +35,7 @@ struct user {
 	int64_t surveyed;		/* when that was ordered last; 0: never */
 	unsigned ops_wanted;		/* bit per storage that has room */
 	int64_t trim_due, applied_due;	/* 0: no reason to */
-	struct crdt_vv *stable;
+	struct replica_stable *stable;	/* of each storage */
 	struct replica_staged *snapshots;	/* states that are to be taken, one at a visit */
 	struct report_entry *entries;
 	struct node_question *questions;	/* of which he is the subject */

@@ -118,6 +118,22 @@ static bool trim_is_due(const struct user *u, bool reads)
 	return due != 0 && due <= u->n->now;
 }
 
+static void order_collection(struct user *u, struct visit *v)
+{
+	const struct node *n = u->n;
+
+	v->stable = u->stable;
+	u->stable = NULL;
+	v->stable_n = v->stable == NULL ? 0 : n->cfg.storages_n;
+	for (unsigned i = 0; i < v->stable_n; i++) {
+		struct replica_stable *s = &v->stable[i];
+		uint64_t id = uplink_daemon_id(n->storages[i].uplink);
+
+		s->said = s->said && s->daemon == id;	/* else it has lost its data since */
+		s->daemon = id;
+	}
+}
+
 static struct visit *order(struct user *u)
 {
 	struct node *n = u->n;
@@ -176,8 +192,7 @@ static struct visit *order(struct user *u)
 	v->digest = node_report_wants_digest(u);
 	node_questions_order(u, v);
 	if (v->feeds == NULL && !v->mail) {
-		v->stable = u->stable;
-		u->stable = NULL;
+		order_collection(u, v);
 	}
 	if (v->mail || v->feeds != NULL || v->reads != NULL || v->snapshot != NULL || v->acknowledge || u->ops_wanted != 0 || v->status || v->stable != NULL || v->tell_applied) {
 		order_ops(u, v);
@@ -404,6 +419,21 @@ static void visited_applied(struct user *u, struct visit *v)
 	}
 }
 
+/* The next slice, with what was said since. */
+static void collect_on(struct user *u, struct visit *v)
+{
+	struct replica_stable *newer = u->stable;
+
+	u->stable = v->stable;
+	v->stable = NULL;
+	for (unsigned i = 0; newer != NULL && i < v->stable_n; i++) {
+		if (newer[i].said)
+			u->stable[i] = newer[i];
+	}
+	free(newer);
+	node_wake(u, SCHED_LOW);
+}
+
 static void visited_engine(struct user *u, struct visit *v)
 {
 	struct node *n = u->n;
@@ -425,11 +455,8 @@ static void visited_engine(struct user *u, struct visit *v)
 		u->applied_unsent = (1u << n->cfg.storages_n) - 1;
 		send_applied(u);
 	}
-	if (v->collect_more && u->stable == NULL) {
-		u->stable = v->stable;
-		v->stable = NULL;
-		node_wake(u, SCHED_LOW);
-	}
+	if (v->collect_more)
+		collect_on(u, v);
 }
 
 static void visited_drop(struct user *u, struct visit *v)

@@ -358,8 +358,10 @@ static void on_stable(void *ctx, const char *user, uint32_t gen, const struct cr
 		return;		/* leftovers stay until the next one */
 	u = node_user(st->n, user, gen);
 	if (u->stable == NULL)
-		u->stable = xcalloc(1, sizeof(*u->stable));
-	*u->stable = *vv;
+		u->stable = xcalloc(st->n->cfg.storages_n, sizeof(*u->stable));
+	u->stable[st->i].daemon = uplink_daemon_id(st->uplink);
+	u->stable[st->i].said = true;
+	u->stable[st->i].vv = *vv;
 	node_wake(u, SCHED_LOW);
 }
 

@@ -38,6 +38,21 @@ void replica_peek(struct store *s, unsigned slot, const char *user, uint32_t gen
 	store_abort(&t);
 }
 
+crdt_origin replica_peek_origin(struct crdt_rows *rows)
+{
+	struct crdt_buf v = CRDT_BUF_INIT;
+	struct crdt_reader rd;
+	const char key = ROW_OWN;
+	crdt_origin origin = 0;
+
+	if (rows->get(rows, &key, 1, &v)) {
+		rd = crdt_reader(v.data, v.len);
+		origin = crdt_get_u64(&rd);
+	}
+	crdt_buf_free(&v);
+	return origin;
+}
+
 uint64_t replica_left(struct replica *r, bool *held_r)
 {
 	uint64_t left = 0, held;

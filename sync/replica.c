@@ -951,10 +951,10 @@ enum replica_progress replica_apply(struct replica *r, replica_body_cb *body, vo
 
 /* ---- collection ---- */
 
-bool replica_collect(struct replica *r, const struct crdt_vv *stable)
+bool replica_collect(struct replica *r, const struct replica_stable *of, unsigned n)
 {
 	struct merge_sink s;
-	bool more;
+	bool more = false;
 
 	(void)replica_txn_begin(r);
 	if (rebuild_is_on(r)) {
@@ -963,10 +963,13 @@ bool replica_collect(struct replica *r, const struct crdt_vv *stable)
 		return false;
 	}
 	sink_init(&s, r);
-	more = crdt_collect(rrows(r), stable, 1000, &s.sink);
+	for (unsigned i = 0; i < n; i++) {
+		if (of[i].said)
+			more = crdt_collect(rrows(r), &of[i].vv, 1000, &s.sink) || more;
+	}
 	sink_flush(&s);
 	refused_retry(r);
-	kept_stable(r->txn, r->id, stable);
+	kept_stable(r->txn, r->id, of, n);
 	more = kept_forget(r->txn, r->id, r->origin, r->acked_seq, FORGET_SLICE) || more;
 	char *error = NULL;
 	if (replica_txn_commit(r, false, &error) < 0) {

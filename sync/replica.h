@@ -167,14 +167,22 @@ int replica_read_body(struct replica *r, const struct crdt_content *c, uint64_t 
 /* What of the merged ops has been applied to the mail store, with all own entries
  * as of when the journal was last read to its end (for stability). */
 void replica_applied_vv(struct replica *r, struct crdt_vv *vv_r);
-/* Every member has applied these: drop leftovers and the ops that are kept for members
- * that lack them (kept.h), a slice; true: more is left. */
-bool replica_collect(struct replica *r, const struct crdt_vv *stable);
+/* What every member has applied, as each storage daemon of crdt_storage said: drop leftovers
+ * and the ops that are kept for those that lack them (kept.h), a slice; true: more is left. */
+#define REPLICA_STORAGES_MAX 8
+struct replica_stable {
+	uint64_t daemon;		/* its id; 0: never heard of */
+	bool said;			/* else it has said nothing new */
+	struct crdt_vv vv;
+};
+bool replica_collect(struct replica *r, const struct replica_stable *of, unsigned n);
 
 /* A look without an engine, at what is in the database.  known: there was an op of him.  behind: something of what came
  * is not shown yet.  foreign: others made some of it.  cold: crdt_replicas; there is no copy, or none that ever was complete. */
 struct replica_peek { bool known, behind, foreign, cold; };
 void replica_peek(struct store *s, unsigned slot, const char *user, uint32_t gen, struct replica_peek *p_r);
+/* The origin of own ops that are made now; 0: there is none. */
+crdt_origin replica_peek_origin(struct crdt_rows *rows);
 /* Counts what is not shown yet.  held_r: nothing but mails that wait for a UID. */
 uint64_t replica_left(struct replica *r, bool *held_r);
 bool replica_is_incomplete(const struct replica *r);	/* so the journal said when it was read last, or the copy began since */

@@ -518,6 +518,6 @@ void visit_run(struct visit *v, struct replica *r, enum visit_mail mail, struct 
 	judge(&run);
 	v->copy_doubted = replica_copy_is_doubted(r);
 	if (v->stable != NULL)
-		v->collect_more = replica_collect(r, v->stable);
+		v->collect_more = replica_collect(r, v->stable, v->stable_n);
 	look(&run);
 }

@@ -19,7 +19,7 @@
 #define VISIT_OPS_ROOM (2 * UPLINK_ASK)		/* bytes of own ops handed over at once */
 #define VISIT_WANTS_MAX 512			/* texts that one user is known to want, beside those that nobody had */
 
-#define VISIT_STORAGES_MAX 8
+#define VISIT_STORAGES_MAX REPLICA_STORAGES_MAX
 
 /* One FEED frame. */
 struct visit_feed {
@@ -99,7 +99,8 @@ struct visit {
 	bool ops_asked;			/* also when there is no new one */
 	uint64_t ops_after;
 	struct replica_staged *snapshot;	/* owned; take the state that is staged, and nothing else of these */
-	struct crdt_vv *stable;		/* owned; drop leftovers, a slice */
+	struct replica_stable *stable;	/* owned; drop leftovers, a slice; of all storages, */
+	unsigned stable_n;		/* so many */
 	bool gone;			/* userdb has not known him for long */
 	bool fed;			/* a daemon has been heard to its end: the copy may be called complete, */
 	bool looked;			/* since his journal said that it is not, the mail store was looked through */

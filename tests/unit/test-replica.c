@@ -89,6 +89,14 @@ static void deliver(struct fix *x, struct crdt_op *op, uint64_t seq)
 	crdt_buf_free(&b);
 }
 
+/* As the only daemon said. */
+static bool collect(struct fix *x, const struct crdt_vv *stable)
+{
+	struct replica_stable of = { 1, true, *stable };
+
+	return replica_collect(x->r, &of, 1);
+}
+
 static uint64_t merged(struct fix *x)
 {
 	struct replica_status st;
@@ -144,7 +152,7 @@ static void refused(void **state)
 	reopen(x);
 	crdt_vv_init(&stable);
 	assert_true(crdt_vv_raise(&stable, OTHER, seq));
-	while (replica_collect(x->r, &stable))
+	while (collect(x, &stable))
 		;
 	assert_int_equal(merged(x), seq + 2);
 	assert_int_equal(waiting(x), 0);
@@ -1035,7 +1043,7 @@ static void keeps_what_members_lack(void **state)
 	crdt_vv_init(&stable);
 	(void)crdt_vv_raise(&stable, OTHER, 4);
 	(void)crdt_vv_raise(&stable, own, 3);
-	while (replica_collect(x->r, &stable)) ;
+	while (collect(x, &stable)) ;
 	assert_int_equal(kept(x, OTHER), 1);
 	/* the third is not acknowledged by all daemons yet */
 	assert_int_equal(kept(x, own), 1);
@@ -1054,9 +1062,55 @@ static void keeps_what_members_lack(void **state)
 	/* an older vector takes nothing back, and the gap closes */
 	crdt_vv_init(&stable);
 	(void)crdt_vv_raise(&stable, OTHER, 2);
-	(void)replica_collect(x->r, &stable);
+	(void)collect(x, &stable);
 	deliver(x, &op, 6);
 	assert_int_equal(kept(x, OTHER), 3);
+}
+
+static void say(struct fix *x, struct replica_stable of[2], unsigned which, uint64_t seq)
+{
+	of[!which].said = false;
+	of[which].said = true;
+	crdt_vv_init(&of[which].vv);
+	(void)crdt_vv_raise(&of[which].vv, OTHER, seq);
+	while (replica_collect(x->r, of, 2)) ;
+}
+
+/* One daemon may lack what the other one has from a worker that is dead. */
+static void kept_for_each_daemon(void **state)
+{
+	struct fix *x = *state;
+	struct crdt_op op = { .kind = CRDT_OP_SUBSCRIBE, .name = { (const uint8_t *)"theirs", 6 } };
+	struct replica_stable of[2] = { { .daemon = 7 }, { .daemon = 0 } }, swapped[2];
+
+	for (uint64_t seq = 1; seq <= 9; seq++)
+		deliver(x, &op, seq);
+	say(x, of, 0, 5);
+	assert_int_equal(kept(x, OTHER), 9);
+	of[1].daemon = 8;
+	say(x, of, 1, 3);
+	assert_int_equal(kept(x, OTHER), 6);
+	say(x, of, 1, 4);
+	reopen(x);
+	say(x, of, 0, 6);
+	assert_int_equal(kept(x, OTHER), 5);
+
+	/* the settings name them in another order */
+	swapped[0] = of[1];
+	swapped[1] = of[0];
+	say(x, swapped, 0, 5);
+	assert_int_equal(kept(x, OTHER), 4);
+
+	/* one has lost its data: what it said before is of no use */
+	swapped[0].daemon = 9;
+	say(x, swapped, 1, 9);
+	assert_int_equal(kept(x, OTHER), 4);
+	say(x, swapped, 0, 7);
+	assert_int_equal(kept(x, OTHER), 2);
+
+	/* one is taken out of use */
+	assert_true(collect(x, &swapped[1].vv) || kept(x, OTHER) == 0);
+	assert_int_equal(kept(x, OTHER), 0);
 }
 
 /* Many at once go in slices. */
@@ -1071,7 +1125,7 @@ static void forgets_in_slices(void **state)
 		deliver(x, &op, seq);
 	crdt_vv_init(&stable);
 	(void)crdt_vv_raise(&stable, OTHER, 4499);
-	while (replica_collect(x->r, &stable))
+	while (collect(x, &stable))
 		slices++;
 	assert_in_range(slices, 3, 4);
 	assert_int_equal(kept(x, OTHER), 1);
@@ -1732,7 +1786,8 @@ int main(void)
 		TEST(folders_that_fail), TEST(many_subscriptions),
 		TEST(folder_that_fails_beside_mails), TEST(wants_in_order), TEST(waits_for_lower_uids),
 		TEST(waits_for_one_before), TEST(moves_before_flags), TEST(flags_of_a_lost_mailbox), TEST(parents_first),
-		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(forgets_in_slices),
+		TEST(cannot_tell_yet), TEST(keeps_what_members_lack), TEST(kept_for_each_daemon),
+		TEST(forgets_in_slices),
 		TEST(takes_a_state), TEST(state_that_lacks_something), TEST(state_that_is_staged_anew), TEST(state_with_our_ops),
 		TEST(former_uid_flags), TEST(former_uid_expunge),
 		TEST(former_uid_expunge_between), TEST(former_uid_found_gone), TEST(former_uid_forgotten), TEST(append_where_folders_left), TEST(renamed_beside_delete), TEST(renamed_beside_delete_unsent),

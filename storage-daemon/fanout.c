@@ -36,13 +36,13 @@ static bool log_row_parse(const uint8_t *key, size_t klen, const uint8_t *val, s
 	return !k.bad && !v.bad && row->n > 0;
 }
 
-void fanout_log_put(struct hub *h, uint64_t user, uint8_t slot, bool fresh, const uint8_t *p, size_t n)
+void fanout_log_put(struct hub *h, uint64_t user, uint8_t slot, uint8_t flags, const uint8_t *p, size_t n)
 {
 	struct crdt_buf val = CRDT_BUF_INIT;
 	uint8_t key[8];
 
 	log_key(key, ++h->head);
-	crdt_buf_u8(&val, fresh ? LOG_FRESH_BODY : 0);
+	crdt_buf_u8(&val, flags);
 	crdt_buf_u8(&val, slot);
 	crdt_buf_varint(&val, user);
 	crdt_buf_raw(&val, p, n);
@@ -332,10 +332,16 @@ static bool feeder_fits(const struct feeder *s, const struct log_row *row)
 		 s->bytes.len + row->n <= CRDT_FRAME_FILL && s->rides_bytes < CRDT_FRAME_FILL);
 }
 
+/* The peer made it, and it came from there. */
+static bool is_known_to(const struct hub_conn *c, const struct log_row *row)
+{
+	return c->peer->conf.role == HUB_WORKER && row->slot == c->peer->conf.slot && row->gsn > c->own_upto &&
+		(row->flags & LOG_GIVEN) == 0;
+}
+
 static bool feeder_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t *val, size_t vlen)
 {
 	struct feeder *s = ctx;
-	const struct hub_peer_conf *conf = &s->c->peer->conf;
 	struct log_row row;
 
 	if (!log_row_parse(key, klen, val, vlen, &row)) {
@@ -344,8 +350,7 @@ static bool feeder_row(void *ctx, const uint8_t *key, size_t klen, const uint8_t
 		s->c->feed_broken = true;
 		return false;
 	}
-	if ((conf->role == HUB_WORKER && row.slot == conf->slot && row.gsn > s->c->own_upto) ||
-	    hub_id_has(&s->c->h->dropped, row.user)) {
+	if (is_known_to(s->c, &row) || hub_id_has(&s->c->h->dropped, row.user)) {
 		if (s->ops_n > 0 && row.gsn - s->last < HUB_SKIP_MAX) {
 			s->skipped = row.gsn;	/* lies between two of the frame, or behind it */
 			return true;

@@ -6,7 +6,7 @@
  * ingest.c: OPS to merged ops; bodies.c: texts in and out; fanout.c: the feed;
  * stable.c: what every member has applied, and collection; asks.c: an administrator's
  * questions; retire.c: workers that are gone for good; drop.c: users who are;
- * rebuild.c: lost data that workers have.
+ * rebuild.c: lost data that workers have; gaps.c: ops that did not come here.
  *
  * State is in the store; what is kept in memory belongs to a connection, is
  * bounded by a limit here or in wire/frame.h, and may be lost at any time.
@@ -36,8 +36,9 @@
 #define META_BASE 'H'		/* peer name: took part in that, so it lacks nothing that is not in the log */
 #define META_ORPHAN 'O'		/* user id(be64) content: a text that no merged op names yet */
 
-/* First byte of a LOG row: some text came with this op and may ride with it. */
-#define LOG_FRESH_BODY 0x01
+/* First byte of a LOG row. */
+#define LOG_FRESH_BODY 0x01	/* some text came with this op and may ride with it */
+#define LOG_GIVEN 0x02		/* it did not come from its maker, who may have lost it: he is fed it, too */
 
 #define HUB_HELD_MAX (2 * CRDT_FEED_WINDOW)	/* bytes of a connection's ops that wait for texts */
 #define HUB_IN_ACTIVE 8			/* texts asked from one connection at a time, and up to */
@@ -58,6 +59,8 @@
 #define HUB_STABLE_USERS 16
 #define HUB_LOG_KEEP_DEFAULT 1000000
 #define HUB_BASE_GSN 1			/* stands for all that is not in the log of a database that was rebuilt */
+#define HUB_GAPS_MAX 1024		/* users of whom ops are known to be lacking */
+#define HUB_GAPS_ASKED 4		/* of them: for whom a worker is asked at a time */
 #define HUB_ASKS_MAX 4			/* questions of one connection that take their time */
 #define HUB_ASK_ROWS 4096		/* looked at in one slice for one */
 #define HUB_ASK_TRIES 5			/* the user changed meanwhile */
@@ -147,6 +150,7 @@ struct hub_queued { struct hub_queued *next; size_t n; uint8_t p[]; };
 
 struct hub_ask;
 struct rebuild;
+struct gap;
 
 struct hub_conn {
 	struct hub_conn *next;
@@ -157,6 +161,7 @@ struct hub_conn {
 	bool own;			/* HELLO's */
 	bool snapshots;			/* HELLO's: it can take them */
 	bool no_rides;			/* HELLO's: no texts unasked */
+	bool gives_ops;			/* HELLO's: answers SNAP_WANT at any time */
 	bool taking;			/* it takes the users' states: nothing is fed yet */
 	bool told;			/* got an ERROR since */
 	bool resend;			/* to be cut off, so that it sends refused ops again */
@@ -212,6 +217,7 @@ struct hub {
 	bool txn_sync;			/* it holds what will be acknowledged or fed */
 
 	uint64_t sink_user;
+	bool sink_given;		/* what is merged did not come from its maker */
 	struct crdt_sink sink;
 	struct crdt_buf sink_bytes;
 	struct hub_applied *applied;
@@ -232,6 +238,8 @@ struct hub {
 	struct hub_id_set collecting;
 	struct hub_id_set dropped;	/* users */
 	struct rebuild *rebuild;	/* NULL: all is here */
+	struct gap *gaps;
+	size_t gaps_n;
 	struct snapshot_view *views;	/* states that workers are given */
 };
 
@@ -262,6 +270,8 @@ void hub_taken(struct hub_conn *c);		/* it has taken all states */
 /* ---- ingest.c ---- */
 void ingest_init(struct hub *h);
 void ingest_ops(struct hub_conn *c, const struct crdt_frame *f);
+/* Ops of others, for which it was asked. */
+void ingest_given(struct hub_conn *c, const struct crdt_frame *f);
 /* A text is here, or (none) that connection does not have it: goes on with what waited. */
 void ingest_body_arrived(struct hub *h, const struct body_key *key);
 void ingest_body_none(struct hub_conn *c, const struct body_key *key);
@@ -315,7 +325,7 @@ void fanout_peer_init(struct hub *h, struct hub_peer *p);
 bool fanout_hello(struct hub_conn *c, const struct crdt_frame *f);
 void fanout_on_ack(struct hub_conn *c, const struct crdt_frame *f);
 bool fanout_pump(struct hub_conn *c, size_t *budget, bool *more_r);
-void fanout_log_put(struct hub *h, uint64_t user, uint8_t slot, bool fresh, const uint8_t *p, size_t n);
+void fanout_log_put(struct hub *h, uint64_t user, uint8_t slot, uint8_t flags, const uint8_t *p, size_t n);
 void fanout_before_commit(struct hub *h);
 bool fanout_trim(struct hub *h);
 void fanout_conn_drop(struct hub_conn *c);
@@ -335,6 +345,8 @@ void stable_init(struct hub *h);
 void stable_on_applied(struct hub_conn *c, const struct crdt_frame *f);
 bool stable_pump(struct hub_conn *c, bool *more_r);	/* after the feed; false: a send was refused */
 bool stable_background(struct hub *h);
+/* What that worker has applied of a user; false: it has not said. */
+bool stable_applied(struct hub *h, uint64_t user, const char *worker, struct crdt_vv *vv_r);
 void stable_all_changed(struct hub *h, struct store_txn *t);	/* the members changed */
 void stable_drop_user(struct hub *h, uint64_t user);	/* the row that is not under his number */
 
@@ -347,6 +359,13 @@ void rebuild_on_snap(struct hub_conn *c, const struct crdt_frame *f);
 void rebuild_step(struct hub *h);
 void rebuild_conn_drop(struct hub_conn *c);
 void rebuild_unbase(struct hub *h, struct hub_peer *p);	/* it begins anew */
+
+/* ---- gaps.c ---- */
+void gaps_note(struct hub *h, uint64_t user);		/* a worker has what is not here */
+void gaps_on_snap(struct hub_conn *c, const struct crdt_frame *f);
+void gaps_hello(struct hub_conn *c);
+void gaps_conn_drop(struct hub_conn *c);
+void gaps_free(struct hub *h);
 
 /* ---- drop.c ---- */
 int drop_init(struct hub *h, char **error_r);

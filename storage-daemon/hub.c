@@ -165,6 +165,7 @@ static void conn_reset(struct hub_conn *c)
 	fanout_conn_drop(c);
 	asks_conn_drop(c);
 	rebuild_conn_drop(c);
+	gaps_conn_drop(c);
 	while ((q = c->queue) != NULL) {
 		c->queue = q->next;
 		free(q);
@@ -447,6 +448,7 @@ void hub_free(struct hub **_h)
 	free(h->peers);
 	bodies_deinit(h);
 	rebuild_free(h);
+	gaps_free(h);
 	snapshot_views_free(&h->views, 0, true);
 	store_abort(&h->txn);
 	crdt_buf_free(&h->sink_bytes);
@@ -531,6 +533,7 @@ static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
 		conn_supersede(c->peer->conn);
 	c->own = f->own;
 	c->no_rides = (f->flags & CRDT_HELLO_NO_RIDES) != 0;
+	c->gives_ops = conf->role == HUB_WORKER && (f->flags & CRDT_HELLO_OPS) != 0;
 	c->snapshots = conf->role == HUB_WORKER && (f->flags & CRDT_HELLO_SNAPSHOTS) != 0;
 	if (c->h->rebuild == NULL && !fanout_hello(c, f))
 		return;
@@ -538,6 +541,7 @@ static void on_hello(struct hub_conn *c, const struct crdt_frame *f)
 	c->ready = true;
 	c->peer->conn = c;
 	c->stable_pos = 0;
+	gaps_hello(c);
 	if (c->h->rebuild == NULL && !c->taking)
 		bodies_hello(c);
 	welcome(c);
@@ -639,6 +643,8 @@ static void on_frame(struct hub_conn *c, const struct crdt_frame *f)
 			hub_conn_fail(c, CRDT_ERR_ROLE, "is no worker and sends what only workers send");
 		else if (c->h->rebuild != NULL)
 			rebuild_on_snap(c, f);
+		else
+			gaps_on_snap(c, f);
 		break;
 	case CRDT_FRAME_ERROR:
 		hub_log(c->h, 1, "peer %s: reports error %u: %.*s", c->peer->conf.name, f->code,

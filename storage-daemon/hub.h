@@ -61,6 +61,12 @@ bool hub_pump(struct hub *h);
  * true when more is left. */
 bool hub_background(struct hub *h);
 /*
+ * To be called every few seconds while hub_lacks(): what other daemons have and did not come
+ * here between two such calls is asked of a worker (gaps.c).  As hub_lacks().
+ */
+bool hub_look(struct hub *h);
+bool hub_lacks(const struct hub *h);
+/*
  * Drops a user, for good (drop.c).  1; 0: there is none such; -1 as hub_commit().
  */
 int hub_drop_user(struct hub *h, const char *name, uint32_t gen, char **error_r);

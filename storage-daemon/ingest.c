@@ -129,7 +129,7 @@ void ingest_flush_notes(struct hub *h, bool merged)
 {
 	struct hub_applied *a;
 	size_t i, j;
-	bool fresh;
+	uint8_t flags;
 
 	if (h->applied_n > (merged ? 1 : 0))
 		waiting_went(h, h->applied[0].user);
@@ -138,12 +138,12 @@ void ingest_flush_notes(struct hub *h, bool merged)
 		h->txn_sync = true;
 	for (i = 0; i < h->applied_n; i++) {
 		a = &h->applied[i];
-		fresh = false;
+		flags = h->sink_given ? LOG_GIVEN : 0;
 		for (j = 0; j < a->contents_n; j++) {
 			if (bodies_claimed(h, a->user, &h->contents[a->contents_at + j], h->head + 1))
-				fresh = true;
+				flags |= LOG_FRESH_BODY;
 		}
-		fanout_log_put(h, a->user, a->slot, fresh, h->sink_bytes.data + a->at, a->n);
+		fanout_log_put(h, a->user, a->slot, flags, h->sink_bytes.data + a->at, a->n);
 		hub_id_add(&h->changed, a->user);
 	}
 	notes_clear(h);
@@ -151,10 +151,17 @@ void ingest_flush_notes(struct hub *h, bool merged)
 
 /* ---- one op ---- */
 
+static bool is_own(const struct hub_conn *c, crdt_origin origin)
+{
+	return c->peer->conf.role != HUB_WORKER || crdt_origin_slot(origin) == c->peer->conf.slot;
+}
+
 static void touch(struct hub_conn *c, uint64_t user, crdt_origin origin)
 {
 	struct hub_touched *last = c->touched_n > 0 ? &c->touched[c->touched_n - 1] : NULL;
 
+	if (!is_own(c, origin))
+		return;		/* it gave what others made */
 	if (last != NULL && last->user == user && last->origin == origin)
 		return;
 	c->touched = hub_grow(c->touched, c->touched_n, &c->touched_cap, sizeof(*c->touched));
@@ -225,7 +232,7 @@ static void pass_on(struct hub_conn *c, const struct hub_user *user, const struc
 		unknown_key(key, user->id);
 		store_put(hub_txn(h), STORE_META, key, sizeof(key), "", 0);
 	}
-	fanout_log_put(h, user->id, (uint8_t)crdt_origin_slot(op->dot.origin), false, p, n);
+	fanout_log_put(h, user->id, (uint8_t)crdt_origin_slot(op->dot.origin), is_own(c, op->dot.origin) ? 0 : LOG_GIVEN, p, n);
 }
 
 /* What the op lacks room for, in the order in which crdt_merge() looks. */
@@ -291,7 +298,9 @@ static void merge_op(struct hub_conn *c, const struct hub_user *user, const stru
 		(void)block(c, user->id);
 		return;
 	}
+	h->sink_given = !is_own(c, op->dot.origin);
 	ingest_flush_notes(h, true);
+	h->sink_given = false;
 	h->txn_sync = true;
 	touch(c, user->id, op->dot.origin);
 }
@@ -488,7 +497,7 @@ size_t ingest_held_count(struct hub *h, uint64_t user)
 /* ---- frames ---- */
 
 /* Nothing of a frame is taken before all of it was looked at. */
-static bool ops_allowed(struct hub_conn *c, const struct crdt_frame *f)
+static bool ops_allowed(struct hub_conn *c, const struct crdt_frame *f, bool given)
 {
 	const struct hub_peer_conf *conf = &c->peer->conf;
 	struct crdt_dot dot;
@@ -506,7 +515,7 @@ static bool ops_allowed(struct hub_conn *c, const struct crdt_frame *f)
 				      (int)f->user.n, (const char *)f->user.p, error);
 			return false;
 		}
-		if (conf->role == HUB_WORKER && crdt_origin_slot(dot.origin) != conf->slot) {
+		if (!given && !is_own(c, dot.origin)) {
 			hub_conn_fail(c, CRDT_ERR_ROLE, "sent op %016"PRIx64":%"PRIu64" of user %.*s, which is of "
 				      "slot %u; its own slot is %u", dot.origin, dot.seq, (int)f->user.n,
 				      (const char *)f->user.p, crdt_origin_slot(dot.origin), conf->slot);
@@ -580,14 +589,14 @@ void ingest_drop_user(struct hub *h, uint64_t user)
 	hub_id_del(&h->unknown, user);
 }
 
-void ingest_ops(struct hub_conn *c, const struct crdt_frame *f)
+static void take_ops(struct hub_conn *c, const struct crdt_frame *f, bool given)
 {
 	struct hub_user user;
 	struct crdt_op op;
 	const char *error;
 	size_t i;
 
-	if (!ops_allowed(c, f))
+	if (!ops_allowed(c, f, given))
 		return;
 	if (!hub_user(c->h, f, true, &user)) {
 		refuse_dropped(c, &user);
@@ -602,6 +611,16 @@ void ingest_ops(struct hub_conn *c, const struct crdt_frame *f)
 				      "they name", HUB_HELD_MAX);
 		}
 	}
+}
+
+void ingest_ops(struct hub_conn *c, const struct crdt_frame *f)
+{
+	take_ops(c, f, false);
+}
+
+void ingest_given(struct hub_conn *c, const struct crdt_frame *f)
+{
+	take_ops(c, f, true);
 }
 
 /* ---- acknowledgement ---- */

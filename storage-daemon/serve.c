@@ -26,6 +26,7 @@
 #define SERVE_RETRY_MSECS 5		/* a peer's queue was full */
 #define SERVE_BACKGROUND_MSECS 100	/* after traffic, between slices */
 #define SERVE_BACKGROUND_LATE_MSECS 1000	/* then a slice is done under load too */
+#define SERVE_LOOK_MSECS 10000		/* between two looks for ops that do not come */
 #define SERVE_NEVER (INT64_MAX / 2)
 #define SERVE_GONE_MAX 64
 
@@ -47,6 +48,7 @@ struct serve {
 	uint64_t gone[SERVE_GONE_MAX];	/* connections to which a send failed for good */
 	unsigned int gone_n;
 	int64_t background_due;		/* SERVE_NEVER: nothing has changed */
+	int64_t look_due;		/* SERVE_NEVER: no op is known to be lacking */
 };
 
 static int64_t now_usecs(void)
@@ -264,6 +266,7 @@ struct serve *serve_new(const struct stored_conf *conf, struct store *store, con
 	s->conf = conf;
 	s->signals = -1;
 	s->background_due = 0;
+	s->look_due = SERVE_NEVER;
 	pthread_mutex_init(&s->lock, NULL);
 	if (serve_open(s, store, key, error_r) < 0)
 		serve_free(&s);
@@ -374,18 +377,28 @@ static void sleep_until_event(struct serve *s, int64_t now, bool more)
 		{ .fd = s->signals, .events = POLLIN },
 	};
 	unsigned int n = 2;
-	int64_t msecs = -1;
+	int64_t msecs = -1, due = s->background_due < s->look_due ? s->background_due : s->look_due;
 	int control_msecs = -1;
 
 	if (s->control != NULL)
 		n += control_fds(s->control, fds + n, &control_msecs);
-	if (s->background_due != SERVE_NEVER)
-		msecs = s->background_due > now ? (s->background_due - now + 999) / 1000 : 0;
+	if (due != SERVE_NEVER)
+		msecs = due > now ? (due - now + 999) / 1000 : 0;
 	if (more && (msecs < 0 || msecs > SERVE_RETRY_MSECS))
 		msecs = s->refused ? SERVE_RETRY_MSECS : 0;
 	if (control_msecs >= 0 && (msecs < 0 || msecs > control_msecs))
 		msecs = control_msecs;
 	(void)poll(fds, n, (int)msecs);
+}
+
+static void look_for_gaps(struct serve *s, int64_t now)
+{
+	if (s->look_due <= now)
+		(void)hub_look(s->hub);
+	if (!hub_lacks(s->hub))
+		s->look_due = SERVE_NEVER;
+	else if (s->look_due == SERVE_NEVER || s->look_due <= now)
+		s->look_due = now + SERVE_LOOK_MSECS * 1000;
 }
 
 /* One turn.  0; -1: the store failed. */
@@ -408,6 +421,7 @@ static int turn(struct serve *s, char **error_r)
 	now = now_usecs();
 	if (frames > 0 && s->background_due == SERVE_NEVER)
 		s->background_due = now + SERVE_BACKGROUND_MSECS * 1000;
+	look_for_gaps(s, now);
 	/* Sending may have swallowed the sign that something waits: look again. */
 	if (s->stop || ((frames > 0 || s->sent) && now < s->background_due + SERVE_BACKGROUND_LATE_MSECS * 1000))
 		return 0;

@@ -3,9 +3,10 @@
  * Stability: what every listed worker has applied to its mailboxes, so that
  * what removed things left behind can go, here and there.
  *
- * A worker's vector counts only when all that it contains of the worker's own
- * origins is merged here: then whatever that worker did before it had applied
- * the rest is here too, and can no longer bring up something that was dropped.
+ * A worker's vector counts only when all that it contains is merged here: then
+ * whatever that worker did before it had applied the rest is here too, and what came
+ * to it from other daemons, and can no longer bring up something that was dropped.
+ * (What stays away: gaps.c.)
  * The same must hold of each worker that is told: STABLE waits for the feed.
  * A listed worker that never came holds this up for all users.
  */
@@ -63,8 +64,8 @@ void stable_on_applied(struct hub_conn *c, const struct crdt_frame *f)
 		hub_conn_fail(c, CRDT_ERR_ROLE, "is no worker and says what it applied");
 		return;
 	}
-	/* A user that is not known here has nothing to collect. */
-	if (!hub_user(c->h, f, false, &user))
+	/* A user without an op has nothing to collect.  One who is not known here may be lacking. */
+	if (!hub_user(c->h, f, f->vv.n > 0, &user))
 		return;
 	crdt_vv_encode(&val, &f->vv);
 	meta_put(hub_txn(c->h), META_APPLIED, user.id, c->peer->conf.name, &val);
@@ -73,7 +74,7 @@ void stable_on_applied(struct hub_conn *c, const struct crdt_frame *f)
 
 /* ---- the vector ---- */
 
-static bool applied_get(struct hub *h, uint64_t user, const char *worker, struct crdt_vv *vv_r)
+bool stable_applied(struct hub *h, uint64_t user, const char *worker, struct crdt_vv *vv_r)
 {
 	struct crdt_buf val = CRDT_BUF_INIT;
 	struct crdt_reader r;
@@ -89,24 +90,12 @@ static bool applied_get(struct hub *h, uint64_t user, const char *worker, struct
 	return found;
 }
 
-/* All that the worker issued and had applied is merged here. */
-static bool own_ops_merged(const struct crdt_vv *applied, unsigned int slot, const struct crdt_vv *merged)
-{
-	uint32_t i;
-
-	for (i = 0; i < applied->n; i++) {
-		if (crdt_origin_slot(applied->e[i].origin) == slot && !crdt_vv_covers(merged, applied->e[i]))
-			return false;
-	}
-	return true;
-}
-
 /* false: some worker holds it up. */
 static bool stable_vector(struct hub *h, uint64_t user, struct crdt_vv *stable_r)
 {
 	struct store_rows rows;
 	struct crdt_vv merged, applied;
-	bool workers = false;
+	bool workers = false, all = true;
 	size_t i;
 
 	store_rows_init(&rows, hub_txn(h), user);
@@ -117,13 +106,17 @@ static bool stable_vector(struct hub *h, uint64_t user, struct crdt_vv *stable_r
 
 		if (conf->role != HUB_WORKER || h->peers[i]->retired)
 			continue;
-		if (!applied_get(h, user, conf->name, &applied) ||
-		    !own_ops_merged(&applied, conf->slot, &merged))
-			return false;
-		crdt_vv_meet(stable_r, &applied);
 		workers = true;
+		if (!stable_applied(h, user, conf->name, &applied)) {
+			all = false;
+		} else if (!crdt_vv_covers_all(&merged, &applied)) {
+			gaps_note(h, user);
+			all = false;
+		} else {
+			crdt_vv_meet(stable_r, &applied);
+		}
 	}
-	return workers && !rows.rows.failed;
+	return workers && all && !rows.rows.failed;
 }
 
 /* gsn: end of the log when the vector advanced.  Whatever a member issued before

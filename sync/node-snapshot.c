@@ -2,7 +2,8 @@
 /*
  * A storage daemon that lost its data is given it by the workers: it asks (SNAP_WANT) which
  * users there are, for the state of each, and for the ops that are kept here (kept.h), since
- * some member may lack them.
+ * some member may lack them.  One that is up asks for the last alone, when an op did not come
+ * to it that is here: its maker died, or never had a line to it.
  *
  * The other way round, a worker that is new where the log of a daemon does not reach back asks
  * it for its users and the state of each, one after the other.  Rows are staged; a visit takes
@@ -83,8 +84,17 @@ static void skip_before_upgrade(struct offer *o)
 	}
 }
 
+/* They are sent by the uplink, when they are on disk here, and not before. */
+static void leave_out_own(struct offer *o, struct crdt_rows *rows)
+{
+	crdt_origin own = replica_peek_origin(rows);
+
+	if (own != 0)
+		(void)crdt_vv_raise(&o->have, own, crdt_vv_get(&o->a->f.vv, own));
+}
+
 /* In an order in which each finds what it had seen: origins in turn, until none has one. */
-static void answer_ops(struct node *n, struct snapshot_answer *a, uint64_t user, const struct crdt_vv *have)
+static void answer_ops(struct node *n, struct snapshot_answer *a, uint64_t user, const struct crdt_vv *have, bool all)
 {
 	struct offer o = { .n = n, .t = store_begin(n->cfg.store), .a = a, .user = user };
 	struct store_rows rows;
@@ -95,7 +105,9 @@ static void answer_ops(struct node *n, struct snapshot_answer *a, uint64_t user,
 	kept_gone(o.t, user, &a->f.gone);
 	crdt_vv_copy(&o.have, have);
 	(void)crdt_vv_join(&o.have, &a->f.gone);
-	if (n->old)
+	if (!all)
+		leave_out_own(&o, &rows.rows);
+	if (n->old && all)
 		skip_before_upgrade(&o);
 	while (any && !a->full) {
 		any = false;
@@ -128,7 +140,7 @@ void node_snap_want(struct node *n, unsigned storage, const struct crdt_frame *f
 	if (id != 0 && f->code == CRDT_SNAP_ROWS)
 		snapshot_rows(n->cfg.store, &n->views, a, storage, id, &f->data);
 	else if (id != 0 && f->code == CRDT_SNAP_OPS)
-		answer_ops(n, a, id, &f->vv);
+		answer_ops(n, a, id, &f->vv, uplink_gives(link));
 	uplink_snap(link, snapshot_answer_frame(a));
 	snapshot_answer_free(a);
 }

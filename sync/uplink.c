@@ -392,7 +392,7 @@ void uplink_connected(struct uplink *u, int64_t now)
 	f.gsn = u->durable;
 	f.own = u->own;
 	f.flags = (u->cb.snap != NULL ? CRDT_HELLO_SNAPSHOTS : 0) | (u->acked ? CRDT_HELLO_ACKED : 0) |
-		(u->no_rides ? CRDT_HELLO_NO_RIDES : 0);
+		(u->no_rides ? CRDT_HELLO_NO_RIDES : 0) | (u->cb.snap_want != NULL ? CRDT_HELLO_OPS : 0);
 	u->state = HELLO;
 	u->due = now + UPLINK_WELCOME_MSECS;
 	emit(u, &f);
@@ -845,6 +845,13 @@ static void on_error(struct uplink *u, int64_t now, const struct crdt_frame *f)
 	trouble(u, now, 1u << (f->code % 27), f->code == CRDT_ERR_RESET ? 1 : 0, u->error);
 }
 
+/* A daemon that is up asks for ops only: others' that did not come to it. */
+static bool is_question(const struct uplink *u, const struct crdt_frame *f)
+{
+	return f->type == CRDT_FRAME_SNAP_WANT && u->cb.snap_want != NULL && u->queued < UPLINK_QUEUE_MAX &&
+		(u->state == GIVING || (u->state == UP && f->code == CRDT_SNAP_OPS));
+}
+
 static void on_frame(struct uplink *u, int64_t now, const struct crdt_frame *f, size_t bytes)
 {
 	char user[CRDT_USER_MAX + 1];
@@ -867,7 +874,7 @@ static void on_frame(struct uplink *u, int64_t now, const struct crdt_frame *f, 
 	}
 	if (u->state == TAKING && f->type == CRDT_FRAME_SNAP)
 		u->cb.snap(u->cb.ctx, f, user);
-	if (u->state == GIVING && f->type == CRDT_FRAME_SNAP_WANT && u->cb.snap_want != NULL)
+	if (is_question(u, f))
 		u->cb.snap_want(u->cb.ctx, f, user);
 	if (u->state != UP)
 		return;		/* of the connection before */
@@ -920,7 +927,7 @@ void uplink_frame(struct uplink *u, int64_t now, const void *p, size_t n)
 /* Each answers a question; how many are open is limited there. */
 void uplink_snap(struct uplink *u, const struct crdt_frame *f)
 {
-	if (u->state == GIVING || u->state == TAKING)
+	if (u->state == GIVING || u->state == TAKING || u->state == UP)
 		emit(u, f);
 }
 

@@ -57,8 +57,8 @@ struct uplink_callbacks {
 	void (*ride)(void *ctx, const char *user, uint32_t gen, const struct crdt_content *c, uint64_t size);
 	/* A piece of the answer to uplink_ask(); lines of the status protocol. */
 	void (*told)(void *ctx, uint64_t id, const uint8_t *p, size_t n, bool last);
-	/* The daemon lost its data and asks for a piece of a snapshot: answer with
-	 * uplink_snap().  May be NULL. */
+	/* The daemon lost its data and asks for a piece of a snapshot, or it asks for
+	 * ops that did not come to it: answer with uplink_snap().  May be NULL. */
 	void (*snap_want)(void *ctx, const struct crdt_frame *f, const char *user);
 	/* The daemon's log does not reach back: its users' states are to be taken, then
 	 * uplink_taken().  It begins (f NULL), or an answer to uplink_snap() came.  NULL: it is

@@ -26,7 +26,8 @@
  *  TOLD    D>W  the answer, as lines of the status protocol (wire/status.h); the last
  *               piece is marked
  *  SNAP_WANT    a daemon that lost its data asks a worker for a piece of what it has: which
- *               users, the state of one, the ops of one that some member may lack; a worker
+ *               users, the state of one, the ops of one that some member may lack; any daemon
+ *               asks for the last, if ops did not come to it that the worker has; a worker
  *               that is new asks a daemon for the first two
  *  SNAP         that piece
  */
@@ -60,6 +61,7 @@ enum crdt_snap { CRDT_SNAP_USERS = 1, CRDT_SNAP_ROWS, CRDT_SNAP_OPS };
 #define CRDT_HELLO_SNAPSHOTS 0x01	/* answers SNAP_WANT, and can be sent to ask */
 #define CRDT_HELLO_ACKED 0x02		/* has ops that it does not send again */
 #define CRDT_HELLO_NO_RIDES 0x04	/* asks for each text that it wants: none is to come unasked */
+#define CRDT_HELLO_OPS 0x08		/* answers SNAP_WANT of ops at any time */
 /* WELCOME */
 #define CRDT_WELCOME_SNAPSHOT 0x02	/* the log does not reach back to where the worker is: it takes
 					 * snapshots, of what is in the log up to gsn, and

@@ -190,6 +190,37 @@ def test_one_of_two(own_cluster):
     assert views[0].mails() == views[1].mails() == {"INBOX": ["c", "d", r"e \Flagged", "two", "x", "y"], "h": ["n"]}
 
 
+def test_maker_reached_one_of_two(own_cluster):
+    """A worker dies for good, and only one of the daemons has its last changes: the other one is given
+    them by the workers that live, and what they change later, which it could not take without."""
+    cluster = own_cluster(users=2, workers=3, storages=2)
+    fill(cluster)
+    cluster.wait(120)
+    cluster.kill("s2")
+    with Client.login(cluster, "w3", "u1") as client:
+        client.do("append INBOX late", "append f later", r"store INBOX late +\Flagged")
+    for worker in ("w1", "w2"):
+        until(lambda name=worker: r"late \Flagged" in look(cluster, name, "u1").mails()["INBOX"])
+    cluster.kill("w3")
+    cluster.start("s2")
+    with Client.login(cluster, "w1", "u1") as client:
+        client.do(r"store INBOX late +\Answered", "append INBOX after", "expunge f later")
+    for node in ("s1", "s2"):
+        result = Daemon(cluster, node).run("--retire", "w3")
+        assert result.returncode == 0, result.stderr
+    wait_log(cluster, "s2", "changes of user u1 that did not come to this daemon")
+    cluster.wait(120)
+    # it is a whole one
+    cluster.kill("s1")
+    with Client.login(cluster, "w2", "u1") as client:
+        client.do("append INBOX y", "expunge INBOX after")
+    until(lambda: "y" in look(cluster, "w1", "u1").mails()["INBOX"])
+    views = [look(cluster, worker, "u1").mails() for worker in ("w1", "w2")]
+    assert views[0] == views[1]
+    assert {r"late \Answered \Flagged", "y"} <= set(views[0]["INBOX"]) and "after" not in views[0]["INBOX"]
+    assert "later" not in views[0]["f"]
+
+
 def set_members(cluster, *workers):
     """The storage daemon's list, of these workers."""
     path = os.path.join(cluster.directory, "nodes", "s1", "peers.conf")

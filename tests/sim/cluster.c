@@ -57,6 +57,8 @@ struct worker {
 	struct replica_config cfg;
 	struct engine engines[USERS];
 	struct node *node;
+	bool dead;			/* for good */
+	unsigned barred;		/* daemons that it has no line to, a bit for each */
 	int64_t due;
 	struct visit *visits;		/* to be carried out */
 	bool sync;			/* to be done */
@@ -77,9 +79,10 @@ static struct sim {
 	unsigned workers_n, daemons_n, replicas;	/* crdt_replicas */
 	struct worker workers[WORKERS_MAX];
 	struct daemon daemons[DAEMONS_MAX];
-	uint64_t commands, kills, cuts, frames, rides, odd, lost, rebuilt, observed, without, stale;
+	uint64_t commands, kills, cuts, frames, rides, odd, lost, rebuilt, observed, without, stale, deaths;
 	bool lost_one;			/* in this schedule */
 	bool joined;			/* the last worker is a member */
+	bool died;			/* some worker did */
 	uint32_t gens[USERS];		/* the highest on some worker */
 	uint64_t replaced;
 	/* Texts that no daemon had when asked: they may be gone for good, when the
@@ -150,7 +153,7 @@ static void link_up(struct worker *w, unsigned d)
 {
 	struct link *l = &w->links[d];
 
-	if (l->connected || !l->wanted || sim.daemons[d].hub == NULL)
+	if (l->connected || !l->wanted || sim.daemons[d].hub == NULL || (w->barred & 1u << d) != 0)
 		return;
 	l->connected = true;
 	l->conn = ++sim.conns;
@@ -628,11 +631,11 @@ static void act(struct engine *e)
 	static const uint8_t flags[] = { CRDT_FLAG_SEEN, CRDT_FLAG_DELETED, CRDT_FLAG_FLAGGED, CRDT_FLAG_ANSWERED };
 	uint32_t uid = any_uid(v, p);
 
-	if (vmail_box(v, "INBOX") == NULL)
-		(void)vmail_create(v, "INBOX");
 	if (v->ms.observe)
 		v->mode = VMAIL_UNRECORDED;
-	else
+	if (vmail_box(v, "INBOX") == NULL)
+		(void)vmail_create(v, "INBOX");
+	if (!v->ms.observe)
 		sim.odd += odd(v) ? 1 : 0;
 	switch (rnd(16)) {
 	case 0: (void)vmail_create(v, paths[1 + rnd(PATHS - 1)]); break;
@@ -805,11 +808,28 @@ static void join(void)
 	}
 }
 
+/* From now on the first daemon, or the second, gets nothing of it. */
+static void bar(struct worker *w)
+{
+	unsigned d = (unsigned)rnd(sim.daemons_n);
+
+	w->barred = 1u << d;
+	link_cut(w, d);
+}
+
+static void die(struct worker *w)
+{
+	w->dead = sim.died = true;
+	sim.deaths++;
+	if (w->node != NULL)
+		worker_kill(w);
+}
+
 static void move_worker(struct worker *w)
 {
 	unsigned d = (unsigned)rnd(sim.daemons_n);
 
-	if (!sim.joined && w->i == sim.workers_n - 1)
+	if (w->dead || (!sim.joined && w->i == sim.workers_n - 1))
 		return;
 	if (w->node == NULL) {
 		worker_start(w);
@@ -825,9 +845,9 @@ static void move_worker(struct worker *w)
 	}
 }
 
-/* Its mail and journals stay.  With several daemons what only one of them has of it
- * would be missing from the others.  One database in each schedule: open is why, after a
- * second one, a folder may be without its name on one worker (seed 1460 without that limit). */
+/* Its mail and journals stay.  One database in each schedule, and with one daemon: open is why,
+ * after a second one, a folder may be without its name on one worker (seed 1460 without that
+ * limit), and why, with two daemons and a worker that dies, flags may differ (seed 11075). */
 static void worker_lose(struct worker *w)
 {
 	struct store_options opts = { .create = true, .in_memory = true };
@@ -933,6 +953,8 @@ static void step(void)
 			(void)hub_background(sim.daemons[d].hub);
 			daemon_turn(&sim.daemons[d]);
 		}
+		if (sim.daemons_n > 1 && sim.daemons[d].hub != NULL && rnd(50) == 0)
+			(void)hub_look(sim.daemons[d].hub);
 	}
 	for (unsigned i = 0; i < sim.workers_n; i++) {
 		move_worker(&sim.workers[i]);
@@ -979,9 +1001,40 @@ static bool settle_round(void)
 	return busy;
 }
 
+/* An administrator knows that it will not come back. */
+static void retire(struct worker *w)
+{
+	char *error = NULL;
+
+	for (unsigned d = 0; d < sim.daemons_n; d++) {
+		if (hub_retire(sim.daemons[d].hub, w->name, &error) < 0)
+			fail("%s", error);
+	}
+}
+
+/* Who had his sessions on a worker that is dead opens his folders on another one: nobody else
+ * would give UIDs to mails that wait for one. */
+static void move_sessions(void)
+{
+	for (unsigned u = 0; u < USERS; u++) {
+		struct worker *w = NULL;
+
+		for (unsigned i = 0; i < sim.workers_n && w == NULL; i++) {
+			if (!sim.workers[i].dead && sim.workers[i].engines[u].mail.boxes_n > 0)
+				w = &sim.workers[i];
+		}
+		if (w == NULL)
+			continue;
+		for (size_t b = 0; b < w->engines[u].mail.boxes_n; b++)
+			(void)vmail_open(&w->engines[u].mail, w->engines[u].mail.boxes[b].path);
+		node_changed(w->node, sim.now, users[u]);
+	}
+}
+
 static void settle(void)
 {
 	int64_t until = sim.now + SETTLE_MSECS, looked = 0;
+	unsigned looks = 0;
 
 	sim.calm = true;
 	sim.rest = until - SETTLE_MSECS / 2;
@@ -990,6 +1043,11 @@ static void settle(void)
 			daemon_start(&sim.daemons[d]);
 	}
 	for (unsigned i = 0; i < sim.workers_n; i++) {
+		if (sim.workers[i].dead) {
+			retire(&sim.workers[i]);
+			continue;
+		}
+		sim.workers[i].barred = 0;
 		if (sim.workers[i].node == NULL && (sim.joined || i < sim.workers_n - 1))
 			worker_start(&sim.workers[i]);
 		for (unsigned u = 0; u < USERS; u++) {
@@ -1014,8 +1072,13 @@ static void settle(void)
 			if (sim.now - looked >= 10000)
 				look(&sim.workers[i]);
 		}
-		if (sim.now - looked >= 10000)
+		for (unsigned d = 0; d < sim.daemons_n && sim.now - looked >= 10000; d++)
+			(void)hub_look(sim.daemons[d].hub);
+		if (sim.now - looked >= 10000) {
 			looked = sim.now;
+			if (++looks == 6 && sim.died)
+				move_sessions();
+		}
 		for (unsigned d = 0; d < sim.daemons_n; d++) {
 			while (hub_background(sim.daemons[d].hub))
 				daemon_turn(&sim.daemons[d]);
@@ -1059,6 +1122,8 @@ static const char *text_exists(const char *user, const char *hex)
 	for (unsigned i = 0; i < sim.workers_n; i++) {
 		const struct vmail *v = &sim.workers[i].engines[u].mail;
 
+		if (sim.workers[i].dead)
+			continue;
 		for (size_t b = 0; b < v->boxes_n; b++) {
 			for (size_t m = 0; m < v->boxes[b].n; m++) {
 				for (unsigned k = 0; k < 8; k++)
@@ -1093,6 +1158,21 @@ static bool only_missing(const char *line)
 	return found;
 }
 
+/* Nobody applies anything for who is no user any more, so no daemon hears what it lacks of him. */
+static bool is_past(const char *line)
+{
+	char name[64];
+
+	for (unsigned u = 0; u < USERS; u++) {
+		for (uint32_t gen = 0; gen < sim.gens[u]; gen++) {
+			snprintf(name, sizeof(name), "user\tname=%s\tgen=%u\t", users[u], gen);
+			if (strncmp(line, name, strlen(name)) == 0)
+				return true;
+		}
+	}
+	return false;
+}
+
 /* What a daemon has of each user is what a worker (whose lines these are) has. */
 static void compare_daemon(struct daemon *d, const char *lines)
 {
@@ -1106,7 +1186,7 @@ static void compare_daemon(struct daemon *d, const char *lines)
 	for (char *line = (char *)out.data; line != NULL && *line != '\0'; line = strchr(line, '\n'), line += line != NULL) {
 		char *digest, *nothing;
 
-		if (strncmp(line, "user\t", 5) != 0)
+		if (strncmp(line, "user\t", 5) != 0 || (sim.died && is_past(line)))
 			continue;
 		digest = strstr(line, "\tdigest=");
 		nothing = strstr(line, "\tvv=\t");
@@ -1199,8 +1279,10 @@ static void compare(void)
 
 	for (unsigned i = 0; i < sim.workers_n; i++) {
 		struct worker *w = &sim.workers[i];
-		char *text = report(w);
+		char *text = w->dead ? NULL : report(w);
 
+		if (text == NULL)
+			continue;
 		for (char *line = text; line != NULL && *line != '\0'; line = strchr(line, '\n') + 1) {
 			if (strstr(line, "\tunsent=0\tpending=0\theld=0\tbuffered=0\t") == NULL && !only_missing(line))
 				fail("something is left over:\n%s", text);
@@ -1215,7 +1297,7 @@ static void compare(void)
 				char *nothing = strstr(line, "\tvv=\t");
 
 				/* the other need not have heard of him */
-				if (nothing != NULL && nothing < digest)
+				if ((nothing != NULL && nothing < digest) || (sim.died && is_past(line)))
 					continue;
 				digest = strndup(digest, 8 + 64);
 				if (strstr(first, digest) == NULL)
@@ -1237,9 +1319,11 @@ static void compare(void)
 static void run(uint64_t seed, unsigned steps)
 {
 	struct store_options opts = { .create = true, .in_memory = true };
+	struct worker *victim = NULL;
+	bool dies;			/* one does, for good, when one daemon had nothing of it for long */
 	char *error = NULL;
 	bool verbose = sim.verbose;
-	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost, sim.replaced, sim.rebuilt, sim.observed, sim.without, sim.stale };
+	uint64_t totals[] = { sim.commands, sim.kills, sim.cuts, sim.frames, sim.rides, sim.odd, sim.lost, sim.replaced, sim.rebuilt, sim.observed, sim.without, sim.stale, sim.deaths };
 
 	memset(&sim, 0, sizeof(sim));
 	sim.verbose = verbose;
@@ -1255,6 +1339,7 @@ static void run(uint64_t seed, unsigned steps)
 	sim.observed = totals[9];
 	sim.without = totals[10];
 	sim.stale = totals[11];
+	sim.deaths = totals[12];
 	sim.seed = seed;
 	sim.rng = seed * 7919 + 17;
 	sim.now = 1000;
@@ -1262,6 +1347,11 @@ static void run(uint64_t seed, unsigned steps)
 	sim.daemons_n = 1 + (unsigned)(seed / 2 % 2);
 	sim.replicas = seed % 4 == 3 || seed % 11 == 2 ? 1 + (unsigned)(seed / 8 % (sim.workers_n - 1)) : 0;
 	sim.joined = sim.workers_n == 2 || seed / 4 % 2 == 0;
+	dies = sim.joined && sim.workers_n > 2 && sim.daemons_n > 1 && seed % 7 < 4;
+	if (dies && seed % 7 < 2)
+		sim.replicas = 0;
+	if (dies && steps < 300)
+		steps = 300;	/* it needs time to do something that then is in one place only */
 	for (unsigned i = 0; i < sim.workers_n; i++) {
 		struct worker *w = &sim.workers[i];
 
@@ -1288,6 +1378,8 @@ static void run(uint64_t seed, unsigned steps)
 			fail("%s", error);
 		daemon_start(&sim.daemons[d]);
 	}
+	if (dies)
+		victim = &sim.workers[rnd(sim.workers_n)];
 	for (unsigned s = 0; s < steps; s++) {
 		if (!sim.joined && s == steps * 2 / 3)
 			join();
@@ -1298,6 +1390,10 @@ static void run(uint64_t seed, unsigned steps)
 			sim.calm = false;
 			daemon_lose(&sim.daemons[rnd(sim.daemons_n)]);
 		}
+		if (victim != NULL && s == steps / 4)
+			bar(victim);
+		if (victim != NULL && s == steps * 2 / 3)
+			die(victim);
 		step();
 	}
 	settle();
@@ -1344,10 +1440,10 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	for (uint64_t i = 0; i < runs; i++)
 		run(seed + i, steps > 0 ? steps : schedule_length(seed + i));
-	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost, %llu of daemons, %llu names used again, %llu visits of observed users, %llu times no copy, %llu changes under former UIDs: all converged\n",
+	printf("%llu schedules, %llu commands, %llu frames (%llu bodies), %llu kills, %llu cuts, %llu without a record, %llu databases lost, %llu of daemons, %llu names used again, %llu visits of observed users, %llu times no copy, %llu changes under former UIDs, %llu deaths: all converged\n",
 	       (unsigned long long)runs, (unsigned long long)sim.commands, (unsigned long long)sim.frames,
 	       (unsigned long long)sim.rides, (unsigned long long)sim.kills, (unsigned long long)sim.cuts, (unsigned long long)sim.odd, (unsigned long long)sim.lost,
 	       (unsigned long long)sim.rebuilt, (unsigned long long)sim.replaced, (unsigned long long)sim.observed,
-	       (unsigned long long)sim.without, (unsigned long long)sim.stale);
+	       (unsigned long long)sim.without, (unsigned long long)sim.stale, (unsigned long long)sim.deaths);
 	return 0;
 }

@@ -2548,6 +2548,144 @@ static void test_drop_killed(void **state)
 	sent_drop(w);
 }
 
+/* ---- ops that did not come here ---- */
+
+static void hello_gives(struct world *w, unsigned int n)
+{
+	struct crdt_frame f = { .type = CRDT_FRAME_HELLO, .role = HUB_WORKER, .slot = (uint8_t)n, .flags = CRDT_HELLO_OPS };
+	char name[8];
+
+	snprintf(name, sizeof(name), "w%u", n);
+	f.name = str(name);
+	frame(w, 100 + n, name, &f);
+	commit(w);
+}
+
+static void give_ops(struct world *w, unsigned int n, struct crdt_buf *ops, size_t ops_n)
+{
+	struct crdt_bytes bytes[4];
+	struct crdt_frame f = { .type = CRDT_FRAME_SNAP, .code = CRDT_SNAP_OPS, .last = true, .ops = bytes, .ops_n = ops_n };
+	char name[8];
+
+	for (size_t i = 0; i < ops_n; i++)
+		bytes[i] = (struct crdt_bytes){ ops[i].data, ops[i].len };
+	f.user = str("u");
+	snprintf(name, sizeof(name), "w%u", n);
+	frame(w, 100 + n, name, &f);
+	for (size_t i = 0; i < ops_n; i++)
+		crdt_buf_free(&ops[i]);
+	settle(w);
+}
+
+/* w1 has applied an op of w2, which another daemon gave it. */
+static void lack_one(struct world *w, struct reader *r1)
+{
+	struct crdt_vv vv;
+
+	hello_gives(w, 1);
+	expect(r1, CRDT_FRAME_WELCOME);
+	send_op(w, 1, "u", op_subscribe(ORIGIN1, 1, "a"));
+	settle(w);
+	expect(r1, CRDT_FRAME_ACK);
+	crdt_vv_init(&vv);
+	crdt_vv_raise(&vv, ORIGIN1, 1);
+	crdt_vv_raise(&vv, ORIGIN2, 1);
+	send_applied(w, 1, "u", &vv);
+	settle(w);
+}
+
+static void test_gap_between_daemons(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 }, r2 = { .w = w, .conn = CONN2 };
+	const char *text = "text of a mail";
+	struct crdt_frame *f;
+	struct crdt_buf op;
+
+	assert_false(hub_lacks(w->h));
+	lack_one(w, &r1);
+	/* it may be on its way */
+	assert_true(hub_look(w->h));
+	expect_none(&r1);
+	assert_true(hub_look(w->h));
+	f = expect(&r1, CRDT_FRAME_SNAP_WANT);
+	assert_int_equal(f->code, CRDT_SNAP_OPS);
+	assert_int_equal(crdt_vv_get(&f->vv, ORIGIN1), 1);
+	assert_int_equal(crdt_vv_get(&f->vv, ORIGIN2), 0);
+	/* once */
+	assert_true(hub_look(w->h));
+	expect_none(&r1);
+
+	/* its text comes first */
+	op = op_add(ORIGIN2, 1, "g", text, strlen(text));
+	give_ops(w, 1, &op, 1);
+	expect(&r1, CRDT_FRAME_BODY_WANT);
+	expect_none(&r1);
+	send_body(w, 1, "u", text, strlen(text), 0, strlen(text));
+	settle(w);
+	/* taken, and not acknowledged to whom it is not of */
+	expect(&r1, CRDT_FRAME_BODY);
+	assert_int_equal(expect(&r1, CRDT_FRAME_FEED)->ops_n, 1);
+	expect_none(&r1);
+	assert_false(hub_look(w->h));
+	assert_false(hub_lacks(w->h));
+	/* its maker may have lost it */
+	hello(w, CONN2, "w2", "w2", HUB_WORKER, 2, 0, 0);
+	expect(&r2, CRDT_FRAME_WELCOME);
+	expect(&r2, CRDT_FRAME_BODY);
+	assert_int_equal(expect(&r2, CRDT_FRAME_FEED)->ops_n, 2);
+
+	/* what was not asked for is not taken */
+	op = op_subscribe(ORIGIN2, 2, "b");
+	give_ops(w, 1, &op, 1);
+	expect_none(&r1);
+	assert_true(status_has(w, false, "0200000000222222:1\t"));
+	reader_free(&r1);
+	reader_free(&r2);
+	sent_drop(w);
+}
+
+/* Who has nothing to give is not asked again, until it connects anew; a lost answer is asked for again. */
+static void test_gap_that_stays(void **state)
+{
+	struct world *w = *state;
+	struct reader r1 = { .w = w, .conn = CONN1 };
+	struct crdt_buf op;
+
+	lack_one(w, &r1);
+	(void)hub_look(w->h);
+	(void)hub_look(w->h);
+	expect(&r1, CRDT_FRAME_SNAP_WANT);
+	hub_disconnected(w->h, CONN1);
+	assert_true(hub_look(w->h));
+	hello_gives(w, 1);
+	expect(&r1, CRDT_FRAME_WELCOME);
+	if (next(w, CONN1, &r1.f, &r1.hold))	/* the log ends with its own */
+		assert_int_equal(r1.f.type, CRDT_FRAME_FEED);
+	assert_true(hub_look(w->h));
+	expect(&r1, CRDT_FRAME_SNAP_WANT);
+	give_ops(w, 1, NULL, 0);
+	assert_true(hub_look(w->h));
+	assert_true(hub_look(w->h));
+	expect_none(&r1);
+	assert_non_null(strstr(w->log, "1 user u: changes that workers have did not come to this daemon"));
+
+	/* nor is it worth more than that if what it gives cannot be read */
+	hello_gives(w, 1);
+	expect(&r1, CRDT_FRAME_WELCOME);
+	if (next(w, CONN1, &r1.f, &r1.hold))
+		assert_int_equal(r1.f.type, CRDT_FRAME_FEED);
+	assert_true(hub_look(w->h));
+	expect(&r1, CRDT_FRAME_SNAP_WANT);
+	op = op_subscribe(ORIGIN2, 1, "b");
+	op.len--;
+	give_ops(w, 1, &op, 1);
+	assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_MALFORMED);
+	assert_true(hub_look(w->h));
+	reader_free(&r1);
+	sent_drop(w);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -2564,6 +2702,7 @@ int main(void)
 		T(test_collection_resumes), T(test_stable_after_feed),
 		T(test_stable_after_own_ops), T(test_goal), T(test_stable_of_older_build), T(test_retire), T(test_ask),
 		T(test_drop), T(test_drop_beside), T(test_drop_killed),
+		T(test_gap_between_daemons), T(test_gap_that_stays),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -426,7 +426,7 @@ static bool take_op(struct hub *h, struct slot *s, const uint8_t *p, size_t n)
 	if (!fits && op.dot.seq == crdt_vv_get(&s->have, op.dot.origin) + 1 &&
 	    crdt_vv_covers_all(&s->have, &op.deps) && crdt_vv_raise(&s->have, op.dot.origin, op.dot.seq)) {
 		if (!crdt_vv_covers(&s->logged, op.dot) && crdt_vv_raise(&s->logged, op.dot.origin, op.dot.seq))
-			fanout_log_put(h, s->user.id, (uint8_t)crdt_origin_slot(op.dot.origin), false, p, n);
+			fanout_log_put(h, s->user.id, (uint8_t)crdt_origin_slot(op.dot.origin), 0, p, n);
 		merge_op(h, s, &op, p, n);
 		fits = true;
 	}
@@ -453,9 +453,10 @@ static void slot_done(struct hub *h, struct slot *s)
 	nobody_keeps(h, s);
 	store_rows_init(&rows, hub_txn(h), s->user.id);
 	crdt_vv_get_merged(&rows.rows, &merged);
-	if (!crdt_vv_covers_all(&merged, &s->have)) {
+	/* Members went on meanwhile: the state is older than what all have now.  Or who gave it has
+	 * been retired since, without its ops: no other worker would ever get those. */
+	if (!crdt_vv_covers_all(&merged, &s->have) || !crdt_vv_covers_all(&s->have, &merged)) {
 		if (s->rounds < ROUNDS_MAX) {
-			/* members went on meanwhile: the state is older than what all have now */
 			slot_again(h, s, false);
 			return;
 		}

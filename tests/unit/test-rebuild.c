@@ -441,6 +441,38 @@ static void away_or_retired(void **state)
 	assert_false(status_has(w, "rebuilding"));
 }
 
+/* Who gave the state is gone before it gave its ops: no other worker would ever get them. */
+static void giver_retired(void **state)
+{
+	struct world *w = *state;
+	const struct crdt_vv none = vector(0, 0), both = vector(1, 1), two = vector(0, 1);
+	struct crdt_buf op = subscribe(ORIGIN2, 1, "b", NULL);
+	char *error;
+
+	lost(w);
+	hello(w, 1);
+	hello(w, 2);
+	give_users(w, 1, &both, &none);
+	give_users(w, 2, &two, &none);
+	forget_sent(w);
+	give_rows(w, 1, &both, NULL, 0);
+	hub_disconnected(w->h, 101);
+	turn(w);
+	assert_int_equal(next(w, 2, CRDT_FRAME_SNAP_WANT)->code, CRDT_SNAP_OPS);
+	give_ops(w, 2, &two, &none, &op, 1);
+	assert_int_equal(hub_retire(w->h, "w1", &error), 0);
+	turn(w);
+	/* from the one that is left */
+	assert_int_equal(next(w, 2, CRDT_FRAME_SNAP_WANT)->code, CRDT_SNAP_ROWS);
+	give_rows(w, 2, &two, NULL, 0);
+	assert_int_equal(next(w, 2, CRDT_FRAME_SNAP_WANT)->code, CRDT_SNAP_OPS);
+	op = subscribe(ORIGIN2, 1, "b", NULL);
+	give_ops(w, 2, &two, &none, &op, 1);
+	assert_int_equal(next(w, 2, CRDT_FRAME_WELCOME)->flags, 0);
+	assert_true(status_has(w, "0200000000222222:1"));
+	assert_false(status_has(w, "0100000000111111:1"));
+}
+
 /* A state that is no state is not taken, and its giver not asked for it again. */
 static void damaged_state(void **state)
 {
@@ -551,7 +583,7 @@ int main(void)
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 	const struct CMUnitTest tests[] = {
 		TEST(empty_refuses), TEST(only_when_empty), TEST(nothing_else_meanwhile), TEST(each_is_fed_what_it_lacks),
-		TEST(away_or_retired), TEST(damaged_state), TEST(ops_out_of_order), TEST(killed_on_the_way),
+		TEST(away_or_retired), TEST(giver_retired), TEST(damaged_state), TEST(ops_out_of_order), TEST(killed_on_the_way),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -19,6 +19,7 @@ struct gap {
 	struct crdt_vv have;		/* what the worker that is asked was told, and what it gave */
 	struct hub_conn *asked;		/* NULL: nobody */
 	uint64_t useless;		/* workers that gave nothing which helps: a bit for the slot of each */
+	uint64_t faulty;		/* what these gave ended the connection */
 	bool logged;
 };
 
@@ -38,8 +39,8 @@ void gaps_note(struct hub *h, uint64_t user)
 	struct hub_user u;
 	struct gap *g;
 
-	/* one more is noted again when something of him changes */
-	if (h->gaps_n >= HUB_GAPS_MAX || gap_find(h, user) != NULL || !hub_user_by_id(hub_txn(h), user, &u))
+	/* one more is noted again when something of him changes; what waits for an upgrade is here */
+	if (hub_id_has(&h->unknown, user) || h->gaps_n >= HUB_GAPS_MAX || gap_find(h, user) != NULL || !hub_user_by_id(hub_txn(h), user, &u))
 		return;
 	g = hub_alloc(sizeof(*g));
 	g->user = u;
@@ -102,7 +103,7 @@ static struct hub_peer *who_has(struct hub *h, const struct gap *g, const struct
 		    crdt_vv_covers_all(merged, &applied))
 			continue;
 		*any_r = true;
-		if (found == NULL && can_ask(p) && (g->useless & bit(p)) == 0)
+		if (found == NULL && can_ask(p) && ((g->useless | g->faulty) & bit(p)) == 0)
 			found = p;
 	}
 	return found;
@@ -110,10 +111,12 @@ static struct hub_peer *who_has(struct hub *h, const struct gap *g, const struct
 
 static void log_nobody(struct hub *h, struct gap *g)
 {
-	if (g->useless != 0 && !g->logged)
+	bool asked = (g->useless | g->faulty) != 0;
+
+	if (asked && !g->logged)
 		hub_log(h, 1, "user %s: changes that workers have did not come to this daemon, and no worker that is connected "
 			"gives them. Compare with doveadm crdt verify; see LOST DATABASE in crdt-stored(8)", g->user.name);
-	g->logged = g->logged || g->useless != 0;
+	g->logged = g->logged || asked;
 }
 
 /* One look; returns whether a worker was asked. */
@@ -200,8 +203,10 @@ void gaps_on_snap(struct hub_conn *c, const struct crdt_frame *f)
 			c->peer->conf.name, f->ops_n, user.name);
 	note_given(g, f);
 	ingest_given(c, f);
-	if (!c->ready)
-		return;		/* it sent something else, and the question with it is gone */
+	if (!c->ready) {
+		g->faulty |= bit(c->peer);	/* it would be so each time */
+		return;
+	}
 	if (!f->last && f->ops_n > 0 && c->held_bytes < CRDT_FEED_WINDOW) {
 		want_ops(g);
 		return;

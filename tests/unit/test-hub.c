@@ -2681,7 +2681,14 @@ static void test_gap_that_stays(void **state)
 	op.len--;
 	give_ops(w, 1, &op, 1);
 	assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_MALFORMED);
+	/* which is not to end each connection */
+	hello_gives(w, 1);
+	expect(&r1, CRDT_FRAME_WELCOME);
+	if (next(w, CONN1, &r1.f, &r1.hold))
+		assert_int_equal(r1.f.type, CRDT_FRAME_FEED);
 	assert_true(hub_look(w->h));
+	assert_true(hub_look(w->h));
+	expect_none(&r1);
 	reader_free(&r1);
 	sent_drop(w);
 }

@@ -59,11 +59,6 @@ static void gap_free(struct hub *h, struct gap *g)
 	free(g);
 }
 
-static uint64_t bit(const struct hub_peer *p)
-{
-	return UINT64_C(1) << (p->conf.slot & 63);
-}
-
 static void merged_get(struct hub *h, uint64_t user, struct crdt_vv *vv_r)
 {
 	struct store_rows rows;
@@ -103,7 +98,7 @@ static struct hub_peer *who_has(struct hub *h, const struct gap *g, const struct
 		    crdt_vv_covers_all(merged, &applied))
 			continue;
 		*any_r = true;
-		if (found == NULL && can_ask(p) && ((g->useless | g->faulty) & bit(p)) == 0)
+		if (found == NULL && can_ask(p) && ((g->useless | g->faulty) & hub_peer_bit(p)) == 0)
 			found = p;
 	}
 	return found;
@@ -204,7 +199,7 @@ void gaps_on_snap(struct hub_conn *c, const struct crdt_frame *f)
 	note_given(g, f);
 	ingest_given(c, f);
 	if (!c->ready) {
-		g->faulty |= bit(c->peer);	/* it would be so each time */
+		g->faulty |= hub_peer_bit(c->peer);	/* it would be so each time */
 		return;
 	}
 	if (!f->last && f->ops_n > 0 && c->held_bytes < CRDT_FEED_WINDOW) {
@@ -214,7 +209,7 @@ void gaps_on_snap(struct hub_conn *c, const struct crdt_frame *f)
 	g->asked = NULL;
 	merged_get(h, user.id, &merged);
 	if (crdt_vv_compare(&merged, &g->merged) == CRDT_EQUAL && ingest_held_count(h, user.id) == 0)
-		g->useless |= bit(c->peer);
+		g->useless |= hub_peer_bit(c->peer);
 }
 
 /* ---- connections ---- */
@@ -225,7 +220,7 @@ void gaps_hello(struct hub_conn *c)
 	struct gap *g;
 
 	for (g = c->h->gaps; g != NULL; g = g->next)
-		g->useless &= ~bit(c->peer);
+		g->useless &= ~hub_peer_bit(c->peer);
 }
 
 void gaps_conn_drop(struct hub_conn *c)

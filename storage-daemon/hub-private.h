@@ -79,6 +79,12 @@ struct hub_peer {
 	bool empty;			/* it began anew itself, while the rebuild goes on */
 };
 
+/* In a set of workers. */
+static inline uint64_t hub_peer_bit(const struct hub_peer *p)
+{
+	return UINT64_C(1) << (p->conf.slot & 63);
+}
+
 /* As an op names it. */
 struct body_text { struct crdt_content content; uint64_t size; };
 

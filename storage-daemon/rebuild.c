@@ -126,11 +126,6 @@ static bool is_member(const struct hub_peer *p)
 	return p->conf.role == HUB_WORKER && !p->retired;
 }
 
-static uint64_t bit(const struct hub_peer *p)
-{
-	return UINT64_C(1) << (p->conf.slot & 63);
-}
-
 /* Of these members one that is connected, and whether there is any. */
 static struct hub_peer *member_among(struct hub *h, uint64_t without, bool *any_r)
 {
@@ -139,7 +134,7 @@ static struct hub_peer *member_among(struct hub *h, uint64_t without, bool *any_
 
 	*any_r = false;
 	for (i = 0; i < h->peers_n; i++) {
-		if (!is_member(h->peers[i]) || (bit(h->peers[i]) & without) != 0)
+		if (!is_member(h->peers[i]) || (hub_peer_bit(h->peers[i]) & without) != 0)
 			continue;
 		*any_r = true;
 		if (h->peers[i]->conn != NULL && found == NULL)
@@ -184,7 +179,7 @@ static void on_users(struct hub_conn *c, const struct crdt_frame *f)
 	struct peer_key k;
 	size_t i;
 
-	if ((h->rebuild->listed & bit(c->peer)) != 0)
+	if ((h->rebuild->listed & hub_peer_bit(c->peer)) != 0)
 		return;
 	for (i = 0; i < f->rows_n; i++)
 		list_user(h, &f->rows[i]);
@@ -194,7 +189,7 @@ static void on_users(struct hub_conn *c, const struct crdt_frame *f)
 	}
 	peer_key(&k, META_REBUILD, c->peer);
 	store_put(hub_txn(h), STORE_META, k.b, k.n, "", 0);
-	h->rebuild->listed |= bit(c->peer);
+	h->rebuild->listed |= hub_peer_bit(c->peer);
 	hub_log(h, 2, "rebuild: peer %s has said which users it has", c->peer->conf.name);
 }
 
@@ -278,7 +273,7 @@ static void slot_begin(struct hub *h, struct slot *s)
 static void slot_again(struct hub *h, struct slot *s, bool useless)
 {
 	if (useless && s->asked != NULL)
-		s->useless |= bit(s->asked->peer);
+		s->useless |= hub_peer_bit(s->asked->peer);
 	s->rounds++;
 	slot_begin(h, s);
 }
@@ -506,13 +501,13 @@ static void on_ops(struct hub_conn *c, struct slot *s, const struct crdt_frame *
 	}
 	if (!crdt_vv_covers_all(&s->have, &f->vv)) {
 		/* what it gave may let the others go on, not itself */
-		s->grew = s->grew && (s->partial & ~bit(c->peer)) != 0;
-		s->partial |= bit(c->peer);
+		s->grew = s->grew && (s->partial & ~hub_peer_bit(c->peer)) != 0;
+		s->partial |= hub_peer_bit(c->peer);
 		(void)crdt_vv_join(&s->known, &f->vv);
 	}
 	if (!crdt_vv_covers_all(&f->vv, &s->base))
 		lacks_base(c, s);
-	s->answered |= bit(c->peer);
+	s->answered |= hub_peer_bit(c->peer);
 	s->asked = NULL;
 }
 
@@ -605,7 +600,7 @@ static void log_waiting(struct hub *h, uint64_t without)
 
 	for (i = 0; i < h->peers_n && !h->rebuild->waiting_logged; i++) {
 		p = h->peers[i];
-		if (is_member(p) && (bit(p) & without) == 0 && p->conn == NULL)
+		if (is_member(p) && (hub_peer_bit(p) & without) == 0 && p->conn == NULL)
 			hub_log(h, 1, "rebuild: waits for peer %s, which may have what nobody else has. If it will "
 				"not come back: crdt-stored --retire %s", p->conf.name, p->conf.name);
 	}
@@ -693,7 +688,7 @@ void rebuild_hello(struct hub_conn *c)
 {
 	c->peer->empty = c->peer->empty || c->own;
 	c->h->rebuild->waiting_logged = false;
-	if (is_member(c->peer) && (c->h->rebuild->listed & bit(c->peer)) == 0)
+	if (is_member(c->peer) && (c->h->rebuild->listed & hub_peer_bit(c->peer)) == 0)
 		want_users(c, 0);
 	rebuild_step(c->h);
 }
@@ -743,7 +738,7 @@ void rebuild_peer_init(struct hub *h, struct hub_peer *p)
 
 	p->based = peer_row_get(t, META_BASE, p, &lacks);
 	if (h->rebuild != NULL && peer_row_get(t, META_REBUILD, p, &lacks)) {
-		h->rebuild->listed |= bit(p);
+		h->rebuild->listed |= hub_peer_bit(p);
 		p->empty = lacks;
 	}
 	store_abort(&t);

@@ -2645,6 +2645,14 @@ static void test_gap_between_daemons(void **state)
 	sent_drop(w);
 }
 
+static void connect_again(struct world *w, struct reader *r1)
+{
+	hello_gives(w, 1);
+	expect(r1, CRDT_FRAME_WELCOME);
+	if (next(w, CONN1, &r1->f, &r1->hold))	/* the log ends with its own */
+		assert_int_equal(r1->f.type, CRDT_FRAME_FEED);
+}
+
 /* Who has nothing to give is not asked again, until it connects anew; a lost answer is asked for again. */
 static void test_gap_that_stays(void **state)
 {
@@ -2658,10 +2666,7 @@ static void test_gap_that_stays(void **state)
 	expect(&r1, CRDT_FRAME_SNAP_WANT);
 	hub_disconnected(w->h, CONN1);
 	assert_true(hub_look(w->h));
-	hello_gives(w, 1);
-	expect(&r1, CRDT_FRAME_WELCOME);
-	if (next(w, CONN1, &r1.f, &r1.hold))	/* the log ends with its own */
-		assert_int_equal(r1.f.type, CRDT_FRAME_FEED);
+	connect_again(w, &r1);
 	assert_true(hub_look(w->h));
 	expect(&r1, CRDT_FRAME_SNAP_WANT);
 	give_ops(w, 1, NULL, 0);
@@ -2671,10 +2676,7 @@ static void test_gap_that_stays(void **state)
 	assert_non_null(strstr(w->log, "1 user u: changes that workers have did not come to this daemon"));
 
 	/* nor is it worth more than that if what it gives cannot be read */
-	hello_gives(w, 1);
-	expect(&r1, CRDT_FRAME_WELCOME);
-	if (next(w, CONN1, &r1.f, &r1.hold))
-		assert_int_equal(r1.f.type, CRDT_FRAME_FEED);
+	connect_again(w, &r1);
 	assert_true(hub_look(w->h));
 	expect(&r1, CRDT_FRAME_SNAP_WANT);
 	op = op_subscribe(ORIGIN2, 1, "b");
@@ -2682,10 +2684,7 @@ static void test_gap_that_stays(void **state)
 	give_ops(w, 1, &op, 1);
 	assert_int_equal(expect(&r1, CRDT_FRAME_ERROR)->code, CRDT_ERR_MALFORMED);
 	/* which is not to end each connection */
-	hello_gives(w, 1);
-	expect(&r1, CRDT_FRAME_WELCOME);
-	if (next(w, CONN1, &r1.f, &r1.hold))
-		assert_int_equal(r1.f.type, CRDT_FRAME_FEED);
+	connect_again(w, &r1);
 	assert_true(hub_look(w->h));
 	assert_true(hub_look(w->h));
 	expect_none(&r1);
